@@ -1,0 +1,28 @@
+"""ε-ResNet for timm and Hugging Face: networks that lose the residual blocks their task does not need.
+
+Importing the package registers ``eps_resnet*`` with timm and the ``EpsResNet`` classes with transformers.
+"""
+
+from . import eps_resnet as _eps_resnet  # registers the timm models
+from .configuration_eps_resnet import EpsResNetConfig
+from .gate import EpsilonGate
+from .hub import save_pretrained
+from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel
+from .pruner import EpsilonPruner
+from .schedule import RestartingLR
+from .surgery import add_gates, param_groups, remove_closed
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EpsResNetConfig",
+    "EpsResNetForImageClassification",
+    "EpsResNetModel",
+    "EpsilonGate",
+    "EpsilonPruner",
+    "RestartingLR",
+    "add_gates",
+    "param_groups",
+    "remove_closed",
+    "save_pretrained",
+]

@@ -1,0 +1,75 @@
+"""Configuration of the transformers classes: timm's config.json plus what side supervision needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import TimmWrapperConfig
+
+import timm
+from torch import nn
+
+__all__ = ["EpsResNetConfig"]
+
+
+@strict
+class EpsResNetConfig(TimmWrapperConfig):
+    """Configuration of :class:`EpsResNetModel` and :class:`EpsResNetForImageClassification`.
+
+    One ``config.json`` serves timm and transformers. The structure of a pruned network is data in it:
+    ``model_args["removed"]`` lists the slots of the branches that are gone.
+
+    Args:
+        architecture: A timm model name that this package registers.
+        model_args: Keyword arguments for ``timm.create_model``; ``removed`` among them.
+        pretrained_cfg: timm's description of weights and input (input size, mean, std, ...). By default that of
+            the architecture.
+        side_loss_weight: Weight of the side head's cross-entropy in the training loss; the paper uses 0.1. 0 leaves
+            the side head out. Saved models carry 0, and a stored config without the field means 0.
+    """
+
+    model_type = "eps_resnet"
+
+    architecture: str = "eps_resnet110"
+    pretrained_cfg: dict[str, Any] | None = None
+    side_loss_weight: float = 0.1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.pretrained_cfg is None and timm.is_model(self.architecture):
+            self.pretrained_cfg = timm.get_pretrained_cfg(self.architecture).to_dict(remove_source=True)
+            self.pretrained_cfg.pop("num_classes")
+        if not self.side_loss_weight >= 0:
+            raise ValueError(f"side_loss_weight must be at least 0, got {self.side_loss_weight!r}.")
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict({"side_loss_weight": 0.0, **config_dict}, **kwargs)
+
+    @classmethod
+    def from_timm(cls, model: nn.Module, **kwargs: Any) -> EpsResNetConfig:
+        """The configuration of an existing timm model.
+
+        Args:
+            model: A model of this package, made by ``timm.create_model``.
+            kwargs: Further fields, such as ``id2label``.
+        """
+        pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in _NOT_CARRIED}
+        model_args = {k: v for k, v in timm.models.get_model_args(model).items() if k != "num_classes"}
+        fields = dict(
+            architecture=model.pretrained_cfg["architecture"],
+            model_args=model_args,
+            pretrained_cfg=pretrained_cfg,
+            side_loss_weight=0.0,
+        )
+        if "id2label" not in kwargs:
+            fields["num_labels"] = model.num_classes
+        return cls(**fields, **kwargs)
+
+
+# What timm knows of where weights came from is wrong for weights that were trained on; the rest stands at the root.
+_NOT_CARRIED = {
+    "architecture", "custom_load", "file", "hf_hub_filename", "hf_hub_id", "label_descriptions", "label_names",
+    "label_offset", "num_classes", "source", "state_dict", "tag", "url",
+}  # fmt: skip

@@ -1,0 +1,243 @@
+"""Images from ``datasets`` into tensors: columns found by their type, images decoded once, augmented by the batch.
+
+Small images are cheap to hold and dear to decode, so a split becomes one uint8 tensor (N, C, H, W). The geometry is
+that of timm's own evaluation transform for the model, which is what image processors and pipelines apply later: what
+is measured here is what they will compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from timm.data import create_transform, resolve_data_config
+
+__all__ = ["ImageTensors", "PadCropFlip", "channel_mean", "find_columns", "load_digits", "load_splits", "loader"]
+
+DIGITS_FOLDS = 5
+
+
+@dataclass
+class ImageTensors(Dataset):
+    """A split in memory: ``images`` uint8 (N, C, H, W), ``labels`` int64 (N,), and the names of the classes."""
+
+    images: Tensor
+    labels: Tensor
+    label_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        # torch's loader asks for a whole batch at once where this method exists.
+        chosen = torch.as_tensor(indices)
+        return self.images[chosen], self.labels[chosen]
+
+    @classmethod
+    def decode(
+        cls,
+        dataset: datasets.Dataset,
+        pretrained_cfg: dict[str, Any],
+        image_column: str | None = None,
+        label_column: str | None = None,
+    ) -> ImageTensors:
+        """Decode every image to the model's input size.
+
+        Args:
+            dataset: A split with an image and a class label column.
+            pretrained_cfg: timm's description of the input: ``input_size`` (C, H, W), ``interpolation``, ``crop_pct``.
+            image_column: Its image column; found by type if None.
+            label_column: Its label column; found by type if None.
+
+        Raises:
+            ValueError: See :func:`find_columns`; or a label is outside the label column's classes.
+        """
+        image_column, label_column = find_columns(dataset.features, image_column, label_column)
+        geometry = resolve_data_config(pretrained_cfg=pretrained_cfg)
+        transform = create_transform(**geometry, is_training=False, normalize=False)
+        mode = "L" if geometry["input_size"][0] == 1 else "RGB"
+        images = torch.empty((len(dataset), *geometry["input_size"]), dtype=torch.uint8)
+        for index, row in enumerate(dataset.select_columns(image_column)):
+            images[index] = transform(row[image_column].convert(mode))
+        labels = torch.as_tensor(np.asarray(dataset[label_column]), dtype=torch.int64)
+        names = list(dataset.features[label_column].names)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+            raise ValueError(
+                f"Column {label_column!r} holds labels from {labels.min()} to {labels.max()}, "
+                f"but its classes are 0 to {len(names) - 1}. A split without labels cannot be used."
+            )
+        return cls(images, labels, names)
+
+
+class PadCropFlip(nn.Module):
+    """The augmentation of the CIFAR recipe on a uint8 batch: zero padding, a random crop, a random mirror image.
+
+    (B, C, H, W) -> (B, C, H, W), one offset and one coin an image, drawn on the CPU from torch's global generator.
+
+    Args:
+        padding: Pixels on each side.
+        flip: Whether to mirror half the images.
+    """
+
+    def __init__(self, padding: int, flip: bool) -> None:
+        super().__init__()
+        self.padding = padding
+        self.flip = flip
+
+    def forward(self, images: Tensor) -> Tensor:
+        batch, _, height, width = images.shape
+        padded = F.pad(images, (self.padding,) * 4)
+        rows, columns = (torch.randint(2 * self.padding + 1, (batch, 1)) + torch.arange(n) for n in (height, width))
+        if self.flip:
+            columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)
+        index = torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]
+        return padded.permute(0, 2, 3, 1)[tuple(i.to(images.device) for i in index)].permute(0, 3, 1, 2)
+
+
+def channel_mean(images: Tensor) -> list[float]:
+    """Mean of each channel of uint8 images (N, C, H, W), on the scale from 0 to 1."""
+    return (images.double().mean((0, 2, 3)) / 255).tolist()
+
+
+def loader(split: ImageTensors, batch_size: int, shuffle: bool, seed: int = 0) -> DataLoader:
+    """Batches of (images uint8 (B, C, H, W), labels (B,)); the order depends on ``seed`` alone."""
+    return DataLoader(
+        split,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        generator=torch.Generator().manual_seed(seed),
+        collate_fn=_as_it_is,
+    )
+
+
+def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+def find_columns(
+    features: datasets.Features, image_column: str | None = None, label_column: str | None = None
+) -> tuple[str, str]:
+    """Names of the image and the label column.
+
+    Args:
+        features: The features of a data set.
+        image_column: Taken as it is if given; else the only column of type ``Image``.
+        label_column: Taken as it is if given; else the only column of type ``ClassLabel``.
+
+    Raises:
+        ValueError: A named column is not there or not of that type, or there is none or more than one to choose from.
+    """
+    return (
+        _find_column(features, datasets.Image, image_column, "--image_column_name"),
+        _find_column(features, datasets.ClassLabel, label_column, "--label_column_name"),
+    )
+
+
+def _find_column(features: datasets.Features, kind: type, name: str | None, flag: str) -> str:
+    columns = ", ".join(f"{key} ({type(value).__name__})" for key, value in features.items())
+    matching = [key for key, value in features.items() if isinstance(value, kind)]
+    if name is not None:
+        if name not in matching:
+            raise ValueError(f"{flag} {name!r} is no column of type {kind.__name__}. Columns: {columns}.")
+        return name
+    if len(matching) != 1:
+        found = f"{len(matching)} columns" if matching else "no column"
+        raise ValueError(f"The data set has {found} of type {kind.__name__}; name one with {flag}. Columns: {columns}.")
+    return matching[0]
+
+
+def load_digits(fold: int = 0) -> datasets.DatasetDict:
+    """The 1,797 handwritten 8x8 digits that ship with scikit-learn, split by one of five stratified folds.
+
+    Over the five folds every image is in ``validation`` exactly once (UCI Optical Recognition of Handwritten Digits,
+    https://archive.ics.uci.edu/dataset/80).
+
+    Args:
+        fold: 0 to 4.
+
+    Returns:
+        Splits ``train`` and ``validation`` with the columns ``image`` (grey, 8x8) and ``label``.
+
+    Raises:
+        ValueError: There is no such fold.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import StratifiedKFold
+
+    if fold not in range(DIGITS_FOLDS):
+        raise ValueError(f"fold must be 0 to {DIGITS_FOLDS - 1}, got {fold!r}.")
+    bunch = load()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # the source counts from 0 to 16
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in bunch.target_names])}
+    )
+    indices = list(StratifiedKFold(DIGITS_FOLDS, shuffle=True, random_state=0).split(pixels, bunch.target))[fold]
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict(
+                {"image": [Image.fromarray(pixels[i]) for i in chosen], "label": bunch.target[chosen]}, features
+            )
+            for split, chosen in zip(("train", "validation"), indices, strict=True)
+        }
+    )
+
+
+def load_splits(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_dir: str | None = None,
+    validation_dir: str | None = None,
+    train_val_split: float = 0.15,
+    label_column: str | None = None,
+    seed: int = 0,
+) -> datasets.DatasetDict:
+    """Training and validation images from the Hub or from folders.
+
+    Args:
+        dataset_name: A data set on the Hub, or a local directory that ``datasets.load_dataset`` reads.
+        dataset_config_name: Its configuration, such as ``cropped_digits``.
+        train_dir: A directory with one sub-directory of images a class.
+        validation_dir: The same for validation.
+        train_val_split: Share of the training images to validate on, stratified by label, if there is no
+            validation or test split.
+        label_column: The label column; found by type if None.
+        seed: Of that split.
+
+    Returns:
+        Splits ``train`` and ``validation``.
+
+    Raises:
+        ValueError: Nothing to load is named, or there is no training split.
+    """
+    if dataset_name is not None:
+        splits = datasets.load_dataset(dataset_name, dataset_config_name)
+    elif train_dir is not None:
+        folders = {"train": f"{train_dir}/**", "validation": f"{validation_dir}/**" if validation_dir else None}
+        splits = datasets.load_dataset("imagefolder", data_files={k: v for k, v in folders.items() if v})
+    else:
+        raise ValueError("Name the images: --dataset_name, or --train_dir with --validation_dir.")
+    if "train" not in splits:
+        raise ValueError(f"The data set has no split 'train', only {sorted(splits)}.")
+    for name in ("validation", "test"):
+        if name in splits:
+            return datasets.DatasetDict({"train": splits["train"], "validation": splits[name]})
+    _, label = find_columns(splits["train"].features, label_column=label_column)
+    halves = splits["train"].train_test_split(train_val_split, stratify_by_column=label, seed=seed)
+    return datasets.DatasetDict({"train": halves["train"], "validation": halves["test"]})
+
+
+def first(split: datasets.Dataset, most: int | None) -> datasets.Dataset:
+    """The first rows of a split, all of them if ``most`` is None."""
+    return split if most is None else split.select(range(min(most, len(split))))

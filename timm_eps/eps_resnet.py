@@ -1,0 +1,440 @@
+"""The CIFAR network of ε-ResNet as a timm model: depth 6n + 2, n pre-activation basic blocks in each of three stages.
+
+"Learning Strict Identity Mappings in Deep Residual Networks", X. Yu, Z. Yu, S. Ramalingam, CVPR 2018,
+https://arxiv.org/abs/1804.01661, section 4; the pre-activation network is that of "Identity Mappings in Deep Residual
+Networks", K. He et al., ECCV 2016, https://arxiv.org/abs/1603.05027.
+
+    x (B, 3, 32, 32) -> stem: conv 3x3, BN, ReLU -> (B, 16, 32, 32)
+      -> stage 0: (B, 16, 32, 32) -> stage 1: (B, 32, 16, 16) -> stage 2: (B, 64, 8, 8) -> BN, ReLU, pool, linear
+
+Every residual branch ends in a bias-free convolution, so that weight decay can empty it, and in a gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, get_device_dtype, get_norm_act_layer
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+)
+
+from .gate import EpsilonGate
+from .surgery import replay_removed
+
+__all__ = ["EpsResNet"]  # register_model adds the entrypoints
+
+# An fx trace would drop the response, which is written and not returned; as a leaf the gate stays whole.
+register_notrace_module(EpsilonGate)
+
+
+class PoolPadShortcut(nn.Module):
+    """Parameter-free shortcut where a stage halves the resolution: 2x2 average pooling, zero channels on both sides.
+
+    (B, C, H, W) -> (B, C', H / 2, W / 2), the C channels in the middle of the C'. Odd sizes round up, as those of the
+    strided convolution beside it.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+        before = (out_chs - in_chs) // 2
+        self.padding = (0, 0, 0, 0, before, out_chs - in_chs - before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(self.pool(x), self.padding)
+
+    def extra_repr(self) -> str:
+        return f"padding={self.padding}"
+
+
+class PreActBasic(nn.Module):
+    """Basic block x + S(conv(BN-ReLU(conv(BN-ReLU(x))))), shape (B, C, H, W) -> (B, C', H / stride, W / stride).
+
+    Unlike timm's, it takes a shortcut without parameters, and can do without the first BN-ReLU.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        norm_layer: Callable[..., nn.Module],
+        stride: int = 1,
+        preact: bool = True,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.downsample = nn.Identity() if stride == 1 and in_chs == out_chs else PoolPadShortcut(in_chs, out_chs)
+        self.norm1 = norm_layer(in_chs, **dd) if preact else nn.Identity()
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **dd)
+        self.norm2 = norm_layer(out_chs, **dd)
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **dd)
+        self.drop_path = EpsilonGate(drop_path=DropPath(drop_path_rate) if drop_path_rate > 0 else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.conv1(self.norm1(x))
+        residual = self.conv2(self.norm2(residual))
+        return self.drop_path(residual) + self.downsample(x)
+
+
+class Stage(nn.Module):
+    """Blocks of one width; removed ones are identities, so the others keep their names."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+    @torch.jit.ignore
+    def forward_halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes out of the middle block, and of the last."""
+        middle = len(self.blocks) // 2 + 1
+        run = checkpoint_seq if self.grad_checkpointing else lambda blocks, x: blocks(x)
+        half = run(self.blocks[:middle], x)
+        return half, run(self.blocks[middle:], half)
+
+
+class EpsResNet(nn.Module):
+    """Pre-activation CIFAR ResNet whose residual branches end in gates.
+
+    Args:
+        layers: Number of blocks in each stage.
+        channels: Width of each stage.
+        num_classes: Number of classes; 0 leaves the classifier out.
+        in_chans: Number of image channels.
+        global_pool: Pooling before the classifier: 'avg', 'max', 'avgmax', 'catavgmax' or ''.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth, rising linearly to this rate in the last block.
+        norm_layer: Normalisation with activation, by timm's name or class.
+        act_layer: Activation, by timm's name or class.
+        removed: Slot paths of blocks that are gone, as :func:`timm_eps.remove_closed` returns them.
+
+    Raises:
+        ValueError: ``removed`` names a slot that this architecture does not have.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        channels: Sequence[int] = (16, 32, 64),
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: str | Callable[..., nn.Module] = "batchnorm2d",
+        act_layer: str | Callable[..., nn.Module] = "relu",
+        removed: Sequence[str] = (),
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.removed: list[str] = []
+        norm_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
+
+        self.stem = nn.Sequential()
+        self.stem.add_module("conv", nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False, **dd))
+        self.stem.add_module("norm", norm_layer(channels[0], **dd))
+        self.feature_info = [dict(num_chs=channels[0], reduction=1, module="stem.norm")]
+
+        self.stages = nn.Sequential()
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
+        prev_chs, reduction = channels[0], 1
+        for index, (depth, width, rates) in enumerate(zip(layers, channels, drop_path_rates, strict=True)):
+            stride = 1 if index == 0 else 2
+            reduction *= stride
+            self.stages.append(
+                Stage(
+                    [
+                        PreActBasic(
+                            prev_chs if k == 0 else width,
+                            width,
+                            norm_layer,
+                            stride=stride if k == 0 else 1,
+                            # The stem has just normalised and rectified what the very first block reads.
+                            preact=(index, k) != (0, 0),
+                            drop_path_rate=rates[k],
+                            **dd,
+                        )
+                        for k in range(depth)
+                    ]
+                )
+            )
+            prev_chs = width
+            self.feature_info.append(dict(num_chs=width, reduction=reduction, module=f"stages.{index}"))
+
+        self.num_features = prev_chs
+        self.norm = norm_layer(self.num_features, **dd)
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        if removed:
+            replay_removed(self, removed)
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """He initialisation over the fan-out for convolutions, as the paper; a small normal one for the classifier."""
+        self.apply(init_weights)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer-wise learning rates."""
+        blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return dict(stem=r"^stem", blocks=blocks)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names that decay must spare beyond the usual: none."""
+        return set()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The final linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one; 0 classes leave it out."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features, and what the stem and the stages put out on the way.
+
+        Args:
+            x: Images (B, C, H, W).
+            indices: The last n if a number, these if a list, all four if None; 0 is the stem.
+            norm: Apply the final norm to the last stage's features.
+            stop_early: Stop at the last one that is wanted.
+            output_fmt: Only 'NCHW'.
+            intermediates_only: Leave the features out.
+
+        Raises:
+            ValueError: Another ``output_fmt``, or an index out of range.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
+        take = _wanted_indices(len(self.stages) + 1, indices)
+        last = max(take)
+        intermediates = []
+        x = self.stem(x)
+        if 0 in take:
+            intermediates.append(x)
+        for index, stage in enumerate(self.stages, start=1):
+            if stop_early and index > last:
+                break
+            x = stage(x)
+            if index in take:
+                intermediates.append(self.norm(x) if norm and index == len(self.stages) else x)
+        if intermediates_only:
+            return intermediates
+        if not stop_early or last == len(self.stages):
+            x = self.norm(x)
+        return x, intermediates
+
+    @torch.jit.ignore
+    def forward_side(
+        self, x: Tensor, indices: int | Sequence[int] | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """One forward pass with all that side supervision needs.
+
+        Args:
+            x: Images (B, C, H, W).
+            indices: Which intermediates, as for :meth:`forward_intermediates`.
+
+        Returns:
+            The features of :meth:`forward_features`, the intermediates, and the activation (B, 32, H / 2, W / 2)
+            after block n // 2 of the middle stage, which the paper's side head reads.
+        """
+        x = self.stem(x)
+        outputs = [x]
+        side = x
+        for index, stage in enumerate(self.stages):
+            if index == len(self.stages) // 2:
+                side, x = stage.forward_halves(x)
+            else:
+                x = stage(x)
+            outputs.append(x)
+        return self.norm(x), [outputs[i] for i in _wanted_indices(len(outputs), indices)], side
+
+    @property
+    @torch.jit.unused
+    def side_features(self) -> int:
+        """Number of channels that the side head reads."""
+        return self.feature_info[1 + len(self.stages) // 2]["num_chs"]
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop what comes after the last wanted intermediate; the arguments are those of timm's models."""
+        take = _wanted_indices(len(self.stages) + 1, indices)
+        last = max(take)
+        shortened = last < len(self.stages)
+        self.stages = self.stages[:last]
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to normalised features (B, 64, H / 4, W / 4)."""
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to logits (B, classes), or to the pooled features with ``pre_logits``."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise one convolution or linear layer; norms come into being as they should start."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+        nn.init.zeros_(module.bias)
+
+
+def _wanted_indices(total: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Positions of the wanted intermediates: all if None, the last n if a number; negative ones count from the end."""
+    if indices is None:
+        indices = total
+    wanted = list(range(total - indices, total)) if isinstance(indices, int) else [i % total for i in indices]
+    given = [indices] if isinstance(indices, int) else indices
+    if not wanted or any(not -total <= i <= total for i in given) or wanted[0] < 0:
+        raise ValueError(f"indices must pick from the {total} intermediates (stem and stages), got {indices!r}.")
+    return wanted
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "first_conv": "stem.conv",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:1804.01661",
+        "paper_name": "Learning Strict Identity Mappings in Deep Residual Networks",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {f"eps_resnet{depth}": _cfg() for depth in (20, 32, 44, 56, 110, 200, 302, 500, 752)}
+)
+
+
+def _create_eps_resnet(variant: str, depth: int, pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+    blocks, remainder = divmod(depth - 2, 6)
+    assert remainder == 0, "two convolutions a block, three stages, a stem and a classifier"
+    kwargs.setdefault("layers", (blocks,) * 3)
+    return build_model_with_cfg(
+        EpsResNet,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+@register_model
+def eps_resnet20(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+    """3 blocks a stage, 0.27 M parameters."""
+    return _create_eps_resnet("eps_resnet20", 20, pretrained, **kwargs)
+
+
+@register_model
+def eps_resnet32(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+    """5 blocks a stage, 0.46 M parameters."""
+    return _create_eps_resnet("eps_resnet32", 32, pretrained, **kwargs)
+
+
+@register_model
+def eps_resnet44(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+    """7 blocks a stage, 0.66 M parameters."""
+    return _create_eps_resnet("eps_resnet44", 44, pretrained, **kwargs)
+
+
+@register_model
+def eps_resnet56(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+    """9 blocks a stage, 0.85 M parameters."""
+    return _create_eps_resnet("eps_resnet56", 56, pretrained, **kwargs)
+
+
+@register_model
+def eps_resnet110(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+    """18 blocks a stage, 1.73 M parameters; CIFAR and SVHN in the paper."""
+    return _create_eps_resnet("eps_resnet110", 110, pretrained, **kwargs)
+
+
+@register_model
+def eps_resnet200(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+    """33 blocks a stage, 3.19 M parameters; CIFAR and SVHN in the paper."""
+    return _create_eps_resnet("eps_resnet200", 200, pretrained, **kwargs)
+
+
+@register_model
+def eps_resnet302(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+    """50 blocks a stage, 4.84 M parameters; SVHN in the paper."""
+    return _create_eps_resnet("eps_resnet302", 302, pretrained, **kwargs)
+
+
+@register_model
+def eps_resnet500(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+    """83 blocks a stage, 8.05 M parameters; CIFAR in the paper."""
+    return _create_eps_resnet("eps_resnet500", 500, pretrained, **kwargs)
+
+
+@register_model
+def eps_resnet752(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+    """125 blocks a stage, 12.13 M parameters; CIFAR in the paper."""
+    return _create_eps_resnet("eps_resnet752", 752, pretrained, **kwargs)

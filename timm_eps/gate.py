@@ -1,0 +1,132 @@
+"""The gate of ε-ResNet: a residual branch whose whole response stays under ε is replaced by zero.
+
+"Learning Strict Identity Mappings in Deep Residual Networks", X. Yu, Z. Yu, S. Ramalingam, CVPR 2018,
+https://arxiv.org/abs/1804.01661, section 3. A residual block computes ``x + F(x)``; an ε-residual block computes
+``x + S(F(x))`` with
+
+    S(F) = 0  if |F_i| < ε for every element i of the mini-batch,      S(F) = F  otherwise.
+
+The paper assembles S from four ReLUs and a large constant. That construction is the indicator
+``max|F| >= ε`` everywhere but in a band of width 1e-6 around the threshold, and its gradient is zero almost
+everywhere, so S is computed here as what it is: the indicator, multiplied in. While the gate is shut the product
+passes exact zeros back into the branch, which leaves weight decay as the only force on its weights.
+"""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["EpsilonGate", "epsilon_gate", "max_response"]
+
+
+def max_response(x: Tensor) -> Tensor:
+    """Largest absolute value of a tensor, in one pass and without a temporary the size of ``x``.
+
+    Args:
+        x: Residual branch output of any shape, in activation units.
+
+    Returns:
+        0-dimensional tensor of the dtype of ``x``, detached. NaN if any element is NaN.
+    """
+    low, high = torch.aminmax(x.detach())
+    return torch.maximum(-low, high)
+
+
+def epsilon_gate(x: Tensor, epsilon: Tensor | float) -> Tensor:
+    """The sparsity-promoting function S of the paper (section 3.1), one decision for the whole tensor.
+
+    Args:
+        x: Residual branch output F(x), shape (B, ...).
+        epsilon: Threshold ε in activation units.
+
+    Returns:
+        ``x`` if any ``|x_i| >= epsilon`` or any element is NaN (so that the loss shows it), else zeros; same shape
+        and dtype as ``x``.
+    """
+    return _gated(x, max_response(x), torch.as_tensor(epsilon, device=x.device))
+
+
+def _gated(x: Tensor, response: Tensor, epsilon: Tensor) -> Tensor:
+    # "not below" rather than "at or above": a NaN response must leave the gate open.
+    is_open = torch.logical_not(response < epsilon)
+    # A product and not a selection of detached zeros: with no gradient at all (None instead of zeros) optimizers skip
+    # the parameter, weight decay included, and the branch would never empty.
+    return x * is_open.to(x.dtype)
+
+
+class EpsilonGate(nn.Module):
+    """:func:`epsilon_gate` as a module that stands at the end of a residual branch, in its stochastic-depth slot.
+
+    In training the decision is the paper's: it is taken on every batch, and ``response`` accumulates the largest
+    response since it was last reset. In evaluation the batch is never looked at: ``closed`` alone decides, so the
+    output for one image cannot depend on its neighbours.
+
+    The gate has no parameters and no entries in the state dict.
+
+    Args:
+        epsilon: Threshold ε in activation units; 0 never closes.
+        drop_path: What stood in the slot before; it runs after the gate.
+
+    Attributes:
+        epsilon (float): Threshold in activation units. Setting it checks it.
+        response (Tensor): Largest ``max|F|`` seen in training since :meth:`reset_response`, 0-dimensional float.
+        closed (bool): Whether the branch is zero in evaluation.
+
+    Raises:
+        ValueError: ``epsilon`` is negative or NaN.
+    """
+
+    threshold: Tensor
+    response: Tensor
+
+    # TorchScript compiles properties unless told not to; a script has no use for setting ε.
+    __jit_unused_properties__ = ["epsilon"]
+
+    def __init__(self, epsilon: float = 0.0, drop_path: nn.Module | None = None) -> None:
+        super().__init__()
+        self.drop_path = nn.Identity() if drop_path is None else drop_path
+        self.closed = False
+        # ε is read from a buffer in the forward pass because a compiled graph would be specialised on a Python float
+        # and compiled anew at every change of ε. The float beside it restores the buffer after construction on the
+        # meta device, where buffers hold nothing.
+        self.register_buffer("threshold", torch.zeros(()), persistent=False)
+        self.register_buffer("response", torch.zeros(()), persistent=False)
+        self._epsilon = 0.0
+        self.epsilon = epsilon
+
+    @property
+    def epsilon(self) -> float:
+        return self._epsilon
+
+    @epsilon.setter
+    def epsilon(self, value: float) -> None:
+        self._epsilon = check_epsilon(value)
+        self.threshold.fill_(self._epsilon)
+
+    def reset_response(self) -> None:
+        """Forget the responses seen so far."""
+        self.response.zero_()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Give the buffers their values after they were materialised from the meta device (timm's convention)."""
+        self.threshold.fill_(self._epsilon)
+        self.response.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            response = max_response(x)
+            self.response.copy_(torch.maximum(self.response, response.to(self.response.dtype)))
+            x = _gated(x, response, self.threshold)
+        elif self.closed:
+            x = torch.zeros_like(x)
+        return self.drop_path(x)
+
+    def extra_repr(self) -> str:
+        return f"epsilon={self._epsilon:g}, closed={self.closed}"
+
+
+def check_epsilon(value: float) -> float:
+    """Return ``value`` as a float, or raise ValueError if it cannot be a threshold."""
+    value = float(value)
+    if not value >= 0.0:  # also catches NaN
+        raise ValueError(f"epsilon must be a number of at least 0 (0 keeps every gate open), got {value!r}.")
+    return value

@@ -1,0 +1,209 @@
+"""A trained model on disk: one directory for timm, transformers and people.
+
+``config.json`` and ``model.safetensors`` are written by transformers' own machinery, the card by huggingface_hub's.
+Everything is written beside its destination first and moved into place when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from .branches import gates, timm_body
+from .eps_resnet import EpsResNet
+from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetPreTrainedModel
+from .report import comparison_table, draw_blocks
+from .surgery import closed_slots, natural_order, removed_slots
+
+__all__ = ["render_card", "save_pretrained"]
+
+_logger = logging.getLogger(__name__)
+PICTURE = "blocks.png"
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    label_names: Sequence[str] | None = None,
+    results: Mapping[str, Any] | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
+    repo_id: str | None = None,
+) -> None:
+    """Save a model so that timm and transformers load it with equal logits.
+
+    Written are ``model.safetensors``, ``config.json``, the card ``README.md``, the picture ``blocks.png`` (with
+    matplotlib installed) and, with ``results``, ``all_results.json``. What is saved is what the model evaluates to:
+    closed branches and the side head are left out. The model itself is unchanged.
+
+    Each file is complete when it appears, and the weights and their configuration replace the previous ones together
+    at the end: a save that is interrupted leaves the previous one whole.
+
+    Args:
+        model: A timm model of this package or one of its transformers classes.
+        directory: Made if it is not there.
+        label_names: Names of the classes, in the order of the logits.
+        results: Values of ``all_results.json``; they fill the card.
+        history: :attr:`EpsilonPruner.history`, for the picture.
+        repo_id: How the card names the model; by default the directory's name.
+
+    Raises:
+        ValueError: The architecture cannot be built again from its name, or the names do not fit the classes.
+        OSError: The directory cannot be written.
+    """
+    wrapper = _as_transformers(model, label_names)
+    body = timm_body(wrapper)
+    gone = sorted([*removed_slots(body), *closed_slots(body)], key=natural_order)
+    slots = sorted([*removed_slots(body), *gates(body)], key=natural_order)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as staging_name:
+        staging = Path(staging_name)
+        wrapper.save_pretrained(staging)
+        if find_spec("matplotlib") is not None:
+            title = f"{wrapper.config.architecture}: {len(slots) - len(gone)} of {len(slots)} residual blocks stayed"
+            draw_blocks(slots, gone, history, staging / PICTURE, title)
+        else:
+            _logger.warning("No %s in %s: matplotlib is not installed.", PICTURE, directory)
+        card = render_card(
+            wrapper.config.architecture,
+            repo_id or directory.resolve().name,
+            blocks_total=len(slots),
+            blocks_kept=len(slots) - len(gone),
+            results=results,
+            picture=PICTURE if (staging / PICTURE).exists() else None,
+        )
+        card.save(staging / "README.md")
+        if results is not None:
+            (staging / "all_results.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+        # The pair that must fit together goes last, one rename right after the other.
+        pair = ("model.safetensors", "config.json")
+        for name in sorted(os.listdir(staging), key=lambda name: (name in pair, name)):
+            os.replace(staging / name, directory / name)
+
+
+def _as_transformers(model: nn.Module, label_names: Sequence[str] | None) -> EpsResNetPreTrainedModel:
+    body = timm_body(model)
+    if not isinstance(body, EpsResNet):
+        raise ValueError(
+            f"{type(body).__name__} cannot be built again from a name and a list of removed branches; "
+            "only the eps_resnet models of this package can be saved like this."
+        )
+    if label_names is not None and len(label_names) != body.num_classes:
+        raise ValueError(f"Got {len(label_names)} label names for a model with {body.num_classes} classes.")
+    labels = {} if label_names is None else {"id2label": dict(enumerate(label_names))}
+    if not isinstance(model, EpsResNetPreTrainedModel):
+        return EpsResNetForImageClassification.from_timm(model, **labels)
+    if labels:
+        model.config.id2label = labels["id2label"]
+        model.config.label2id = {name: index for index, name in labels["id2label"].items()}
+    return model
+
+
+def render_card(
+    architecture: str,
+    repo_id: str,
+    *,
+    blocks_total: int,
+    blocks_kept: int,
+    results: Mapping[str, Any] | None = None,
+    picture: str | None = None,
+) -> ModelCard:
+    """The model card, from the run's own values.
+
+    Args:
+        architecture: timm's name of the unpruned network.
+        repo_id: Name of the model on the Hub, or of its directory.
+        blocks_total: Residual blocks of the unpruned network.
+        blocks_kept: Those that stayed.
+        results: Values of ``all_results.json``; without them the card states the structure only.
+        picture: File name of the picture, if there is one.
+    """
+    results = results or {}
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "transformers", "eps-resnet", "pruned"],
+        datasets=[results["dataset_id"]] if results.get("dataset_id") else None,
+        base_model=results.get("base_model"),
+        base_model_relation="finetune" if results.get("base_model") else None,
+        metrics=["accuracy"] if results else None,
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=results.get("dataset_id") or "local",
+                dataset_name=results["dataset"],
+                dataset_split=results["eval_split"],
+                metric_type="accuracy",
+                metric_value=results["eval_accuracy"],
+            )
+        ]
+        if results
+        else None,
+    )
+    template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
+    return ModelCard.from_template(
+        data,
+        template_str=template,
+        model_name=data.model_name,
+        repo_id=repo_id,
+        timm_id=f"hf-hub:{repo_id}" if "/" in repo_id else f"local-dir:{repo_id}",
+        blocks_total=blocks_total,
+        blocks_kept=blocks_kept,
+        picture=picture,
+        results=results,
+        summary=_summary(architecture, blocks_total, blocks_kept, results),
+        table=comparison_table(results) if results else "",
+        provenance=_provenance(results) if results else "",
+        recipe=_recipe(results) if results else "",
+        limits=_limits(results),
+    )
+
+
+def _summary(architecture: str, total: int, kept: int, results: Mapping[str, Any]) -> str:
+    text = f"This `{architecture}` keeps {kept} of {total} blocks"
+    if not results:
+        return text + "."
+    share = 100 * (1 - results["params"] / results["dense_params"])
+    return (
+        f"{text} and {100 - share:.1f} % of the parameters, and classifies "
+        f"{100 * results['eval_accuracy']:.2f} % of the {results['eval_images']} images of "
+        f"{results['dataset']} ({results['eval_split']}) correctly."
+    )
+
+
+def _provenance(results: Mapping[str, Any]) -> str:
+    return (
+        f"One run, seed {results['seed']}. Multiply-adds are counted over convolutions and matrix products. Latencies "
+        f"are medians of forward passes in turn on {results['hardware']}."
+    )
+
+
+def _recipe(results: Mapping[str, Any]) -> str:
+    listed = "\n".join(f"- `{name}`: {value}" for name, value in sorted(results["arguments"].items()))
+    return f"Trained with `accelerate launch train_hf.py`:\n\n{listed}"
+
+
+def _limits(results: Mapping[str, Any]) -> str:
+    text = (
+        "Which blocks a task needs was found on that task: fine-tune before you use the structure on another, and "
+        "compare with the same structure trained from scratch, which often does as well. What was gained in speed "
+        "depends on the hardware and the batch size."
+    )
+    if not results:
+        return text
+    return (
+        f"Trained on {results['train_images']} and tested on {results['eval_images']} images of {results['dataset']}, "
+        f"once. {text}"
+    )

@@ -1,0 +1,175 @@
+"""The transformers classes: timm's network inside, side supervision beside it, one format on disk.
+
+They are transformers' own timm wrapper with three changes. Weights are initialised as timm does, pruned structures
+save and load, and the classification loss has the paper's side term.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
+    TimmWrapperModel,
+    TimmWrapperPreTrainedModel,
+)
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from timm.layers import BatchNormAct2d, ClassifierHead
+
+from .configuration_eps_resnet import EpsResNetConfig
+from .eps_resnet import EpsResNet, init_weights
+from .surgery import collapsed_copy
+
+__all__ = ["EpsResNetForImageClassification", "EpsResNetModel", "EpsResNetPreTrainedModel"]
+
+
+def _key_conversions() -> list[PrefixChange]:
+    """Checkpoints hold timm's keys; the wrapper's begin with ``timm_model.``."""
+    return [PrefixChange(prefix_to_add="timm_model")]
+
+
+class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
+    """What the ε-ResNet classes share: initialisation, loading and saving."""
+
+    config_class = EpsResNetConfig
+    config: EpsResNetConfig
+    _no_split_modules = ["PreActBasic"]
+
+    def post_init(self) -> None:
+        # Where nothing was loaded transformers would otherwise save the wrapper's keys, which timm cannot read.
+        self._weight_conversions = _key_conversions()
+        # Known from the config alone when loading: a probe or an image processor must see this model's input.
+        self.timm_model.pretrained_cfg = {**self.timm_model.pretrained_cfg, **(self.config.pretrained_cfg or {})}
+        super().post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            init_weights(module)
+        else:
+            super()._init_weights(module)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Save what the model evaluates to: without closed branches and without the side head.
+
+        Arguments are those of :meth:`transformers.PreTrainedModel.save_pretrained`.
+        """
+        inference = collapsed_copy(self)
+        inference._drop_training_parts()
+        if state_dict is not None:
+            state_dict = {key: value for key, value in state_dict.items() if key in inference.state_dict()}
+        super(EpsResNetPreTrainedModel, inference).save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+    def _drop_training_parts(self) -> None:
+        self.config.side_loss_weight = 0.0
+
+
+class EpsResNetModel(EpsResNetPreTrainedModel, TimmWrapperModel):
+    """ε-ResNet without a classifier: ``last_hidden_state`` (B, C, H, W) and ``pooler_output`` (B, C)."""
+
+    def post_init(self) -> None:
+        # A classifier's checkpoint loads here as it is meant to: silently without its last layer.
+        if classifier := self.timm_model.pretrained_cfg.get("classifier"):
+            self._keys_to_ignore_on_load_unexpected = [re.escape(classifier)]
+        super().post_init()
+
+
+class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForImageClassification):
+    """ε-ResNet with a classifier, and in training with the paper's side supervision.
+
+    The training loss is ``cross-entropy + side_loss_weight * side cross-entropy`` (paper, section 4); the side head
+    (BN-ReLU, global average pool, linear) reads the activation after block n / 2 of the middle stage. In evaluation
+    the loss is the cross-entropy alone. The side head is never saved.
+    """
+
+    side_head: nn.Module | None
+
+    def post_init(self) -> None:
+        # The parent's __init__ calls this when the network is there and before weights are initialised.
+        self.side_head = None
+        if self.config.side_loss_weight > 0:
+            if not isinstance(self.timm_model, EpsResNet):
+                raise ValueError(
+                    f"{self.config.architecture!r} has no place for a side head; set side_loss_weight to 0, "
+                    f"not {self.config.side_loss_weight!r}."
+                )
+            width = self.timm_model.side_features
+            self.side_head = nn.Sequential(BatchNormAct2d(width), ClassifierHead(width, self.config.num_labels))
+        super().post_init()
+
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput | tuple[Tensor, ...]:
+        """Images (B, C, H, W) and labels (B,) to loss and logits (B, classes)."""
+        if self.side_head is None or labels is None or not self.training:
+            return super().forward(
+                pixel_values,
+                labels=labels,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+                **kwargs,
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        indices = output_hidden_states if isinstance(output_hidden_states, list | tuple) else None
+        features, intermediates, side = self.timm_model.forward_side(
+            pixel_values.to(self.device, self.dtype), indices=indices
+        )
+        logits = self.timm_model.forward_head(features)
+        loss = self.loss_function(labels, logits, self.config)
+        loss = loss + self.config.side_loss_weight * self.loss_function(labels, self.side_head(side), self.config)
+        output = ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=intermediates if output_hidden_states else None
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _drop_training_parts(self) -> None:
+        super()._drop_training_parts()
+        self.side_head = None
+
+    @classmethod
+    def from_timm(cls, model: nn.Module, **config_fields: Any) -> EpsResNetForImageClassification:
+        """Wrap an existing timm model of this package; nothing is copied.
+
+        Args:
+            model: A classifier made by ``timm.create_model('eps_...')``.
+            config_fields: Further fields of :class:`EpsResNetConfig`, such as ``id2label``.
+
+        Raises:
+            ValueError: The model's architecture is not one that this package can build again.
+        """
+        config = EpsResNetConfig.from_timm(model, **config_fields)
+        with torch.device("meta"):
+            wrapper = cls(config)
+        wrapper.timm_model = model
+        return wrapper
+
+
+AutoConfig.register(EpsResNetConfig.model_type, EpsResNetConfig, exist_ok=True)
+AutoModel.register(EpsResNetConfig, EpsResNetModel, exist_ok=True)
+AutoModelForImageClassification.register(EpsResNetConfig, EpsResNetForImageClassification, exist_ok=True)
+AutoImageProcessor.register(
+    EpsResNetConfig,
+    image_processor_classes={"pil": TimmWrapperImageProcessor, "torchvision": TimmWrapperImageProcessor},
+    exist_ok=True,
+)
+register_checkpoint_conversion_mapping(EpsResNetConfig.model_type, _key_conversions(), overwrite=True)

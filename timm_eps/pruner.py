@@ -1,0 +1,209 @@
+"""The pruner: once an epoch it reads the gates, freezes their decisions, and deletes what collapsed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from .branches import gates, timm_body
+from .schedule import BudgetEpsilon, ConstantEpsilon
+from .surgery import add_gates, remove, removed_slots, replay_removed
+
+__all__ = ["EpsilonPruner"]
+
+
+class EpsilonPruner:
+    """Makes a network shallower while it trains.
+
+    ::
+
+        pruner = EpsilonPruner(model, optimizer, keep=0.3, warmup_epochs=8, ramp_epochs=25)
+        for epoch in range(epochs):
+            train_one_epoch(model, optimizer)
+            removed = pruner.step()
+
+    Args:
+        model: A model with gates (any ``eps_*`` model); a timm model without them gets them here. Not wrapped, not
+            compiled: wrap or compile after the pruner was made, and hand the pruner the model itself.
+        optimizer: Parameters of removed blocks, and their state, are taken out of it; those of the others stay.
+        epsilon: The paper's threshold, in activation units, one for the whole network. Exclusive with ``keep``.
+        keep: Fraction (float) or number (int) of branches to keep; ε then follows the responses.
+        warmup_epochs: Epochs with every gate open first.
+        ramp_epochs: With ``keep``: epochs from the first closed branch to the full budget.
+        patience: Epochs in a row that a branch must stay closed before it is removed.
+        live_removal: Remove during training. Without it, closed branches stay until :func:`remove_closed` or a save.
+
+    Attributes:
+        epoch (int): Epochs finished.
+        epsilon (float): Threshold of the current epoch.
+        total (int): Number of branches of the unpruned network.
+        history (list[dict]): One record an epoch: ``epoch``, ``epsilon``, ``responses`` (slot to float), ``closed``
+            and ``removed`` (lists of slots).
+
+    Raises:
+        ValueError: Both or neither of ``epsilon`` and ``keep``, a value out of range, a model without residual
+            branches, or a wrapped or compiled model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        epsilon: float | None = None,
+        keep: float | int | None = None,
+        warmup_epochs: int = 0,
+        ramp_epochs: int = 0,
+        patience: int = 3,
+        live_removal: bool = True,
+    ) -> None:
+        if (epsilon is None) == (keep is None):
+            raise ValueError(f"Give exactly one of epsilon and keep, got epsilon={epsilon!r} and keep={keep!r}.")
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"patience must be a whole number of epochs, at least 1, got {patience!r}.")
+        if keep is not None:
+            self.schedule: BudgetEpsilon | ConstantEpsilon = BudgetEpsilon(keep, warmup_epochs, ramp_epochs)
+        elif ramp_epochs:
+            raise ValueError(f"ramp_epochs={ramp_epochs} goes with keep; a constant epsilon has no ramp.")
+        else:
+            self.schedule = ConstantEpsilon(epsilon, warmup_epochs)  # type: ignore[arg-type]
+        self.model = model
+        self.optimizer = optimizer
+        self.patience = patience
+        self.live_removal = live_removal
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+        if not gates(model) and not removed_slots(model):
+            add_gates(model)
+        self._streaks = dict.fromkeys(gates(model), 0)
+        self.total = len(self._streaks) + len(removed_slots(model))
+        if isinstance(keep, int) and keep > self.total:
+            raise ValueError(f"keep={keep} branches, but {type(timm_body(model)).__name__} has only {self.total}.")
+        # A budget needs responses to measure by, so its first epoch is open whatever the warm-up.
+        self._set_epsilon(self.schedule(0, dict.fromkeys(self._streaks, 0.0), self.total) if keep is None else 0.0)
+
+    @property
+    def discarded(self) -> int:
+        """Number of branches that are closed or removed by now."""
+        return self.total - sum(not gate.closed for gate in gates(self.model).values())
+
+    def step(self) -> list[str]:
+        """End an epoch: close, remove, and set ε for the next.
+
+        Under ``torch.distributed`` every process must call this; the decision is taken on the largest response of
+        all of them, so they all take the same one.
+
+        Returns:
+            The slot paths removed now.
+        """
+        found = gates(self.model)
+        responses = self._collect_responses()
+        # The gates decide in single precision; so must this, or a response right at ε would be judged differently.
+        threshold = torch.tensor(self.epsilon, dtype=torch.float32).item()
+        for slot, gate in found.items():
+            # NaN is not below ε: a diverged branch stays open.
+            gate.closed = bool(responses[slot] < threshold)
+            self._streaks[slot] = self._streaks[slot] + 1 if gate.closed else 0
+        closed = [slot for slot, gate in found.items() if gate.closed]
+        # When all responses fall at once, more branches close than the budget asks for. Those open again under the
+        # next, lower ε, so they must not be removed.
+        allowed = self.schedule.to_close(self.epoch, self.total) - (self.total - len(found))
+        patient = [slot for slot in closed if self._streaks[slot] >= self.patience]
+        removed = self._remove(sorted(patient, key=responses.__getitem__)[: max(allowed, 0)])
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                "epsilon": self.epsilon,
+                "responses": responses,
+                "closed": closed,
+                "removed": removed,
+            }
+        )
+        self.epoch += 1
+        remaining = {slot: responses[slot] for slot in self._streaks}
+        self._set_epsilon(self.schedule(self.epoch, remaining, self.total))
+        return removed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that :meth:`load_state_dict` needs, as plain numbers, strings, lists and dicts."""
+        found = gates(self.model)
+        return {
+            "epoch": self.epoch,
+            "epsilon": self.epsilon,
+            "removed": removed_slots(self.model),
+            "streaks": dict(self._streaks),
+            "closed": [slot for slot, gate in found.items() if gate.closed],
+            "responses": {slot: float(gate.response) for slot, gate in found.items()},
+            "history": list(self.history),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state. The model, if it still has all its blocks, is given the saved structure first.
+
+        Load weights and optimizer state after this, not before: both fit only the smaller structure.
+
+        Raises:
+            ValueError: The state is of another architecture, or the model has lost blocks that the state still has.
+        """
+        if missing := {"epoch", "epsilon", "removed", "streaks", "closed", "responses", "history"} - state.keys():
+            raise ValueError(f"Not the state of an EpsilonPruner: it lacks {sorted(missing)}.")
+        already = set(removed_slots(self.model))
+        if lost := already - set(state["removed"]):
+            raise ValueError(f"The model has already lost {sorted(lost)[0]!r}, which the pruner's state still has.")
+        body = timm_body(self.model)
+        parameters = set(body.parameters())
+        if new := set(state["removed"]) - already:
+            replay_removed(self.model, new)
+            self._forget(parameters - set(body.parameters()))
+        found = gates(self.model)
+        if found.keys() != state["streaks"].keys():
+            stranger = sorted(found.keys() ^ state["streaks"].keys())[0]
+            raise ValueError(f"The pruner's state is of another model: they differ at {stranger!r}.")
+        self._streaks = dict(state["streaks"])
+        self.epoch = state["epoch"]
+        self.history = list(state["history"])
+        for slot, gate in found.items():
+            gate.closed = slot in state["closed"]
+        self._set_epsilon(state["epsilon"])
+        for slot, gate in found.items():
+            gate.response.fill_(state["responses"][slot])
+
+    def _collect_responses(self) -> dict[str, float]:
+        found = gates(self.model)
+        if not found:
+            return {}
+        responses = torch.stack([gate.response.float() for gate in found.values()])
+        if dist.is_available() and dist.is_initialized():
+            # MAX does not carry NaN on every backend; infinity keeps a gate open just as well.
+            responses = torch.nan_to_num(responses, nan=torch.inf, posinf=torch.inf)
+            dist.all_reduce(responses, op=dist.ReduceOp.MAX)
+        return dict(zip(found, responses.tolist(), strict=True))
+
+    def _remove(self, slots: list[str]) -> list[str]:
+        if not (slots and self.live_removal):
+            return []
+        before = set(self.model.parameters())
+        removed = remove(self.model, slots)
+        self._forget(before - set(self.model.parameters()))
+        for slot in removed:
+            del self._streaks[slot]
+        return removed
+
+    def _forget(self, parameters: set[nn.Parameter]) -> None:
+        """Take parameters out of the optimizer, in place: schedulers and wrappers hold the same groups."""
+        if self.optimizer is None:
+            return
+        for group in self.optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in parameters]
+        for parameter in parameters:
+            self.optimizer.state.pop(parameter, None)
+
+    def _set_epsilon(self, epsilon: float) -> None:
+        self.epsilon = epsilon
+        for gate in gates(self.model).values():
+            gate.epsilon = epsilon
+            gate.reset_response()

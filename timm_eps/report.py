@@ -1,0 +1,170 @@
+"""What a run found: parameters, multiply-adds and latency side by side, and the picture of which blocks went when."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .branches import evaluating
+
+__all__ = ["comparison_table", "count_macs", "count_parameters", "draw_blocks", "paired_latency"]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, image: Tensor) -> int:
+    """Multiply-adds of convolutions and matrix products for one image (1, C, H, W)."""
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+def paired_latency(
+    models: Mapping[str, nn.Module], batch: Tensor, repeats: int = 15, warmup: int = 3
+) -> dict[str, float]:
+    """Median seconds of a forward pass, measured in turn so that all models see the same drift of the machine.
+
+    Args:
+        models: Models by name; run in evaluation mode.
+        batch: Images (B, C, H, W).
+        repeats: Measurements of each.
+        warmup: Passes of each that are not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    synchronise: Callable[[], None] = torch.cuda.synchronize if batch.is_cuda else lambda: None
+    for turn in range(warmup + repeats):
+        for name, model in models.items():
+            with evaluating(model):
+                synchronise()
+                start = time.perf_counter()
+                model(batch)
+                synchronise()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def comparison_table(results: Mapping[str, Any]) -> str:
+    """A Markdown table, dense network against pruned, from the values of ``all_results.json``."""
+
+    def row(what: str, before: Any, after: Any, form: Callable[[Any], str], change: str = "") -> str:
+        return f"| {what} | {form(before)} | {form(after)} | {change} |"
+
+    def gone(key: str) -> str:
+        before, after = results[f"dense_{key}"], results[key]
+        return f"−{100 * (1 - after / before):.1f} %"
+
+    def faster(batch: str) -> str:
+        return f"{results[f'dense_{batch}'] / results[batch]:.2f}× faster"
+
+    def percent(value: float | None) -> str:
+        return "not trained" if value is None else f"{100 * value:.2f} %"
+
+    blocks, kept = results["blocks_total"], results["blocks_kept"]
+    dense_accuracy, accuracy = results.get("dense_eval_accuracy"), results["eval_accuracy"]
+    difference = "" if dense_accuracy is None else f"{100 * (accuracy - dense_accuracy):+.2f} points"
+    lines = [
+        f"| {results['architecture']} | dense | pruned | |",
+        "|---|---:|---:|---:|",
+        row("residual blocks", blocks, kept, str, f"−{blocks - kept}"),
+        row("parameters", results["dense_params"], results["params"], "{:,}".format, gone("params")),
+        row("multiply-adds an image", results["dense_macs"], results["macs"], "{:,}".format, gone("macs")),
+    ]
+    for key in sorted((k for k in results if k.startswith("latency_batch")), key=len):
+        size = key.removeprefix("latency_batch").removesuffix("_seconds")
+        lines.append(
+            row(f"latency at batch {size}", results[f"dense_{key}"], results[key], _milliseconds, faster(key))
+        )
+    if "dense_train_seconds" in results:
+        times = results["dense_train_seconds"], results["train_seconds"]
+        lines.append(row("training time", *times, "{:.0f} s".format, f"{times[1] / times[0]:.2f}×"))
+    lines.append(row("accuracy", dense_accuracy, accuracy, percent, difference))
+    return "\n".join(lines)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"
+
+
+def draw_blocks(
+    slots: Sequence[str], removed: Sequence[str], history: Sequence[Mapping[str, Any]], path: str | Path, title: str
+) -> None:
+    """Draw which blocks stayed, and per epoch how each responded, when it closed and when it went.
+
+    The counterpart of the paper's figure 1 for one run. Without a history only the structure is drawn.
+
+    Args:
+        slots: All branches of the unpruned network, in order.
+        removed: Those that are gone.
+        history: Records of :attr:`EpsilonPruner.history`.
+        path: Where to write the PNG.
+        title: First line of the picture.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    position = {slot: index for index, slot in enumerate(slots)}
+    gone = set(removed)
+    stages = [slot.rpartition(".blocks.")[0] for slot in slots]
+    borders = [index for index in range(1, len(slots)) if stages[index] != stages[index - 1]]
+
+    figure = Figure(figsize=(11, 6.5 if history else 2.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12)
+    if history:
+        strip, heat = figure.subplots(2, 1, height_ratios=(1, 9), sharex=True)
+    else:
+        strip = figure.subplots()
+    kept_colour, gone_colour = "#1b4f72", "#e5e7e9"
+    strip.bar(
+        range(len(slots)), 1, width=0.9, color=[gone_colour if slot in gone else kept_colour for slot in slots]
+    )
+    strip.set(yticks=[], ylim=(0, 1), xlim=(-0.5, len(slots) - 0.5))
+    strip.set_ylabel("dark:\nstayed", rotation=0, ha="right", va="center")
+    for spine in strip.spines.values():
+        spine.set_visible(False)
+    last = strip
+    if history:
+        response = np.full((len(history), len(slots)), np.nan)
+        closed_at, removed_at = [], []
+        for row, record in enumerate(history):
+            for slot, value in record["responses"].items():
+                response[row, position[slot]] = value
+            closed_at += [(position[slot], row) for slot in record["closed"]]
+            removed_at += [(position[slot], row) for slot in record["removed"]]
+        positive = response[np.isfinite(response) & (response > 0)]
+        low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
+        image = heat.imshow(
+            np.clip(response, low, None), aspect="auto", cmap="viridis", interpolation="nearest",
+            norm=LogNorm(low, max(high, low * 1.01)), extent=(-0.5, len(slots) - 0.5, len(history) - 0.5, -0.5),
+        )  # fmt: skip
+        heat.set_facecolor(gone_colour)
+        if closed_at:
+            heat.scatter(*zip(*closed_at, strict=True), marker="s", s=5, color="#e74c3c", label="closed in this epoch")
+        if removed_at:
+            heat.scatter(*zip(*removed_at, strict=True), marker="x", s=28, color="black", label="removed after it")
+        heat.set_ylabel("epoch")
+        if closed_at:
+            heat.legend(loc="lower left", fontsize=8, framealpha=0.9)
+        figure.colorbar(image, ax=heat, label="response: largest |F| of the epoch", pad=0.01)
+        last = heat
+    for border in borders:
+        for axis in {strip, last}:
+            axis.axvline(border - 0.5, color="black", linewidth=0.8)
+    ends = [0, *borders, len(slots)]
+    last.set_xticks([(a + b - 1) / 2 for a, b in zip(ends, ends[1:], strict=False)])
+    last.set_xticklabels([stages[a] or "blocks" for a in ends[:-1]])
+    last.set_xlabel("residual block, from the input to the output")
+    figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,0 +1,365 @@
+#!/usr/bin/env python
+"""Train an image classifier that loses the residual blocks its task does not need.
+
+    accelerate launch train_hf.py                      # eps_resnet110 on scikit-learn's digits; needs no network
+    accelerate launch train_hf.py --compare_dense      # and the same recipe with the gates off, for comparison
+    accelerate launch train_hf.py --dataset_name uoft-cs/cifar10 --flip --output_dir outputs/cifar10
+    accelerate launch train_hf.py --config hub_configs/eps_resnet110.digits.json --keep 0.3
+
+A JSON file given with --config holds arguments by name; a flag on the command line wins over it. What is written to
+--output_dir: the model (timm and transformers load it), README.md (its card), blocks.png, all_results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import timm
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForImageClassification, get_scheduler, pipeline
+
+import timm_eps
+from timm_eps import EpsilonPruner, EpsResNetConfig, EpsResNetForImageClassification, data, report
+from timm_eps.branches import gates
+from timm_eps.surgery import collapsed_copy
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", help="JSON file with arguments by name; flags on the command line win over it")
+    model = parser.add_argument_group("model").add_argument
+    model("--architecture", default="eps_resnet110", help="a model this package registers with timm")
+    model("--model_name_or_path", help="a saved model, on the Hub or a directory, to go on from")
+    model("--ignore_mismatched_sizes", action="store_true", help="new classifier where the saved one does not fit")
+    source = parser.add_argument_group("data (without any of these: scikit-learn's digits)").add_argument
+    source("--dataset_name", help="a data set on the Hub, or a directory that datasets.load_dataset reads")
+    source("--dataset_config_name")
+    source("--train_dir", help="a directory with one sub-directory of images a class")
+    source("--validation_dir")
+    source("--train_val_split", type=float, default=0.15, help="share to validate on if there is no such split")
+    source("--image_column_name", help="found by type if not given")
+    source("--label_column_name", help="found by type if not given")
+    source("--max_train_samples", type=int)
+    source("--max_eval_samples", type=int)
+    source("--image_size", type=int, help="side of the images in pixels; digits 8, else that of the architecture")
+    source("--fold", type=int, default=0, help="which fifth of the digits to validate on, 0 to 4")
+    source("--padding", type=int, help="random crops after padding by this many pixels; default image_size // 8")
+    source("--flip", action="store_true", help="mirror half the images; not for digits")
+    gate = parser.add_argument_group("gates").add_argument
+    gate("--keep", type=fraction_or_number, help="share (0.25) or number (14) of blocks to keep; default 0.25")
+    gate("--epsilon", type=float, help="the paper's fixed threshold instead of --keep")
+    gate("--no_gates", action="store_true", help="train the dense network only")
+    gate("--epsilon_warmup_epochs", type=int, default=10, help="epochs with all gates open first")
+    gate("--ramp_epochs", type=int, default=30, help="with --keep: epochs from the first closed block to the budget")
+    gate("--patience", type=int, default=3, help="epochs in a row a block is closed before it is removed")
+    gate("--no_live_removal", action="store_true", help="remove closed blocks at the end, not during training")
+    gate("--side_loss_weight", type=float, default=0.1, help="weight of the side head's loss; 0 leaves it out")
+    train = parser.add_argument_group("training").add_argument
+    train("--num_train_epochs", type=int, default=100)
+    train("--per_device_train_batch_size", type=int, default=128)
+    train("--per_device_eval_batch_size", type=int, default=512)
+    train("--gradient_accumulation_steps", type=int, default=1)
+    train("--learning_rate", type=float, default=0.1)
+    train("--momentum", type=float, default=0.9)
+    train("--weight_decay", type=float, default=5e-3)
+    train("--lr_scheduler", choices=["cosine", "restarting"], default="cosine", help="restarting is the paper's")
+    train("--lr_decay_start", type=float, default=0.5, help="with cosine: share of the training at full rate first")
+    train("--seed", type=int, default=0)
+    train("--compare_dense", action="store_true", help="train the same recipe with the gates off as well")
+    train("--output_dir", default="outputs/eps_resnet110-digits")
+
+    given, _ = parser.parse_known_args(argv)
+    if given.config:
+        stored = read_config(given.config, vars(given).keys())
+        if given.keep is not None or given.epsilon is not None:
+            stored = {name: value for name, value in stored.items() if name not in ("keep", "epsilon")}
+        parser.set_defaults(**stored)
+    args = parser.parse_args(argv)
+    if args.keep is not None and args.epsilon is not None:
+        parser.error(f"give one of --keep and --epsilon, got --keep {args.keep} and --epsilon {args.epsilon}")
+    if args.keep is None and args.epsilon is None:
+        args.keep = 0.25
+    return args
+
+
+def fraction_or_number(text: str) -> float | int:
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
+def read_config(path: str, known: Iterable[str]) -> dict[str, Any]:
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config {path} is not JSON: {error}.") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"--config {path} must hold an object of arguments by name, not a {type(stored).__name__}.")
+    if unknown := sorted(stored.keys() - set(known)):
+        raise ValueError(f"--config {path} holds {unknown[0]!r}, which is no argument; train_hf.py --help lists them.")
+    return stored
+
+
+def load_images(args: argparse.Namespace) -> tuple[datasets.DatasetDict, dict[str, Any]]:
+    """Both splits, and how the results and the card name them."""
+    if args.dataset_name is None and args.train_dir is None:
+        splits = data.load_digits(args.fold)
+        about = {"dataset": "scikit-learn digits", "dataset_id": None, "eval_split": f"fold {args.fold} of 5"}
+    else:
+        splits = data.load_splits(
+            args.dataset_name, args.dataset_config_name, args.train_dir, args.validation_dir, args.train_val_split,
+            args.label_column_name, args.seed,
+        )  # fmt: skip
+        name = args.dataset_name or args.train_dir
+        on_hub = args.dataset_name is not None and not Path(args.dataset_name).exists()
+        about = {"dataset": name, "dataset_id": name if on_hub else None, "eval_split": "validation"}
+    splits["train"] = data.first(splits["train"], args.max_train_samples)
+    splits["validation"] = data.first(splits["validation"], args.max_eval_samples)
+    return splits, about
+
+
+def input_of(args: argparse.Namespace) -> dict[str, Any]:
+    """timm's description of the input: that of the saved model, or of the architecture at the wanted size."""
+    if args.model_name_or_path:
+        return dict(AutoConfig.from_pretrained(args.model_name_or_path).pretrained_cfg)
+    if not timm.is_model(args.architecture):
+        raise ValueError(f"--architecture {args.architecture!r} is unknown; timm.list_models('eps_*') lists them.")
+    pretrained_cfg = timm.get_pretrained_cfg(args.architecture).to_dict(remove_source=True)
+    pretrained_cfg.pop("num_classes")
+    on_digits = args.dataset_name is None and args.train_dir is None
+    if size := args.image_size or (8 if on_digits else None):
+        pretrained_cfg |= {"input_size": (3, size, size), "pool_size": None}
+    return pretrained_cfg
+
+
+def build_model(args: argparse.Namespace, pretrained_cfg: dict[str, Any], label_names: list[str]) -> nn.Module:
+    labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    if args.model_name_or_path:
+        return AutoModelForImageClassification.from_pretrained(
+            args.model_name_or_path,
+            side_loss_weight=args.side_loss_weight,
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+            **labels,
+        )
+    config = EpsResNetConfig(
+        architecture=args.architecture, pretrained_cfg=pretrained_cfg, side_loss_weight=args.side_loss_weight, **labels
+    )
+    return EpsResNetForImageClassification(config)
+
+
+class Normalize(nn.Module):
+    """uint8 images (B, C, H, W) to what the network reads, with the arithmetic of timm's evaluation transform."""
+
+    def __init__(self, pretrained_cfg: dict[str, Any]) -> None:
+        super().__init__()
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(pretrained_cfg[name]).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.float() / 255 - self.mean) / self.std
+
+
+def train(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    splits: dict[str, data.ImageTensors],
+    pretrained_cfg: dict[str, Any],
+    with_gates: bool,
+) -> tuple[nn.Module, EpsilonPruner | None, dict[str, Any]]:
+    """One training run from the seed on. Returns the model, its pruner, and the results."""
+    set_seed(args.seed)
+    model = build_model(args, pretrained_cfg, splits["train"].label_names)
+    optimizer = torch.optim.SGD(
+        timm_eps.param_groups(model, args.weight_decay), lr=args.learning_rate, momentum=args.momentum
+    )
+    batches = data.loader(splits["train"], args.per_device_train_batch_size, shuffle=True, seed=args.seed)
+    steps = math.ceil(len(batches) / args.gradient_accumulation_steps) * args.num_train_epochs
+    if args.lr_scheduler == "restarting":
+        scheduler = timm_eps.RestartingLR(optimizer)
+    else:
+        decay = {"num_decay_steps": round(steps * (1 - args.lr_decay_start)), "decay_type": "cosine"}
+        scheduler = get_scheduler("warmup_stable_decay", optimizer, 0, steps, scheduler_specific_kwargs=decay)
+    pruner = None
+    if with_gates:
+        ramp = {} if args.keep is None else {"ramp_epochs": args.ramp_epochs}
+        pruner = timm_eps.EpsilonPruner(
+            model, optimizer, keep=args.keep, epsilon=args.epsilon, warmup_epochs=args.epsilon_warmup_epochs,
+            patience=args.patience, live_removal=not args.no_live_removal, **ramp,
+        )  # fmt: skip
+    network, prepared_optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    padding = pretrained_cfg["input_size"][-1] // 8 if args.padding is None else args.padding
+    augment = data.PadCropFlip(padding, args.flip)
+    normalize = Normalize(pretrained_cfg).to(accelerator.device)
+
+    accuracies, seconds = [], 0.0
+    for epoch in range(args.num_train_epochs):
+        start = time.perf_counter()
+        network.train()
+        losses = torch.zeros((), device=accelerator.device)
+        name = f"{'' if pruner else 'dense, '}epoch {epoch + 1}/{args.num_train_epochs}"
+        with tqdm(total=len(batches), desc=name, mininterval=0.5) as bar:
+            for images, labels in batches:
+                with accelerator.accumulate(network):
+                    loss = network(normalize(augment(images)), labels=labels).loss
+                    accelerator.backward(loss)
+                    prepared_optimizer.step()
+                    prepared_optimizer.zero_grad()
+                if accelerator.sync_gradients and args.lr_scheduler == "cosine":
+                    scheduler.step()
+                losses += loss.detach()
+                bar.update()
+            if pruner:
+                pruner.step()
+            if args.lr_scheduler == "restarting":
+                scheduler.step(pruner.discarded if pruner else None)
+            seconds += time.perf_counter() - start
+            accuracies.append(evaluate(model, splits["validation"], normalize, args.per_device_eval_batch_size))
+            left = f", blocks {pruner.total - pruner.discarded}/{pruner.total}" if pruner else ""
+            bar.set_postfix_str(f"loss {losses.item() / len(batches):.4f}, accuracy {accuracies[-1]:.4f}{left}")
+    return model, pruner, {
+        "eval_accuracy": accuracies[-1],
+        "eval_accuracy_by_epoch": accuracies,
+        "train_seconds": seconds,
+    }
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: data.ImageTensors, normalize: Normalize, batch_size: int) -> float:
+    """Share of a split that is classified correctly."""
+    model.eval()
+    correct = 0
+    for images, labels in data.loader(split, batch_size, shuffle=False):
+        logits = model(normalize(images.to(model.device))).logits
+        correct += int((logits.argmax(-1).cpu() == labels).sum())
+    return correct / len(split)
+
+
+def measure(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Structure, size and speed of the network that is left beside the unpruned one of its architecture."""
+    pruned = collapsed_copy(model).timm_model
+    dense = timm.create_model(model.config.architecture, num_classes=model.config.num_labels).to(images.device)
+    pair = {"dense_": dense, "": pruned}
+    total = len(gates(dense))
+    found = {"blocks_total": total, "blocks_kept": total - len(pruned.removed), "removed": pruned.removed}
+    for prefix, network in pair.items():
+        found[f"{prefix}params"] = report.count_parameters(network)
+        found[f"{prefix}macs"] = report.count_macs(network, images[:1])
+    for batch_size in (1, 128):
+        batch = images.repeat(math.ceil(batch_size / len(images)), 1, 1, 1)[:batch_size]
+        for prefix, latency in report.paired_latency(pair, batch).items():
+            found[f"{prefix}latency_batch{batch_size}_seconds"] = latency
+    return found
+
+
+@torch.no_grad()
+def check_reload(directory: str, model: nn.Module, images: Tensor, pictures: list) -> str:
+    """Load the directory by every loader and compare logits with the live model's. Raises if one differs."""
+    model = model.eval().cpu()
+    images = images.cpu()
+    live, live_one_by_one = model(images).logits, torch.cat([model(image[None]).logits for image in images])
+    by_timm = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+    by_auto = AutoModelForImageClassification.from_pretrained(directory).eval()
+    classify = pipeline("image-classification", model=directory, device="cpu")
+    scores = classify(pictures, top_k=model.config.num_labels, function_to_apply="none")
+    ids = classify.model.config.label2id
+    by_pipeline = torch.empty_like(live)
+    for row, answers in enumerate(scores):
+        for answer in answers:
+            by_pipeline[row, ids[answer["label"]]] = answer["score"]
+    differences = {
+        "timm": (by_timm(images) - live).abs().max().item(),
+        "AutoModelForImageClassification": (by_auto(images).logits - live).abs().max().item(),
+        "pipeline": (by_pipeline - live_one_by_one).abs().max().item(),
+    }
+    if wrong := {name: value for name, value in differences.items() if not value <= 1e-5}:
+        raise RuntimeError(f"The model saved in {directory} computes other logits than the live one: {wrong}.")
+    return ", ".join(f"{name} {'equal' if value == 0 else f'within {value:.1e}'}" for name, value in differences.items())
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse_arguments(argv)
+    transformers.logging.disable_progress_bar()
+    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps)
+    if accelerator.num_processes > 1:
+        raise ValueError(f"Got {accelerator.num_processes} processes; blocks are removed in one process only so far.")
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.output_dir).close()  # better to fail here than after the training
+
+    raw, about = load_images(args)
+    pretrained_cfg = input_of(args)
+    columns = args.image_column_name, args.label_column_name
+    splits = {name: data.ImageTensors.decode(raw[name], pretrained_cfg, *columns) for name in ("train", "validation")}
+    if splits["train"].label_names != splits["validation"].label_names:
+        raise ValueError("The training and the validation split name different classes.")
+    if not args.model_name_or_path:
+        # The paper's normalisation; it travels with the model. A saved model keeps the one it was trained with.
+        pretrained_cfg |= {"mean": data.channel_mean(splits["train"].images), "std": [128 / 255] * 3}
+
+    size = "x".join(str(n) for n in pretrained_cfg["input_size"])
+    accelerator.print(
+        f"Training {args.model_name_or_path or args.architecture} on {len(splits['train']):,} images of "
+        f"{about['dataset']} ({size}, {len(splits['train'].label_names)} classes), "
+        f"testing on {len(splits['validation']):,} ({about['eval_split']}); seed {args.seed}."
+    )
+    model, pruner, results = train(args, accelerator, splits, pretrained_cfg, with_gates=not args.no_gates)
+    if args.compare_dense and pruner:
+        _, _, dense = train(args, accelerator, splits, pretrained_cfg, with_gates=False)
+        results |= {f"dense_{name}": value for name, value in dense.items()}
+
+    sample = Normalize(pretrained_cfg)(splits["validation"].images[:32])
+    results |= about
+    results |= measure(model, sample.to(accelerator.device))
+    results |= {
+        "architecture": model.config.architecture,
+        "arguments": used_arguments(args),
+        "base_model": args.model_name_or_path,
+        "epsilon": pruner.epsilon if pruner else 0.0,
+        "train_images": len(splits["train"]),
+        "eval_images": len(splits["validation"]),
+        "seed": args.seed,
+        "hardware": f"{torch.get_num_threads()} threads of {platform.machine()}"
+        if accelerator.device.type == "cpu"
+        else torch.cuda.get_device_name(accelerator.device),
+        "versions": {module.__name__: module.__version__ for module in (timm_eps, timm, torch, transformers)},
+    }
+    timm_eps.save_pretrained(model, args.output_dir, results=results, history=pruner.history if pruner else ())
+
+    gone = 100 * (1 - results["params"] / results["dense_params"])
+    accelerator.print(
+        f"\n{results['blocks_kept']} of {results['blocks_total']} residual blocks stayed; {gone:.1f} % of the parameters are gone. "
+        f"The network that is left classifies {100 * results['eval_accuracy']:.2f} % of the "
+        f"{results['eval_images']} test images correctly.\n\n{report.comparison_table(results)}\n"
+    )
+    pictures = [row.convert("RGB") for row in raw["validation"][:32][columns[0] or image_column(raw)]]
+    accelerator.print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
+    accelerator.print(check_reload(args.output_dir, model, sample, pictures) + ".")
+    return results
+
+
+def image_column(raw: datasets.DatasetDict) -> str:
+    return data.find_columns(raw["validation"].features)[0]
+
+
+def used_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What the run depended on; paths of this machine are left out."""
+    local = {"config", "output_dir", "compare_dense", "train_dir", "validation_dir"}
+    return {name: value for name, value in vars(args).items() if value is not None and name not in local}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"train_hf.py: error: {error}") from error
