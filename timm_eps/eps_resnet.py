@@ -149,7 +149,7 @@ class EpsResNet(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.removed: list[str] = []
+        self.removed = list[str]()
         norm_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
 
         self.stem = nn.Sequential()
@@ -342,9 +342,11 @@ def _wanted_indices(total: int, indices: int | Sequence[int] | None) -> list[int
     """Positions of the wanted intermediates: all if None, the last n if a number; negative ones count from the end."""
     if indices is None:
         indices = total
-    wanted = list(range(total - indices, total)) if isinstance(indices, int) else [i % total for i in indices]
-    given = [indices] if isinstance(indices, int) else indices
-    if not wanted or any(not -total <= i <= total for i in given) or wanted[0] < 0:
+    if isinstance(indices, int):
+        wanted = list(range(total - indices, total))
+    else:
+        wanted = [index + total if index < 0 else index for index in indices]
+    if not wanted or min(wanted) < 0 or max(wanted) >= total:
         raise ValueError(f"indices must pick from the {total} intermediates (stem and stages), got {indices!r}.")
     return wanted
 

@@ -79,9 +79,11 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}.")
-    if not gates(model) and not removed_slots(model):
-        raise ValueError(f"{type(timm_body(model)).__name__} has no gates; call timm_eps.add_gates(model) first.")
-    bounding = {id(p) for end in branch_ends(timm_body(model)) for p in end.parameters(recurse=False)}
+    _check_gated(model)
+    body = timm_body(model)
+    # A layer scale is a module at the end of the branch, or a parameter that the block itself holds.
+    ends = [*branch_ends(body), *(body.get_submodule(block_path(slot)) for slot in gates(body))]
+    bounding = {id(parameter) for end in ends for parameter in end.parameters(recurse=False)}
     decayed, spared = [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -110,8 +112,7 @@ def remove_closed(model: nn.Module) -> list[str]:
     Raises:
         ValueError: The model has no gates, or is wrapped or compiled.
     """
-    if not gates(model) and not removed_slots(model):
-        raise ValueError(f"{type(timm_body(model)).__name__} has no gates; call timm_eps.add_gates(model) first.")
+    _check_gated(model)
     return remove(model, closed_slots(model))
 
 
@@ -244,6 +245,11 @@ def _record(model: nn.Module, removed: Iterable[str]) -> None:
 def natural_order(path: str) -> list[tuple[int, str]]:
     """Sorting key under which block 10 follows block 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def _check_gated(model: nn.Module) -> None:
+    if not gates(model) and not removed_slots(model):
+        raise ValueError(f"{type(timm_body(model)).__name__} has no gates; call timm_eps.add_gates(model) first.")
 
 
 def _check_slot_list(removed: object) -> set[str]:

@@ -1,0 +1,172 @@
+"""The gate against the paper's own construction, and the rules that the product around it must keep."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from timm_eps import EpsilonGate
+from timm_eps.gate import epsilon_gate, max_response
+
+LARGE = 1e6
+
+
+def paper_gate(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """S(F) out of four ReLUs, as section 3.1 of the paper assembles it and the authors' code computes it."""
+    relu = torch.relu
+    s = (relu(x - epsilon) + relu(-x - epsilon)).max()
+    return relu(1 - LARGE * relu(1 - LARGE * s)) * x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("ratio", [0.5, 0.999, 1.001, 2.0])
+def test_agrees_with_the_four_relu_form(dtype, scale, ratio):
+    """ε below and above the response, at several scales: the same S wherever the paper's form is 0 or 1."""
+    x = scale * torch.randn(3, 4, 5, 5, dtype=dtype)
+    epsilon = ratio * max_response(x).item()
+    if abs(max_response(x).item() - epsilon) < 2 / LARGE:
+        pytest.skip("inside the band of width 1e-6 in which the paper's form is neither 0 nor 1")
+    expected = paper_gate(x.double(), epsilon).to(dtype)
+    assert torch.equal(epsilon_gate(x, epsilon), expected)
+    assert bool(expected.any()) == (ratio < 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(dtype):
+    x = torch.randn(2, 8, 4, 4).to(dtype)
+    largest = max_response(x).item()
+    assert torch.equal(epsilon_gate(x, largest * 0.99), x)
+    assert not epsilon_gate(x, largest * 1.01).any()
+    assert epsilon_gate(x, 1.0).dtype == dtype
+
+
+def test_open_at_the_threshold():
+    """S is zero only if every |F_i| is strictly below ε."""
+    x = torch.tensor([[-2.5, 1.0]])
+    assert torch.equal(epsilon_gate(x, 2.5), x)
+    assert torch.equal(epsilon_gate(x, math.nextafter(2.5, 0)), x)
+    assert not epsilon_gate(x, torch.nextafter(torch.tensor(2.5), torch.tensor(3.0))).any()
+
+
+def test_zero_never_closes():
+    x = torch.zeros(2, 3)
+    x.requires_grad_()
+    epsilon_gate(x, 0.0).sum().backward()
+    assert torch.equal(x.grad, torch.ones(2, 3)), "a zero branch must still learn under ε = 0"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_values_stay_visible(bad):
+    x = torch.tensor([0.1, bad])
+    y = epsilon_gate(x, 1e9 if math.isnan(bad) else 2.5)
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(y.nan_to_num(), x.nan_to_num())
+
+
+def test_one_decision_for_the_batch():
+    x = torch.tensor([[0.1], [5.0]])
+    assert torch.equal(epsilon_gate(x, 1.0), x), "one large element keeps the whole batch"
+
+
+def test_closed_gate_sends_zeros_not_none():
+    """A gradient of None would make the optimizer skip weight decay, and the branch would never empty."""
+    conv = nn.Conv2d(1, 1, 1, bias=False)
+    epsilon_gate(conv(torch.ones(1, 1, 2, 2)), 1e6).sum().backward()
+    assert torch.equal(conv.weight.grad, torch.zeros_like(conv.weight))
+    before = conv.weight.item()
+    torch.optim.SGD(conv.parameters(), lr=0.1, weight_decay=0.5).step()
+    assert conv.weight.item() == pytest.approx(before * 0.95)
+
+
+def test_module_follows_the_function_in_training():
+    gate = EpsilonGate(1.0).train()
+    small, large = 0.5 * torch.ones(2, 3), 2.0 * torch.ones(2, 3)
+    assert not gate(small).any()
+    assert torch.equal(gate(large), large)
+    assert torch.equal(gate(-large), -large)
+    assert gate.response.item() == 2.0, "the largest since the last reset"
+    gate.reset_response()
+    assert gate.response.item() == 0.0
+
+
+def test_response_keeps_nan():
+    gate = EpsilonGate(1.0).train()
+    gate(torch.tensor([math.nan]))
+    gate(torch.ones(1))
+    assert gate.response.isnan()
+
+
+def test_evaluation_does_not_look_at_the_batch():
+    gate = EpsilonGate(1e9).eval()
+    x = torch.randn(2, 3)
+    assert gate(x) is x, "an open gate costs nothing"
+    assert gate.response.item() == 0.0
+    gate.closed = True
+    assert torch.equal(gate(1e12 * x), torch.zeros_like(x))
+    assert torch.equal(gate(torch.full((2, 3), math.nan)), torch.zeros(2, 3))
+
+
+def test_drop_path_runs_after_the_gate():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    gate = EpsilonGate(5.0, drop_path=Twice()).train()
+    assert not gate(3.0 * torch.ones(1)).any(), "3 is below 5, though twice 3 is not"
+    assert gate.eval()(torch.ones(1)).item() == 2.0
+
+
+def test_no_parameters_and_no_state():
+    gate = EpsilonGate(1.0)
+    assert not list(gate.parameters())
+    assert not gate.state_dict()
+
+
+@pytest.mark.parametrize("value", [-1.0, -1e-9, math.nan])
+def test_bad_epsilon(value):
+    with pytest.raises(ValueError, match="epsilon must be a number of at least 0"):
+        EpsilonGate(value)
+    gate = EpsilonGate(1.0)
+    with pytest.raises(ValueError, match="epsilon must be"):
+        gate.epsilon = value
+    assert gate.epsilon == 1.0
+    assert gate.threshold.item() == 1.0
+
+
+def test_buffers_come_back_from_the_meta_device():
+    with torch.device("meta"):
+        gate = EpsilonGate(2.5)
+    gate.to_empty(device="cpu")
+    gate.threshold.fill_(-5e16)
+    gate.response.fill_(-5e16)
+    gate.init_non_persistent_buffers()
+    assert (gate.threshold.item(), gate.response.item()) == (2.5, 0.0)
+
+
+def test_repr_names_epsilon():
+    assert "epsilon=2.5, closed=False" in repr(EpsilonGate(2.5))
+
+
+def test_script_and_compile_agree_with_eager():
+    x = torch.randn(2, 3, 4, 4)
+    gate = EpsilonGate(1.5).train()
+    expected = gate(x)
+    assert torch.equal(torch.jit.script(EpsilonGate(1.5).train())(x), expected)
+    compiled = torch.compile(EpsilonGate(1.5).train(), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), expected)
+
+
+def test_new_epsilon_does_not_recompile():
+    """A ramp changes ε every epoch; a graph specialised on it would hit the recompile limit."""
+    gate = EpsilonGate(0.5).train()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(gate, fullgraph=True, backend=counter)
+    for epsilon in (0.5, 1.0, 2.0, 4.0, 8.0):
+        gate.epsilon = epsilon
+        assert bool(compiled(torch.ones(2, 2)).any()) == (epsilon <= 1)
+    assert counter.frame_count == 1

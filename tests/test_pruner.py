@@ -1,0 +1,283 @@
+"""The pruner against gates whose responses are set by hand, and in short real trainings."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import timm
+import torch
+from conftest import SLOTS, tiny_net
+from torch import nn
+from torch.nn import functional as F
+
+import timm_eps
+from timm_eps import EpsilonPruner
+from timm_eps.branches import gates
+
+
+def respond(model: nn.Module, responses: dict[str, float], default: float = 10.0) -> None:
+    """As if an epoch had been trained with these largest responses."""
+    for slot, gate in gates(model).items():
+        gate.response.fill_(responses.get(slot, default))
+
+
+@pytest.fixture
+def model():
+    return tiny_net()
+
+
+@pytest.fixture
+def optimizer(model):
+    return torch.optim.SGD(timm_eps.param_groups(model, 5e-3), lr=0.1, momentum=0.9)
+
+
+def train_step(model, optimizer, batch_size=8):
+    model.train()
+    loss = F.cross_entropy(model(torch.randn(batch_size, 3, 8, 8)), torch.randint(10, (batch_size,)))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def test_closed_for_patience_epochs_then_removed(model):
+    pruner = EpsilonPruner(model, epsilon=1.0, patience=3)
+    low = {SLOTS[1]: 0.5}
+    for epoch in range(3):
+        respond(model, low)
+        removed = pruner.step()
+        assert removed == ([SLOTS[1]] if epoch == 2 else [])
+        assert pruner.discarded == 1
+    assert SLOTS[1] not in gates(model)
+    assert model.removed == [SLOTS[1]]
+
+
+def test_an_epoch_open_starts_the_count_anew(model):
+    pruner = EpsilonPruner(model, epsilon=1.0, patience=2)
+    for response in (0.5, 2.0, 0.5):
+        respond(model, {SLOTS[1]: response})
+        assert pruner.step() == []
+        assert gates(model)[SLOTS[1]].closed == (response < 1)
+    respond(model, {SLOTS[1]: 0.5})
+    assert pruner.step() == [SLOTS[1]]
+
+
+def test_decisions_at_the_threshold_are_the_gates(model):
+    """0.1 is not a single-precision number: a response of exactly the gate's ε must count as open here too."""
+    pruner = EpsilonPruner(model, epsilon=0.1, patience=1)
+    gate = gates(model)[SLOTS[0]].train()
+    gate(gate.threshold.clone().view(1))
+    for slot in SLOTS[1:]:
+        gates(model)[slot].response.fill_(1.0)
+    assert pruner.step() == []
+    assert not gate.closed
+
+
+def test_nan_keeps_a_branch_open(model):
+    pruner = EpsilonPruner(model, epsilon=1.0, patience=1)
+    respond(model, {SLOTS[0]: math.nan, SLOTS[1]: math.inf})
+    assert pruner.step() == []
+    assert pruner.discarded == 0
+
+
+def test_warmup_holds_epsilon_at_zero(model):
+    pruner = EpsilonPruner(model, epsilon=2.5, warmup_epochs=2)
+    seen = []
+    for _ in range(4):
+        seen.append({gate.epsilon for gate in gates(model).values()})
+        respond(model, {}, default=0.1)
+        pruner.step()
+    assert seen == [{0.0}, {0.0}, {2.5}, {2.5}]
+
+
+def test_step_starts_a_new_measurement(model):
+    pruner = EpsilonPruner(model, epsilon=1.0)
+    respond(model, {})
+    pruner.step()
+    assert {gate.response.item() for gate in gates(model).values()} == {0.0}
+
+
+def test_budget_closes_the_weakest(model):
+    pruner = EpsilonPruner(model, keep=3, patience=1)
+    responses = {slot: float(index + 1) for index, slot in enumerate(SLOTS)}
+    for _ in range(3):
+        respond(model, responses)
+        pruner.step()
+    assert model.removed == SLOTS[:6]
+    assert set(gates(model)) == set(SLOTS[6:])
+    assert pruner.epsilon == 0.0, "the budget is reached: nothing more may close"
+
+
+def test_budget_is_never_overshot(model):
+    """All responses collapse in one epoch: more gates shut than were asked for, but no more blocks go."""
+    pruner = EpsilonPruner(model, keep=6, patience=1, ramp_epochs=3)
+    for _ in range(8):
+        respond(model, {slot: 1e-3 * (index + 1) for index, slot in enumerate(SLOTS)})
+        pruner.step()
+        allowed = pruner.schedule.to_close(pruner.epoch - 1, pruner.total)
+        assert len(model.removed) <= allowed
+    assert len(model.removed) == 3
+
+
+def test_keep_as_a_fraction(model):
+    pruner = EpsilonPruner(model, keep=1 / 3, patience=1)
+    for _ in range(3):
+        respond(model, {slot: float(index + 1) for index, slot in enumerate(SLOTS)})
+        pruner.step()
+    assert len(model.removed) == 6
+
+
+def test_without_live_removal(model, images):
+    pruner = EpsilonPruner(model, epsilon=1.0, patience=1, live_removal=False)
+    for _ in range(3):
+        respond(model, {SLOTS[4]: 0.1})
+        assert pruner.step() == []
+    before = model.eval()(images)
+    assert gates(model)[SLOTS[4]].closed
+    assert timm_eps.remove_closed(model) == [SLOTS[4]]
+    assert torch.equal(model(images), before)
+
+
+def test_optimizer_survives_removal(model, optimizer):
+    """State of the removed goes, momentum of the rest stays to the bit, and training goes on."""
+    pruner = EpsilonPruner(model, optimizer, epsilon=1.0, patience=1)
+    train_step(model, optimizer)
+    doomed = set(model.stages[1].blocks[1].parameters())
+    kept = {p: optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters() if p not in doomed}
+    respond(model, {SLOTS[4]: 0.1})
+    assert pruner.step() == [SLOTS[4]]
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    assert held == set(model.parameters()) == set(kept)
+    assert all(torch.equal(optimizer.state[p]["momentum_buffer"], kept[p]) for p in kept)
+    assert not doomed & optimizer.state.keys()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-3, 0.0]
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    train_step(model, optimizer)
+    scheduler.step()
+    copy_of = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(copy_of)
+
+
+def test_real_training_empties_and_removes(model, optimizer):
+    """No response is set by hand: the gates shut on real batches, decay shrinks the branches, blocks go."""
+    pruner = EpsilonPruner(model, optimizer, keep=4, warmup_epochs=1, ramp_epochs=3, patience=2)
+    for group in optimizer.param_groups[:1]:
+        group["weight_decay"] = 0.1
+    closed_weights = None
+    for _ in range(9):
+        for _ in range(4):
+            train_step(model, optimizer)
+        before = sum(p.numel() for p in model.parameters())
+        removed = pruner.step()
+        assert bool(removed) == (sum(p.numel() for p in model.parameters()) < before)
+        if closed_weights is None and pruner.discarded:
+            slot = next(slot for slot, gate in gates(model).items() if gate.closed)
+            block = model.get_submodule(slot.removesuffix(".drop_path"))
+            closed_weights = block.conv2.weight.norm().item(), block.conv2.weight
+    assert len(gates(model)) == 4
+    assert closed_weights[1].norm().item() < closed_weights[0]
+
+
+def test_history(model):
+    pruner = EpsilonPruner(model, epsilon=1.0, patience=1)
+    respond(model, {SLOTS[2]: 0.25})
+    pruner.step()
+    (record,) = pruner.history
+    assert record["epoch"] == 0
+    assert record["epsilon"] == 1.0
+    assert record["responses"] == {slot: 0.25 if slot == SLOTS[2] else 10.0 for slot in SLOTS}
+    assert record["closed"] == record["removed"] == [SLOTS[2]]
+
+
+def test_state_dict_round_trip(model):
+    """Resumed in a fresh model and process, the pruner ends where the uninterrupted one does."""
+    script = [{slot: float((7 * index + 3 * epoch) % 11) for index, slot in enumerate(SLOTS)} for epoch in range(10)]
+
+    def run(pruner, epochs):
+        for responses in epochs:
+            respond(pruner.model, responses)
+            pruner.step()
+        return pruner
+
+    def new():
+        return EpsilonPruner(tiny_net(), epsilon=4.0, patience=2, warmup_epochs=1)
+
+    whole = run(new(), script)
+    half = run(new(), script[:5])
+    state = json.loads(json.dumps(half.state_dict()))
+    resumed = new()
+    optimizer = resumed.optimizer = torch.optim.SGD(resumed.model.parameters(), lr=0.1)
+    resumed.load_state_dict(state)
+    assert resumed.model.removed == half.model.removed != []
+    assert {p for g in optimizer.param_groups for p in g["params"]} == set(resumed.model.parameters())
+    run(resumed, script[5:])
+    assert resumed.model.removed == whole.model.removed
+    assert resumed.history == whole.history
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_state_of_another_model(model):
+    state = EpsilonPruner(timm.create_model("eps_resnet32"), epsilon=1.0).state_dict()
+    with pytest.raises(ValueError, match=r"state is of another model: they differ at 'stages\.0\.blocks\.3"):
+        EpsilonPruner(model, epsilon=1.0).load_state_dict(state)
+    with pytest.raises(ValueError, match="Not the state of an EpsilonPruner: it lacks"):
+        EpsilonPruner(model, epsilon=1.0).load_state_dict({"epoch": 3})
+
+
+def test_state_that_is_less_pruned_than_the_model(model):
+    pruner = EpsilonPruner(model, epsilon=1.0, patience=1)
+    state = pruner.state_dict()
+    respond(model, {SLOTS[0]: 0.0})
+    pruner.step()
+    with pytest.raises(ValueError, match="has already lost 'stages.0.blocks.0.drop_path'"):
+        pruner.load_state_dict(state)
+
+
+@pytest.mark.parametrize("given", [{}, {"epsilon": 1.0, "keep": 0.5}])
+def test_exactly_one_of_epsilon_and_keep(model, given):
+    with pytest.raises(ValueError, match="Give exactly one of epsilon and keep"):
+        EpsilonPruner(model, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epsilon": -1.0}, "epsilon must be"),
+        ({"epsilon": math.nan}, "epsilon must be"),
+        ({"keep": 1.5}, "keep must be"),
+        ({"keep": 10}, "keep=10 branches, but EpsResNet has only 9"),
+        ({"epsilon": 1.0, "patience": 0}, "patience must be"),
+        ({"epsilon": 1.0, "warmup_epochs": -1}, "warmup_epochs must be"),
+        ({"epsilon": 1.0, "ramp_epochs": 3}, "ramp_epochs=3 goes with keep"),
+    ],
+)
+def test_bad_arguments(model, given, message):
+    with pytest.raises(ValueError, match=message):
+        EpsilonPruner(model, **given)
+
+
+def test_gates_are_added_where_there_are_none():
+    model = timm.create_model("resnetv2_50", num_classes=2)
+    assert EpsilonPruner(model, keep=0.5).total == 16
+    with pytest.raises(ValueError, match="VGG has no residual branch"):
+        EpsilonPruner(timm.create_model("vgg11", num_classes=2), keep=0.5)
+
+
+def test_wrapped_models_are_refused(model):
+    with pytest.raises(ValueError, match="Got a compiled model"):
+        EpsilonPruner(torch.compile(model), epsilon=1.0)
+
+
+def test_a_pruned_model_can_be_pruned_further(model):
+    for gate in list(gates(model).values())[:3]:
+        gate.closed = True
+    timm_eps.remove_closed(model)
+    pruner = EpsilonPruner(model, keep=4, patience=1)
+    assert (pruner.total, pruner.discarded) == (9, 3)
+    for _ in range(2):
+        respond(model, {slot: float(index + 1) for index, slot in enumerate(SLOTS)})
+        pruner.step()
+    assert model.removed == SLOTS[:5]

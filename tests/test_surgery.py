@@ -1,0 +1,252 @@
+"""Gates in, collapsed branches out, proven; and what bad input is told."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import timm
+import torch
+from conftest import SLOTS, close, tiny_net
+from torch import nn
+
+import timm_eps
+from timm_eps.branches import find_slots, gates
+from timm_eps.surgery import collapsed_copy, remove, removed_slots
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_removal_changes_no_output(seed, images):
+    """Random halves shut: the gated model and the pruned one agree bit for bit, and the parameters are gone."""
+    model = tiny_net()
+    chosen = random.Random(seed).sample(SLOTS, 5)
+    close(model, *chosen)
+    before = model(images)
+    assert sorted(timm_eps.remove_closed(model)) == sorted(chosen)
+    assert torch.equal(model(images), before)
+    assert not any(key.startswith(tuple(slot.removesuffix("drop_path") for slot in chosen)) for key in model.state_dict())
+    assert model.removed == sorted(chosen)
+    assert set(gates(model)) == set(SLOTS) - set(chosen)
+
+
+def test_all_blocks_may_go(images):
+    model = tiny_net()
+    close(model, *SLOTS)
+    before = model(images)
+    assert timm_eps.remove_closed(model) == SLOTS
+    assert torch.equal(model(images), before)
+    assert not gates(model)
+    assert timm_eps.remove_closed(model) == []
+
+
+def test_removed_rebuilds_the_structure(images):
+    model = tiny_net()
+    close(model)
+    timm_eps.remove_closed(model)
+    again = timm.create_model("eps_resnet20", removed=model.removed)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(images), model(images))
+    assert again.removed == model.removed
+
+
+def test_timm_itself_saves_the_structure(tmp_path, images):
+    """A user who never heard of this package's save_pretrained loses nothing."""
+    model = tiny_net()
+    close(model)
+    timm_eps.remove_closed(model)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(images), model(images))
+
+
+def test_removal_keeps_modes_random_numbers_and_statistics():
+    model = tiny_net().train()
+    model.stages[2].eval()
+    close(model)
+    state = torch.random.get_rng_state()
+    statistics = model.norm.running_mean.clone()
+    timm_eps.remove_closed(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(model.norm.running_mean, statistics)
+    assert model.stages[0].training
+    assert not model.stages[2].training
+
+
+def test_copy_leaves_the_model_alone(images):
+    model = tiny_net().train()
+    close(model)
+    twin = collapsed_copy(model)
+    assert not twin.training
+    assert model.training
+    assert len(gates(model)) == 9
+    assert torch.equal(twin(images), model.eval()(images))
+
+
+def test_not_finite_models_lose_blocks_too(images):
+    """A run whose loss exploded must not also die in surgery, which would hide why."""
+    model = tiny_net()
+    model.head.fc.bias.data.fill_(torch.nan)
+    close(model)
+    assert len(timm_eps.remove_closed(model)) == 5
+
+
+def test_an_open_gate_is_refused():
+    model = tiny_net()
+    with pytest.raises(ValueError, match=r"Cannot remove stages\.0\.blocks\.1\.drop_path: its gate is open"):
+        remove(model, ["stages.0.blocks.1.drop_path"])
+
+
+def test_what_is_no_identity_stays(images, caplog):
+    """The proof, not the name, decides: a block that does more than its branch is kept."""
+    model = tiny_net()
+
+    class AlsoDoubles(type(model.stages[0].blocks[1])):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.stages[0].blocks[1].__class__ = AlsoDoubles
+    close(model, "stages.0.blocks.1.drop_path", "stages.1.blocks.1.drop_path")
+    before = model(images)
+    assert timm_eps.remove_closed(model) == ["stages.1.blocks.1.drop_path"]
+    assert "stages.0.blocks.1 is closed but stays" in caplog.text
+    assert torch.equal(model(images), before)
+
+
+def test_nothing_is_lost_if_the_whole_disagrees(images):
+    """A parent that reads more of its blocks than their output: everything is put back."""
+    model = tiny_net()
+    kept = model.stages[1].blocks[1].conv1.weight
+    inner = type(model).forward
+
+    def reads_a_block(self, x):
+        block = self.stages[1].blocks[1]
+        return inner(self, x) + (block.conv1.weight.mean() if hasattr(block, "conv1") else 0)
+
+    model.__class__ = type("Nosy", (type(model),), {"forward": reads_a_block})
+    close(model, "stages.1.blocks.1.drop_path")
+    before = model(images)
+    with pytest.raises(RuntimeError, match=r"computes something else without stages\.1\.blocks\.1; nothing was removed"):
+        timm_eps.remove_closed(model)
+    assert model.stages[1].blocks[1].conv1.weight is kept
+    assert torch.equal(model(images), before)
+    assert removed_slots(model) == []
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        (["stages.1.blocks.4.drop_path"], "'stages.1.blocks.4.drop_path' is not a gated slot of this EpsResNet with 9 gates; did you mean 'stages"),
+        (["layer1.0"], "'layer1.0' is not a gated slot"),
+        ("stages.1.blocks.1.drop_path", "removed must be a list of slot paths, got 'stages.1"),
+        ([3], "removed must hold slot paths, got 3"),
+        (7, "removed must be a list of slot paths, got 7"),
+    ],
+)
+def test_bad_removed(removed, message):
+    with pytest.raises(ValueError) as error:
+        timm.create_model("eps_resnet20", removed=removed)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("call", [timm_eps.add_gates, timm_eps.remove_closed, lambda m: timm_eps.param_groups(m, 0.1)])
+def test_wrapped_models_are_refused(call):
+    model = tiny_net()
+    with pytest.raises(ValueError, match=r"Got a compiled model; pass the model itself"):
+        call(torch.compile(model))
+    with pytest.raises(ValueError, match=r"Got a model wrapped in DataParallel; pass the model itself"):
+        call(nn.DataParallel(model))
+
+
+def test_models_without_branches_are_refused():
+    with pytest.raises(ValueError, match="VGG has no residual branch"):
+        timm_eps.add_gates(timm.create_model("vgg11", num_classes=2))
+    with pytest.raises(ValueError, match=r"has no gates; call timm_eps\.add_gates\(model\) first"):
+        timm_eps.remove_closed(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"has no gates"):
+        timm_eps.param_groups(timm.create_model("resnet18"), 0.1)
+
+
+def test_add_gates_sets_epsilon_where_gates_are():
+    model = tiny_net()
+    assert timm_eps.add_gates(model, 1.5) == SLOTS
+    assert {gate.epsilon for gate in gates(model).values()} == {1.5}
+    with pytest.raises(ValueError, match="epsilon must be"):
+        timm_eps.add_gates(model, -1)
+
+
+FAMILIES = {
+    # name: (gates, keyword arguments)
+    "resnet18": (8, {}),
+    "resnetv2_50": (16, {}),
+    "seresnext26d_32x4d": (8, {}),
+    "convnext_atto": (12, {}),
+    "vit_tiny_patch16_224": (24, {}),
+    "resnet10t": (4, {"drop_path_rate": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_add_gates_to_timm_models(name):
+    """Open gates change no bit and no key; a random half shut and removed changes no bit either."""
+    expected, kwargs = FAMILIES[name]
+    model = timm.create_model(name, num_classes=3, **kwargs).eval()
+    x = torch.randn(2, 3, 224, 224) if name.startswith("vit") else torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before, keys = model(x), list(model.state_dict())
+        slots = timm_eps.add_gates(model)
+        assert len(slots) == expected
+        assert torch.equal(model(x), before)
+        assert list(model.state_dict()) == keys
+        close(model, *random.Random(0).sample(slots, expected // 2))
+        gated = model(x)
+        removed = timm_eps.remove_closed(model)
+        assert torch.equal(model(x), gated)
+    assert set(removed) <= set(slots)
+
+
+def test_slots_that_are_no_branches_get_no_gate():
+    """resnest's slot acts on the block's input; mixer's runs twice. The reasons are told."""
+    _, refused = find_slots(timm.create_model("resnest14d", num_classes=2))
+    assert set(refused.values()) == {"it acts on the block's input, not on a residual branch"}
+    _, refused = find_slots(timm.create_model("mixer_s32_224", num_classes=2))
+    assert all(reason.startswith("it runs 2 times in a forward pass") for reason in refused.values())
+    with pytest.raises(ValueError, match="runs 2 times"):
+        timm_eps.add_gates(timm.create_model("mixer_s32_224", num_classes=2))
+
+
+def test_probing_leaves_the_model_as_it_was():
+    model = timm.create_model("resnet18", num_classes=2)
+    slots, _ = find_slots(model)
+    assert len(slots) == 8
+    assert model.layer1[0].drop_path is None
+    assert model.training
+
+
+def test_param_groups_of_the_cifar_net():
+    model = tiny_net()
+    decayed, spared = timm_eps.param_groups(model, 5e-3)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (5e-3, 0.0)
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_param_groups_decay_what_bounds_a_branch():
+    """Of all norms only the last of a post-activation branch; of all vectors in a ConvNeXt only the layer scales."""
+    model = timm.create_model("resnet18", num_classes=2)
+    timm_eps.add_gates(model)
+    decayed = {id(p) for p in timm_eps.param_groups(model, 0.1)[0]["params"]}
+    flat = {name for name, p in model.named_parameters() if id(p) in decayed and p.ndim == 1}
+    assert flat == {f"layer{i}.{k}.bn2.{kind}" for i in range(1, 5) for k in range(2) for kind in ("weight", "bias")}
+
+    convnext = timm.create_model("convnext_atto", num_classes=2, ls_init_value=1e-6)
+    timm_eps.add_gates(convnext)
+    decayed = {id(p) for p in timm_eps.param_groups(convnext, 0.1)[0]["params"]}
+    flat = {name.rpartition(".")[2] for name, p in convnext.named_parameters() if id(p) in decayed and p.ndim == 1}
+    assert flat == {"gamma"}
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan")])
+def test_bad_weight_decay(value):
+    with pytest.raises(ValueError, match="weight_decay must be at least 0"):
+        timm_eps.param_groups(tiny_net(), value)
