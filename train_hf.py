@@ -301,8 +301,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     pretrained_cfg = input_of(args)
     columns = args.image_column_name, args.label_column_name
     splits = {name: data.ImageTensors.decode(raw[name], pretrained_cfg, *columns) for name in ("train", "validation")}
-    if splits["train"].label_names != splits["validation"].label_names:
-        raise ValueError("The training and the validation split name different classes.")
+    data.check_classes(**splits)
     if not args.model_name_or_path:
         # The paper's normalisation; it travels with the model. A saved model keeps the one it was trained with.
         pretrained_cfg |= {"mean": data.channel_mean(splits["train"].images), "std": [128 / 255] * 3}

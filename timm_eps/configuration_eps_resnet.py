@@ -41,11 +41,19 @@ class EpsResNetConfig(TimmWrapperConfig):
             self.pretrained_cfg.pop("num_classes")
         if not self.side_loss_weight >= 0:
             raise ValueError(f"side_loss_weight must be at least 0, got {self.side_loss_weight!r}.")
+        self.model_args = dict(self.model_args or {})  # timm cannot read a null here
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if "id2label" in kwargs:
+            # The parent would set the stored number of classes last, which replaces the names just given.
+            kwargs["num_labels"] = len(kwargs["id2label"])
         return super().from_dict({"side_loss_weight": 0.0, **config_dict}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        # A loaded configuration also carries the names it was stored with; those of the current labels count.
+        return {**super().to_dict(), "label_names": list(self.id2label.values())}
 
     @classmethod
     def from_timm(cls, model: nn.Module, **kwargs: Any) -> EpsResNetConfig:

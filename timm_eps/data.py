@@ -20,7 +20,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm.data import create_transform, resolve_data_config
 
-__all__ = ["ImageTensors", "PadCropFlip", "channel_mean", "find_columns", "load_digits", "load_splits", "loader"]
+__all__ = [
+    "ImageTensors",
+    "PadCropFlip",
+    "channel_mean",
+    "check_classes",
+    "find_columns",
+    "first",
+    "load_digits",
+    "load_splits",
+    "loader",
+]
 
 DIGITS_FOLDS = 5
 
@@ -236,6 +246,19 @@ def load_splits(
     _, label = find_columns(splits["train"].features, label_column=label_column)
     halves = splits["train"].train_test_split(train_val_split, stratify_by_column=label, seed=seed)
     return datasets.DatasetDict({"train": halves["train"], "validation": halves["test"]})
+
+
+def check_classes(train: ImageTensors, validation: ImageTensors) -> None:
+    """Raise ValueError if the splits number classes differently, or one to validate on was never trained."""
+    if train.label_names != validation.label_names:
+        raise ValueError(
+            f"The training split has the classes {train.label_names}, the validation split {validation.label_names}."
+        )
+    unseen = sorted(set(validation.labels.tolist()) - set(train.labels.tolist()))
+    if unseen:
+        raise ValueError(
+            f"Class {train.label_names[unseen[0]]!r} is in the validation split but has no training image."
+        )
 
 
 def first(split: datasets.Dataset, most: int | None) -> datasets.Dataset:

@@ -239,7 +239,7 @@ def _record(model: nn.Module, removed: Iterable[str]) -> None:
     body.removed = sorted(removed, key=natural_order)
     body._model_args = {**getattr(body, "_model_args", {}), "removed": body.removed}
     if config := getattr(model, "config", None):
-        config.model_args = {**(config.model_args or {}), "removed": body.removed}
+        config.model_args = {**config.model_args, "removed": body.removed}
 
 
 def natural_order(path: str) -> list[tuple[int, str]]:

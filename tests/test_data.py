@@ -1,0 +1,200 @@
+"""Images through ``datasets``: columns, decoding, augmentation, and clear words for what cannot be used."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from timm_eps.data import (
+    ImageTensors,
+    PadCropFlip,
+    channel_mean,
+    check_classes,
+    find_columns,
+    load_digits,
+    load_splits,
+    loader,
+)
+
+SIZE = {"input_size": (3, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0}
+
+
+def make_dataset(count=12, size=(8, 8), image="img", label="fine_label", mode="RGB", classes=("a", "b", "c")):
+    rng = np.random.default_rng(0)
+    channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
+    pictures = [Image.fromarray(rng.integers(0, 256, (*size, *channels), dtype=np.uint8), mode) for _ in range(count)]
+    features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=list(classes))})
+    return datasets.Dataset.from_dict({image: pictures, label: [i % len(classes) for i in range(count)]}, features)
+
+
+def test_digits_folds_cover_every_image_once():
+    seen = []
+    for fold in range(5):
+        splits = load_digits(fold)
+        assert len(splits["train"]) + len(splits["validation"]) == 1797
+        seen += [np.asarray(row["image"]).tobytes() for row in splits["validation"]]
+        counts = np.bincount(splits["validation"]["label"])
+        assert counts.max() - counts.min() <= 3, "stratified"
+    assert len(seen) == 1797
+    whole = [np.asarray(row["image"]).tobytes() for split in load_digits(0).values() for row in split]
+    assert sorted(seen) == sorted(whole)
+
+
+def test_digits_are_real_images():
+    split = load_digits()["train"]
+    image = np.asarray(split[0]["image"])
+    assert image.shape == (8, 8)
+    assert image.dtype == np.uint8
+    assert split.features["label"].names == [str(i) for i in range(10)]
+    assert max(np.asarray(row["image"]).max() for row in split) == 255
+
+
+@pytest.mark.parametrize("fold", [-1, 5, 1.5])
+def test_no_such_fold(fold):
+    with pytest.raises(ValueError, match="fold must be 0 to 4"):
+        load_digits(fold)
+
+
+def test_columns_by_type():
+    assert find_columns(make_dataset().features) == ("img", "fine_label")
+
+
+@pytest.mark.parametrize(
+    ("features", "names", "message"),
+    [
+        ({"x": datasets.Value("int64"), "y": datasets.ClassLabel(2)}, {}, "no column of type Image; name one with --image_column_name. Columns: x"),
+        ({"x": datasets.Image(), "y": datasets.Value("int64")}, {}, "no column of type ClassLabel"),
+        ({"x": datasets.Image(), "fine": datasets.ClassLabel(2), "coarse": datasets.ClassLabel(2)}, {}, "2 columns of type ClassLabel"),
+        ({"x": datasets.Image(), "y": datasets.ClassLabel(2)}, {"label_column": "z"}, "--label_column_name 'z' is no column of type ClassLabel"),
+        ({"x": datasets.Image(), "y": datasets.ClassLabel(2)}, {"image_column": "y"}, "--image_column_name 'y' is no column of type Image"),
+    ],
+)  # fmt: skip
+def test_bad_columns(features, names, message):
+    with pytest.raises(ValueError) as error:
+        find_columns(datasets.Features(features), **names)
+    assert message in str(error.value)
+
+
+def test_named_columns_decide():
+    features = datasets.Features({"x": datasets.Image(), "fine": datasets.ClassLabel(2), "coarse": datasets.ClassLabel(2)})
+    assert find_columns(features, label_column="coarse") == ("x", "coarse")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("size", [(8, 8), (13, 21), (1, 1)])
+def test_decoded_as_timm_evaluates(mode, size):
+    """The same pixels that an image processor or a pipeline will make of the picture."""
+    dataset = make_dataset(3, size, mode=mode)
+    split = ImageTensors.decode(dataset, SIZE)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=SIZE), normalize=False)
+    assert split.images.dtype == torch.uint8
+    assert split.images.shape == (3, 3, 8, 8)
+    for row, image in zip(dataset, split.images, strict=True):
+        assert torch.equal(image, transform(row["img"].convert("RGB")))
+    if size == (8, 8) and mode == "RGB":
+        assert torch.equal(split.images[0], pil_to_tensor(dataset[0]["img"]))
+    assert split.label_names == ["a", "b", "c"]
+
+
+def test_one_channel_networks_get_grey():
+    split = ImageTensors.decode(make_dataset(2), {**SIZE, "input_size": (1, 8, 8)})
+    assert split.images.shape == (2, 1, 8, 8)
+
+
+def test_unlabelled_split():
+    dataset = make_dataset(3)
+    hidden = datasets.Dataset.from_dict({"img": dataset["img"], "fine_label": [-1] * 3}, dataset.features)
+    with pytest.raises(ValueError, match=r"'fine_label' holds labels from -1 to -1, but its classes are 0 to 2"):
+        ImageTensors.decode(hidden, SIZE)
+
+
+def test_splits_that_number_classes_differently():
+    train, validation = (ImageTensors.decode(make_dataset(6, classes=tuple(c)), SIZE) for c in ("abc", "acb"))
+    check_classes(train, train)
+    with pytest.raises(ValueError, match=r"the classes \['a', 'b', 'c'\], the validation split \['a', 'c', 'b'\]"):
+        check_classes(train, validation)
+
+
+def test_channel_mean():
+    images = torch.zeros(5, 3, 2, 2, dtype=torch.uint8)
+    images[:, 1] = 255
+    images[:, 2] = 51
+    assert channel_mean(images) == pytest.approx([0, 1, 0.2])
+
+
+def test_loader_shuffles_by_seed_and_keeps_pairs():
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    split = ImageTensors(images, torch.arange(10), [])
+    orders = []
+    for seed in (0, 0, 1):
+        batches = list(loader(split, 4, shuffle=True, seed=seed))
+        assert [len(labels) for _, labels in batches] == [4, 4, 2]
+        assert all(torch.equal(i.flatten(), labels.to(torch.uint8)) for i, labels in batches)
+        orders.append([int(label) for _, labels in batches for label in labels])
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[2]) == list(range(10))
+    assert [int(x) for _, labels in loader(split, 4, shuffle=False) for x in labels] == list(range(10))
+
+
+def crops(image: torch.Tensor, padding: int, flip: bool) -> list[bytes]:
+    """All results that the augmentation may have for one image."""
+    padded = torch.nn.functional.pad(image, (padding,) * 4)
+    height, width = image.shape[1:]
+    windows = [
+        padded[:, i : i + height, j : j + width] for i in range(2 * padding + 1) for j in range(2 * padding + 1)
+    ]
+    if flip:
+        windows += [window.flip(2) for window in windows]
+    return [window.contiguous().numpy().tobytes() for window in windows]
+
+
+@pytest.mark.parametrize(("padding", "flip"), [(0, False), (1, False), (2, True), (0, True)])
+def test_augmentation_is_pad_crop_flip(padding, flip):
+    image = torch.randint(1, 256, (3, 6, 4), dtype=torch.uint8)
+    possible = crops(image, padding, flip)
+    batch = PadCropFlip(padding, flip)(image.repeat(400, 1, 1, 1))
+    assert batch.shape == (400, 3, 6, 4)
+    seen = {one.contiguous().numpy().tobytes() for one in batch}
+    assert seen <= set(possible)
+    assert len(seen) == len(set(possible)), "every offset and both sides occur, each image with its own"
+
+
+def test_augmentation_draws_from_the_global_generator():
+    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    augment = PadCropFlip(1, True)
+    torch.manual_seed(3)
+    first = augment(images)
+    assert not torch.equal(augment(images), first)
+    torch.manual_seed(3)
+    assert torch.equal(augment(images), first)
+
+
+def test_local_parquet_and_folders(tmp_path):
+    make_dataset(30).to_parquet(tmp_path / "set" / "train.parquet")
+    splits = load_splits(dataset_name=str(tmp_path / "set"))
+    assert (len(splits["train"]), len(splits["validation"])) == (25, 5), "a split is made where there is none"
+    for split, count in (("train", 4), ("val", 2)):
+        for label in "xy":
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.effect_noise((9, 7), 50).save(folder / f"{i}.png")
+    splits = load_splits(train_dir=str(tmp_path / "train"), validation_dir=str(tmp_path / "val"))
+    assert (len(splits["train"]), len(splits["validation"])) == (8, 4)
+    assert find_columns(splits["train"].features) == ("image", "label")
+
+
+def test_nothing_to_load():
+    with pytest.raises(ValueError, match="Name the images: --dataset_name"):
+        load_splits()
+
+
+def test_no_training_split(tmp_path):
+    make_dataset(4).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match=r"no split 'train', only \['test'\]"):
+        load_splits(dataset_name=str(tmp_path))

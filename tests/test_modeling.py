@@ -1,0 +1,292 @@
+"""The transformers classes: side supervision, initialisation, and one format on disk for all loaders."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+
+import pytest
+import timm
+import torch
+from conftest import SLOTS, close, tiny_net
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+
+from timm_eps import EpsResNetConfig, EpsResNetForImageClassification, EpsResNetModel
+from timm_eps.branches import gates
+
+
+def tiny_config(**fields) -> EpsResNetConfig:
+    return EpsResNetConfig(architecture="eps_resnet20", **{"num_labels": 5, **fields})
+
+
+@pytest.fixture
+def model() -> EpsResNetForImageClassification:
+    model = EpsResNetForImageClassification(tiny_config())
+    model.train()
+    for _ in range(2):
+        model(torch.randn(8, 3, 8, 8))
+    return model
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    return torch.tensor([0, 1, 2, 3])
+
+
+def test_training_loss_has_the_side_term(model, images, labels):
+    features, _, side = model.timm_model.forward_side(images)
+    main = F.cross_entropy(model.timm_model.forward_head(features), labels)
+    beside = F.cross_entropy(model.side_head(side), labels)
+    output = model(images, labels=labels)
+    torch.testing.assert_close(output.loss, main + 0.1 * beside)
+    assert output.logits.shape == (4, 5)
+    model.config.side_loss_weight = 0.5
+    torch.testing.assert_close(model(images, labels=labels).loss, main + 0.5 * beside)
+
+
+def test_side_head_is_the_papers(model):
+    """BN-ReLU, global average pool and a linear layer, after block n // 2 of the middle stage."""
+    norm, head = model.side_head
+    assert norm.num_features == head.fc.in_features == 32
+    tapped = []
+    model.timm_model.stages[1].blocks[1].register_forward_hook(lambda m, args, output: tapped.append(output))
+    _, _, side = model.timm_model.forward_side(torch.randn(2, 3, 8, 8))
+    assert side is tapped[0]
+
+
+def test_side_supervision_trains_all(model, images, labels):
+    model(images, labels=labels).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_evaluation_loss_is_plain(model, images, labels):
+    model.eval()
+    output = model(images, labels=labels)
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, labels))
+
+
+def test_outputs(model, images, labels):
+    plain = model(images, labels=labels, output_hidden_states=True)
+    assert [h.shape[1] for h in plain.hidden_states] == [16, 16, 32, 64]
+    assert len(model(images, labels=labels, output_hidden_states=[1]).hidden_states) == 1
+    loss, logits = model(images, labels=labels, return_dict=False)
+    torch.testing.assert_close(loss, plain.loss)
+    torch.testing.assert_close(logits, plain.logits)
+    model.eval()
+    assert len(model(images, output_hidden_states=True).hidden_states) == 4
+
+
+def test_without_side_supervision(images, labels):
+    model = EpsResNetForImageClassification(tiny_config(side_loss_weight=0.0)).train()
+    assert model.side_head is None
+    output = model(images, labels=labels)
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, labels))
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan])
+def test_bad_side_loss_weight(weight):
+    with pytest.raises(ValueError, match="side_loss_weight must be at least 0"):
+        tiny_config(side_loss_weight=weight)
+
+
+def test_initialisation_is_timms():
+    """transformers' own would give every convolution a standard deviation of 0.02."""
+    ours, timms = EpsResNetForImageClassification(tiny_config()), timm.create_model("eps_resnet20", num_classes=5)
+    for (name, module), (_, other) in zip(ours.timm_model.named_modules(), timms.named_modules(), strict=True):
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            assert module.weight.std().item() == pytest.approx(other.weight.std().item(), rel=0.25), name
+    assert {gate.threshold.item() for gate in gates(ours).values()} == {0.0}
+
+
+def save_pruned(model, directory):
+    model.eval()
+    close(model)
+    model.save_pretrained(directory)
+    return model
+
+
+def test_every_loader_gives_the_same_logits(model, tmp_path, images):
+    save_pruned(model, tmp_path)
+    with torch.no_grad():
+        live = model(images).logits
+        by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        by_auto = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+        features = AutoModel.from_pretrained(tmp_path).eval()
+        assert torch.equal(by_timm(images), live)
+        assert torch.equal(by_auto(images).logits, live)
+        pooled = features(images).pooler_output
+        assert torch.equal(by_timm.get_classifier()(pooled), live)
+    assert isinstance(by_auto, EpsResNetForImageClassification)
+    assert isinstance(features, EpsResNetModel)
+    assert by_timm.removed == by_auto.timm_model.removed == features.timm_model.removed == SLOTS[::2]
+
+
+def test_pipeline_gives_the_same_logits(tmp_path):
+    from PIL import Image
+
+    config = tiny_config(id2label=dict(enumerate("abcde")), label2id={c: i for i, c in enumerate("abcde")})
+    model = save_pruned(EpsResNetForImageClassification(config), tmp_path)
+    picture = Image.effect_noise((32, 32), 90).convert("RGB")
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    classify = pipeline("image-classification", model=str(tmp_path), device="cpu")
+    answers = {a["label"]: a["score"] for a in classify(picture, top_k=5, function_to_apply="none")}
+    with torch.no_grad():
+        logits = model(**processor(picture)).logits[0]
+    assert [answers[name] for name in "abcde"] == pytest.approx(logits.tolist(), abs=1e-6)
+
+
+def test_what_is_saved(model, tmp_path):
+    from safetensors import safe_open
+
+    save_pruned(model, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        keys = set(file.keys())
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert keys == set(timm.create_model("eps_resnet20", removed=SLOTS[::2]).state_dict()), "timm's keys, nothing else"
+    assert config["model_args"] == {"removed": SLOTS[::2]}
+    assert config["side_loss_weight"] == 0.0
+    assert config["architecture"] == "eps_resnet20"
+    assert config["num_classes"] == 5
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_an_unpruned_model_loads_everywhere(model, tmp_path, images):
+    model.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        live = model(images).logits
+        assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), live)
+        assert torch.equal(AutoModelForImageClassification.from_pretrained(tmp_path).eval()(images).logits, live)
+
+
+def test_saving_leaves_the_model_alone(model, tmp_path, images, labels):
+    close(model)
+    model.save_pretrained(tmp_path)
+    assert len(gates(model)) == 9
+    assert model.training
+    assert model.config.side_loss_weight == 0.1
+    assert model.config.model_args == {}
+    assert model.side_head is not None
+
+
+def test_loading_is_silent(model, tmp_path, caplog):
+    """A warning about missing or unexpected keys sends users hunting for a bug that is not there."""
+    save_pruned(model, tmp_path)
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.WARNING):
+            AutoModelForImageClassification.from_pretrained(tmp_path)
+            AutoModel.from_pretrained(tmp_path)
+    finally:
+        hf_logging.disable_propagation()
+    assert "LOAD REPORT" not in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_saved_again_is_the_same(model, tmp_path):
+    save_pruned(model, tmp_path / "a")
+    AutoModelForImageClassification.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_buffers_are_sound_after_loading(model, tmp_path, images):
+    """from_pretrained builds on the meta device; gates must not come out with uninitialised memory."""
+    save_pruned(model, tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    for gate in gates(loaded).values():
+        assert (gate.threshold.item(), gate.response.item(), gate.epsilon) == (0.0, 0.0, 0.0)
+    assert torch.isfinite(loaded.train()(images).logits).all()
+
+
+def test_fine_tuning_on_other_labels(model, tmp_path, images):
+    save_pruned(model, tmp_path)
+    tuned = AutoModelForImageClassification.from_pretrained(
+        tmp_path, num_labels=3, ignore_mismatched_sizes=True, side_loss_weight=0.1
+    )
+    assert tuned.train()(images, labels=torch.tensor([0, 1, 2, 0])).logits.shape == (4, 3)
+    assert tuned.side_head is not None
+    assert tuned.timm_model.head.fc.weight.std().item() == pytest.approx(0.01, rel=0.5)
+    assert tuned.timm_model.removed == SLOTS[::2]
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert len(json.loads((tmp_path / "tuned" / "config.json").read_text())["label_names"]) == 3
+
+
+def test_fine_tuning_on_named_labels(model, tmp_path):
+    save_pruned(model, tmp_path)
+    labels = {"id2label": {0: "x", 1: "y"}, "label2id": {"x": 0, "y": 1}}
+    tuned = AutoModelForImageClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **labels)
+    assert tuned.config.id2label == labels["id2label"]
+    assert tuned.timm_model.num_classes == 2
+    tuned.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).id2label == labels["id2label"]
+
+
+def test_a_stored_config_without_side_supervision_means_none(tmp_path, model):
+    """timm writes the same config.json without transformers' fields."""
+    save_pruned(model, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["side_loss_weight"]
+    path.write_text(json.dumps(config))
+    assert AutoConfig.from_pretrained(tmp_path).side_loss_weight == 0.0
+
+
+def test_from_timm_shares_the_weights(tmp_path, images):
+    body = tiny_net(num_classes=5)
+    wrapper = EpsResNetForImageClassification.from_timm(body).eval()
+    assert wrapper.timm_model is body
+    assert torch.equal(wrapper(images).logits, body(images))
+    assert wrapper.config.pretrained_cfg["input_size"] == (3, 8, 8)
+    assert wrapper.config.num_labels == 5
+
+
+def test_config_round_trip(tmp_path):
+    config = tiny_config(model_args={"removed": SLOTS[:2]})
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(again, EpsResNetConfig)
+    assert again.model_args == config.model_args
+    assert again.side_loss_weight == 0.1
+    assert again.num_labels == 5
+    assert again.pretrained_cfg["input_size"] == [3, 32, 32]
+
+
+def tamper(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_tampered_structure(model, tmp_path):
+    save_pruned(model, tmp_path)
+    tamper(tmp_path, model_args={"removed": ["stages.7.blocks.0.drop_path"]})
+    for load in (
+        lambda: timm.create_model(f"local-dir:{tmp_path}", pretrained=True),
+        lambda: AutoModelForImageClassification.from_pretrained(tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"'stages\.7\.blocks\.0\.drop_path' is not a gated slot of this EpsResNet"):
+            load()
+    tamper(tmp_path, model_args={"removed": SLOTS[:1]})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_truncated_weights(model, tmp_path):
+    save_pruned(model, tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(Exception, match="Error while deserializing header"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    with pytest.raises(Exception, match="Error while deserializing header"):
+        AutoModelForImageClassification.from_pretrained(tmp_path)
+
+
+def test_compiled_in_training(model, images, labels):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images, labels=labels).loss, model(images, labels=labels).loss)
+    compiled(images, labels=labels).loss.backward()

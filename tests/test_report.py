@@ -1,0 +1,62 @@
+"""Counting and the comparison table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import SLOTS, tiny_net
+from test_hub import RESULTS
+from torch import nn
+
+from timm_eps.report import comparison_table, count_macs, count_parameters, draw_blocks, paired_latency
+
+
+def test_counts():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(8 * 16, 5))
+    assert count_parameters(model) == 3 * 8 * 9 + 8 * 16 * 5 + 5
+    assert count_macs(model, torch.zeros(1, 3, 4, 4)) == 16 * 3 * 8 * 9 + 8 * 16 * 5
+
+
+def test_removed_blocks_count_no_longer():
+    image = torch.zeros(1, 3, 8, 8)
+    dense, pruned = tiny_net(), tiny_net(removed=SLOTS[1:3])
+    assert count_macs(dense, image) - count_macs(pruned, image) == 2 * 2 * 64 * 16 * 16 * 9
+    assert count_parameters(dense) - count_parameters(pruned) == 2 * (2 * 16 * 16 * 9 + 2 * 2 * 16)
+
+
+def test_paired_latency_keeps_modes():
+    models = {"a": tiny_net().train(), "b": tiny_net(removed=SLOTS)}
+    seconds = paired_latency(models, torch.zeros(1, 3, 8, 8), repeats=3)
+    assert seconds.keys() == models.keys()
+    assert all(value > 0 for value in seconds.values())
+    assert models["a"].training
+    assert not models["b"].training
+
+
+def test_table():
+    table = comparison_table({**RESULTS, "dense_eval_accuracy": 0.4, "dense_train_seconds": 10.0, "train_seconds": 5.0})
+    assert table.splitlines() == [
+        "| eps_resnet20 | dense | pruned | |",
+        "|---|---:|---:|---:|",
+        "| residual blocks | 9 | 4 | −5 |",
+        "| parameters | 100 | 40 | −60.0 % |",
+        "| multiply-adds an image | 1,000 | 500 | −50.0 % |",
+        "| latency at batch 1 | 2.0 ms | 1.0 ms | 2.00× faster |",
+        "| latency at batch 128 | 200.0 ms | 100.0 ms | 2.00× faster |",
+        "| training time | 10 s | 5 s | 0.50× |",
+        "| accuracy | 40.00 % | 50.00 % | +10.00 points |",
+    ]
+
+
+@pytest.mark.parametrize("responses", [[0.0] * 9, [float("nan")] * 9, [float("inf"), *[1.0] * 8]])
+def test_picture_of_odd_responses(tmp_path, responses):
+    history = [{"epoch": 0, "epsilon": 0.0, "responses": dict(zip(SLOTS, responses, strict=True)), "closed": [], "removed": []}]
+    draw_blocks(SLOTS, [], history, tmp_path / "a.png", "title")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_picture_is_reproducible(tmp_path):
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        draw_blocks(SLOTS, SLOTS[:2], [], path, "title")
+    assert paths[0].read_bytes() == paths[1].read_bytes()

@@ -1,0 +1,207 @@
+"""The script as a user runs it, on few images and epochs; the default run in full with -m slow."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from test_data import make_dataset
+from transformers import AutoModelForImageClassification
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_hf  # noqa: E402
+
+SHORT = [
+    *("--architecture", "eps_resnet20", "--num_train_epochs", "4", "--max_train_samples", "200"),
+    *("--epsilon_warmup_epochs", "1", "--ramp_epochs", "2", "--patience", "1", "--keep", "3"),
+]
+
+
+def run(tmp_path, *arguments: str, name: str = "out") -> dict:
+    return train_hf.main([*SHORT, "--output_dir", str(tmp_path / name), *arguments])
+
+
+def without_times(results: dict) -> dict:
+    return {key: value for key, value in results.items() if not key.endswith("_seconds")}
+
+
+def test_everything_is_written(tmp_path, capsys):
+    results = run(tmp_path)
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} == {
+        "README.md", "all_results.json", "blocks.png", "config.json", "model.safetensors",
+    }  # fmt: skip
+    stored = json.loads((out / "all_results.json").read_text())
+    assert stored == json.loads(json.dumps(results))
+    fixed = {
+        "eval_accuracy", "dense_params", "params", "blocks_total", "blocks_kept", "removed", "epsilon", "train_seconds",
+    }  # fmt: skip
+    assert fixed <= stored.keys()
+    assert stored["blocks_total"] == 9
+    assert stored["blocks_kept"] == 9 - len(stored["removed"]) == 3
+    assert len(stored["eval_accuracy_by_epoch"]) == 4
+    model = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert model.removed == stored["removed"]
+    assert sum(p.numel() for p in model.parameters()) == stored["params"]
+    assert str(tmp_path) not in (out / "README.md").read_text()
+    said = capsys.readouterr().out
+    assert "Training eps_resnet20 on 200 images of scikit-learn digits (3x8x8, 10 classes), testing on 360" in said
+    assert "3 of 9 residual blocks stayed" in said
+    assert "timm equal, AutoModelForImageClassification equal, pipeline" in said
+
+
+def test_same_seed_same_result(tmp_path):
+    first, again, other = run(tmp_path, name="a"), run(tmp_path, name="b"), run(tmp_path, "--seed", "1", name="c")
+    assert without_times(first) == without_times(again)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert without_times(first)["eval_accuracy_by_epoch"] != without_times(other)["eval_accuracy_by_epoch"]
+
+
+def test_compare_dense_is_the_same_recipe_without_gates(tmp_path):
+    both = run(tmp_path, "--compare_dense", name="both")
+    dense = run(tmp_path, "--no_gates", name="dense")
+    assert both["dense_eval_accuracy_by_epoch"] == dense["eval_accuracy_by_epoch"]
+    assert dense["blocks_kept"] == 9
+    assert dense["params"] == dense["dense_params"] == both["dense_params"]
+    assert "training time" in (tmp_path / "both/README.md").read_text()
+
+
+def test_config_file_and_flags(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"keep": 5, "num_train_epochs": 7, "seed": 3}))
+    parse = train_hf.parse_arguments
+    args = parse(["--config", str(config), "--num_train_epochs", "2"])
+    assert (args.keep, args.num_train_epochs, args.seed) == (5, 2, 3)
+    args = parse(["--config", str(config), "--epsilon", "2.5"])
+    assert (args.keep, args.epsilon) == (None, 2.5), "a flag wins over the file, also over its opposite there"
+    args = parse([])
+    assert (args.keep, args.epsilon) == (0.25, None)
+    assert parse(["--keep", "14"]).keep == 14
+    with pytest.raises(SystemExit):
+        parse(["--keep", "0.5", "--epsilon", "1"])
+
+
+def test_the_stored_config_is_the_default():
+    stored = train_hf.parse_arguments(["--config", str(ROOT / "hub_configs/eps_resnet110.digits.json")])
+    assert {**vars(stored), "config": None} == vars(train_hf.parse_arguments([]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "must hold an object of arguments by name, not a list"),
+        ('{"epsilom": 2.5}', "holds 'epsilom', which is no argument"),
+    ],
+)
+def test_bad_config(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        train_hf.parse_arguments(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--architecture", "resnet5"], "--architecture 'resnet5' is unknown"),
+        (["--keep", "1.5"], "keep must be a fraction"),
+        (["--epsilon", "-1", "--config", os.devnull], "is not JSON"),
+        (["--fold", "9"], "fold must be 0 to 4"),
+        (["--image_column_name", "picture"], "'picture' is no column of type Image"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, message):
+    base = ["--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match=message):
+        train_hf.main([*base, *arguments])
+
+
+def test_output_directory_is_tried_before_training(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(FileExistsError):
+        run(tmp_path)
+
+
+def test_a_class_never_trained(tmp_path):
+    for split, classes in (("train", "abc"), ("val", "abd")):
+        data = make_dataset(9, classes=tuple(classes))
+        for index, row in enumerate(data):
+            folder = tmp_path / split / classes[row["fine_label"]]
+            folder.mkdir(parents=True, exist_ok=True)
+            row["img"].save(folder / f"{index}.png")
+    with pytest.raises(ValueError, match="Class 'd' is in the validation split but has no training image"):
+        run(tmp_path, "--train_dir", str(tmp_path / "train"), "--validation_dir", str(tmp_path / "val"))
+
+
+def test_pruned_model_is_fine_tuned_further(tmp_path):
+    """From a saved model, on a local data set in the schema of cifar100, to fewer blocks, with a card that says so."""
+    first = run(tmp_path, "--keep", "6", name="first")
+    directory = tmp_path / "data"
+    make_dataset(60, (8, 8)).to_parquet(directory / "train.parquet")
+    make_dataset(30, (8, 8)).to_parquet(directory / "test.parquet")
+    second = run(
+        tmp_path,
+        *("--model_name_or_path", str(tmp_path / "first"), "--dataset_name", str(directory), "--flip"),
+        *("--ignore_mismatched_sizes", "--keep", "4", "--lr_scheduler", "restarting"),
+        name="second",
+    )
+    assert (first["blocks_kept"], second["blocks_kept"]) == (6, 4)
+    assert set(first["removed"]) < set(second["removed"])
+    assert second["train_images"] == 60
+    assert second["eval_images"] == 30
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "second")
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert model.config.pretrained_cfg["mean"] == pytest.approx(
+        AutoModelForImageClassification.from_pretrained(tmp_path / "first").config.pretrained_cfg["mean"]
+    )
+
+
+def test_fixed_epsilon_without_live_removal(tmp_path):
+    arguments = [a for a in SHORT if a not in ("--keep", "3", "--ramp_epochs", "2")]
+    assert "--keep" not in arguments
+    results = train_hf.main(
+        ["--architecture", "eps_resnet20", "--num_train_epochs", "3", "--max_train_samples", "200",
+         "--epsilon_warmup_epochs", "1", "--epsilon", "1000", "--no_live_removal", "--gradient_accumulation_steps", "2",
+         "--side_loss_weight", "0", "--output_dir", str(tmp_path)]
+    )  # fmt: skip
+    assert results["epsilon"] == 1000
+    assert results["blocks_kept"] == 0, "removed at the end, with the save"
+
+
+def test_normalisation_is_timms(tmp_path):
+    cfg = {"input_size": (3, 8, 8), "mean": (0.3, 0.4, 0.5), "std": (0.2, 0.5, 0.6), "crop_pct": 1.0}
+    picture = make_dataset(1)[0]["img"]
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg))
+    pixels = train_hf.data.ImageTensors.decode(make_dataset(1), cfg).images
+    assert torch.equal(train_hf.Normalize(cfg)(pixels)[0], transform(picture))
+
+
+def test_launched(tmp_path):
+    """Under ``accelerate launch``, and a mistake ends in one line, not in a traceback."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(ROOT / "train_hf.py")]
+    done = subprocess.run(
+        [*command, *SHORT, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Saved in" in done.stdout
+    failed = subprocess.run([*command, "--fold", "7"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert failed.returncode != 0
+    assert "train_hf.py: error: fold must be 0 to 4, got 7." in failed.stderr
+
+
+@pytest.mark.slow
+def test_default_run(tmp_path):
+    results = train_hf.main(["--output_dir", str(tmp_path)])
+    assert results["params"] <= 0.15 * results["dense_params"]
+    assert results["eval_accuracy"] > 0.98
+    assert max(results["eval_accuracy_by_epoch"][-10:]) - min(results["eval_accuracy_by_epoch"][-10:]) < 0.02
