@@ -37,6 +37,7 @@ from timm_eps import EpsilonPruner, EpsResNetConfig, EpsResNetForImageClassifica
 from timm_eps.branches import gates
 from timm_eps.surgery import collapsed_copy
 
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -63,13 +64,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     gate("--keep", type=fraction_or_number, help="share (0.25) or number (14) of blocks to keep; default 0.25")
     gate("--epsilon", type=float, help="the paper's fixed threshold instead of --keep")
     gate("--no_gates", action="store_true", help="train the dense network only")
-    gate("--epsilon_warmup_epochs", type=int, default=10, help="epochs with all gates open first")
-    gate("--ramp_epochs", type=int, default=30, help="with --keep: epochs from the first closed block to the budget")
+    gate("--epsilon_warmup_epochs", type=int, default=8, help="epochs with all gates open first")
+    gate("--ramp_epochs", type=int, default=25, help="with --keep: epochs from the first closed block to the budget")
     gate("--patience", type=int, default=3, help="epochs in a row a block is closed before it is removed")
     gate("--no_live_removal", action="store_true", help="remove closed blocks at the end, not during training")
     gate("--side_loss_weight", type=float, default=0.1, help="weight of the side head's loss; 0 leaves it out")
     train = parser.add_argument_group("training").add_argument
-    train("--num_train_epochs", type=int, default=100)
+    train("--num_train_epochs", type=int, default=60)
     train("--per_device_train_batch_size", type=int, default=128)
     train("--per_device_eval_batch_size", type=int, default=512)
     train("--gradient_accumulation_steps", type=int, default=1)
@@ -136,8 +137,7 @@ def input_of(args: argparse.Namespace) -> dict[str, Any]:
         return dict(AutoConfig.from_pretrained(args.model_name_or_path).pretrained_cfg)
     if not timm.is_model(args.architecture):
         raise ValueError(f"--architecture {args.architecture!r} is unknown; timm.list_models('eps_*') lists them.")
-    pretrained_cfg = timm.get_pretrained_cfg(args.architecture).to_dict(remove_source=True)
-    pretrained_cfg.pop("num_classes")
+    pretrained_cfg = EpsResNetConfig(architecture=args.architecture).pretrained_cfg
     on_digits = args.dataset_name is None and args.train_dir is None
     if size := args.image_size or (8 if on_digits else None):
         pretrained_cfg |= {"input_size": (3, size, size), "pool_size": None}
@@ -228,11 +228,15 @@ def train(
             accuracies.append(evaluate(model, splits["validation"], normalize, args.per_device_eval_batch_size))
             left = f", blocks {pruner.total - pruner.discarded}/{pruner.total}" if pruner else ""
             bar.set_postfix_str(f"loss {losses.item() / len(batches):.4f}, accuracy {accuracies[-1]:.4f}{left}")
-    return model, pruner, {
-        "eval_accuracy": accuracies[-1],
-        "eval_accuracy_by_epoch": accuracies,
-        "train_seconds": seconds,
-    }
+    return (
+        model,
+        pruner,
+        {
+            "eval_accuracy": accuracies[-1],
+            "eval_accuracy_by_epoch": accuracies,
+            "train_seconds": seconds,
+        },
+    )
 
 
 @torch.no_grad()
@@ -285,7 +289,9 @@ def check_reload(directory: str, model: nn.Module, images: Tensor, pictures: lis
     }
     if wrong := {name: value for name, value in differences.items() if not value <= 1e-5}:
         raise RuntimeError(f"The model saved in {directory} computes other logits than the live one: {wrong}.")
-    return ", ".join(f"{name} {'equal' if value == 0 else f'within {value:.1e}'}" for name, value in differences.items())
+    return ", ".join(
+        f"{name} {'equal' if value == 0 else f'within {value:.1e}'}" for name, value in differences.items()
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -331,15 +337,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "hardware": f"{torch.get_num_threads()} threads of {platform.machine()}"
         if accelerator.device.type == "cpu"
         else torch.cuda.get_device_name(accelerator.device),
-        "versions": {module.__name__: module.__version__ for module in (timm_eps, timm, torch, transformers)},
+        "versions": versions(),
     }
     timm_eps.save_pretrained(model, args.output_dir, results=results, history=pruner.history if pruner else ())
 
     gone = 100 * (1 - results["params"] / results["dense_params"])
     accelerator.print(
-        f"\n{results['blocks_kept']} of {results['blocks_total']} residual blocks stayed; {gone:.1f} % of the parameters are gone. "
-        f"The network that is left classifies {100 * results['eval_accuracy']:.2f} % of the "
-        f"{results['eval_images']} test images correctly.\n\n{report.comparison_table(results)}\n"
+        f"\n{results['blocks_kept']} of {results['blocks_total']} residual blocks stayed; "
+        f"{gone:.1f} % of the parameters are gone. The network that is left classifies "
+        f"{100 * results['eval_accuracy']:.2f} % of the {results['eval_images']} test images correctly."
+        f"\n\n{report.comparison_table(results)}\n"
     )
     pictures = [row.convert("RGB") for row in raw["validation"][:32][columns[0] or image_column(raw)]]
     accelerator.print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
@@ -355,6 +362,10 @@ def used_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the run depended on; paths of this machine are left out."""
     local = {"config", "output_dir", "compare_dense", "train_dir", "validation_dir"}
     return {name: value for name, value in vars(args).items() if value is not None and name not in local}
+
+
+def versions() -> dict[str, str]:
+    return {module.__name__: str(module.__version__) for module in (timm_eps, timm, torch, transformers)}
 
 
 if __name__ == "__main__":

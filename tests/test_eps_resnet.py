@@ -158,7 +158,7 @@ def test_fx(training, removed):
     nodes = get_graph_node_names(model)[not training]
     traced = create_feature_extractor(model, return_nodes=[nodes[-1]])
     x = torch.randn(2, 3, 32, 32)
-    y = tuple(traced(x).values())[0]
+    y = next(iter(traced(x).values()))
     y.sum().backward()
     torch.testing.assert_close(y, model(x))
     assert [n for n, p in traced.named_parameters() if p.grad is None] == []
@@ -181,7 +181,9 @@ def test_intermediates(removed):
     features, taken = model.forward_intermediates(x)
     assert torch.equal(features, model.forward_features(x))
     wrapped = timm.create_model("eps_resnet20", features_only=True, removed=removed).eval()
-    wrapped.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(("norm", "head"))} | {}, strict=False)
+    wrapped.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if not k.startswith(("norm", "head"))} | {}, strict=False
+    )
     assert [t.shape for t in taken] == [f.shape for f in wrapped(x)]
     assert torch.equal(model.forward_intermediates(x, indices=1, norm=True)[1][0], features)
     only = model.forward_intermediates(x, indices=[0, -1], intermediates_only=True)
@@ -222,7 +224,9 @@ def test_grad_checkpointing(removed):
         model.zero_grad()
         y = model(x)
         y.sum().backward()
-        results.append((y, [p.grad.clone() for p in model.parameters()], [g.response.clone() for g in gates(model).values()]))
+        results.append(
+            (y, [p.grad.clone() for p in model.parameters()], [g.response.clone() for g in gates(model).values()])
+        )
     (y, grads, responses), (also_y, also_grads, also_responses) = results
     torch.testing.assert_close(y, also_y)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, also_grads, strict=True))

@@ -268,7 +268,9 @@ def test_tampered_structure(model, tmp_path):
         lambda: timm.create_model(f"local-dir:{tmp_path}", pretrained=True),
         lambda: AutoModelForImageClassification.from_pretrained(tmp_path),
     ):
-        with pytest.raises(ValueError, match=r"'stages\.7\.blocks\.0\.drop_path' is not a gated slot of this EpsResNet"):
+        with pytest.raises(
+            ValueError, match=r"'stages\.7\.blocks\.0\.drop_path' is not a gated slot of this EpsResNet"
+        ):
             load()
     tamper(tmp_path, model_args={"removed": SLOTS[:1]})
     with pytest.raises(RuntimeError, match="Missing key"):

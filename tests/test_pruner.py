@@ -232,7 +232,7 @@ def test_state_that_is_less_pruned_than_the_model(model):
     state = pruner.state_dict()
     respond(model, {SLOTS[0]: 0.0})
     pruner.step()
-    with pytest.raises(ValueError, match="has already lost 'stages.0.blocks.0.drop_path'"):
+    with pytest.raises(ValueError, match=r"has already lost 'stages\.0\.blocks\.0\.drop_path'"):
         pruner.load_state_dict(state)
 
 

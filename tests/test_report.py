@@ -50,7 +50,9 @@ def test_table():
 
 @pytest.mark.parametrize("responses", [[0.0] * 9, [float("nan")] * 9, [float("inf"), *[1.0] * 8]])
 def test_picture_of_odd_responses(tmp_path, responses):
-    history = [{"epoch": 0, "epsilon": 0.0, "responses": dict(zip(SLOTS, responses, strict=True)), "closed": [], "removed": []}]
+    history = [
+        {"epoch": 0, "epsilon": 0.0, "responses": dict(zip(SLOTS, responses, strict=True)), "closed": [], "removed": []}
+    ]
     draw_blocks(SLOTS, [], history, tmp_path / "a.png", "title")
     assert (tmp_path / "a.png").stat().st_size > 1000
 

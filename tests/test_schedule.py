@@ -24,7 +24,9 @@ def test_budget_ramp_is_cubic_and_ends_at_the_budget():
     assert closing[30:] == [75] * 10
 
 
-@pytest.mark.parametrize(("keep", "total", "kept"), [(0.25, 54, 14), (0.001, 54, 1), (14, 54, 14), (1, 9, 1), (0.999, 9, 9)])
+@pytest.mark.parametrize(
+    ("keep", "total", "kept"), [(0.25, 54, 14), (0.001, 54, 1), (14, 54, 14), (1, 9, 1), (0.999, 9, 9)]
+)
 def test_budget_counts(keep, total, kept):
     assert BudgetEpsilon(keep).to_close(0, total) == total - kept
 

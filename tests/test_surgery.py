@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import timm
@@ -24,7 +25,9 @@ def test_removal_changes_no_output(seed, images):
     before = model(images)
     assert sorted(timm_eps.remove_closed(model)) == sorted(chosen)
     assert torch.equal(model(images), before)
-    assert not any(key.startswith(tuple(slot.removesuffix("drop_path") for slot in chosen)) for key in model.state_dict())
+    assert not any(
+        key.startswith(tuple(slot.removesuffix("drop_path") for slot in chosen)) for key in model.state_dict()
+    )
     assert model.removed == sorted(chosen)
     assert set(gates(model)) == set(SLOTS) - set(chosen)
 
@@ -125,7 +128,9 @@ def test_nothing_is_lost_if_the_whole_disagrees(images):
     model.__class__ = type("Nosy", (type(model),), {"forward": reads_a_block})
     close(model, "stages.1.blocks.1.drop_path")
     before = model(images)
-    with pytest.raises(RuntimeError, match=r"computes something else without stages\.1\.blocks\.1; nothing was removed"):
+    with pytest.raises(
+        RuntimeError, match=r"computes something else without stages\.1\.blocks\.1; nothing was removed"
+    ):
         timm_eps.remove_closed(model)
     assert model.stages[1].blocks[1].conv1.weight is kept
     assert torch.equal(model(images), before)
@@ -135,7 +140,10 @@ def test_nothing_is_lost_if_the_whole_disagrees(images):
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
-        (["stages.1.blocks.4.drop_path"], "'stages.1.blocks.4.drop_path' is not a gated slot of this EpsResNet with 9 gates; did you mean 'stages"),
+        (
+            ["stages.1.blocks.4.drop_path"],
+            "'stages.1.blocks.4.drop_path' is not a gated slot of this EpsResNet with 9 gates; did you mean 'stages",
+        ),
         (["layer1.0"], "'layer1.0' is not a gated slot"),
         ("stages.1.blocks.1.drop_path", "removed must be a list of slot paths, got 'stages.1"),
         ([3], "removed must hold slot paths, got 3"),
@@ -143,9 +151,8 @@ def test_nothing_is_lost_if_the_whole_disagrees(images):
     ],
 )
 def test_bad_removed(removed, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         timm.create_model("eps_resnet20", removed=removed)
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("call", [timm_eps.add_gates, timm_eps.remove_closed, lambda m: timm_eps.param_groups(m, 0.1)])

@@ -187,7 +187,15 @@ def test_normalisation_is_timms(tmp_path):
 
 def test_launched(tmp_path):
     """Under ``accelerate launch``, and a mistake ends in one line, not in a traceback."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(ROOT / "train_hf.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        str(ROOT / "train_hf.py"),
+    ]
     done = subprocess.run(
         [*command, *SHORT, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "out")],
         capture_output=True, text=True, check=False, cwd=tmp_path,

@@ -3,7 +3,7 @@
 Importing the package registers ``eps_resnet*`` with timm and the ``EpsResNet`` classes with transformers.
 """
 
-from . import eps_resnet as _eps_resnet  # registers the timm models
+from . import eps_resnet as _eps_resnet  # noqa: F401  registers the timm models
 from .configuration_eps_resnet import EpsResNetConfig
 from .gate import EpsilonGate
 from .hub import save_pretrained

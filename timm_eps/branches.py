@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-
 from timm.models import get_model_input_config
+from torch import Tensor, nn
 
 from .gate import EpsilonGate
 

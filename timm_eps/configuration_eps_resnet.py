@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm
 from huggingface_hub.dataclasses import strict
 from transformers import TimmWrapperConfig
-
-import timm
-from torch import nn
 
 __all__ = ["EpsResNetConfig"]
 
@@ -36,9 +34,9 @@ class EpsResNetConfig(TimmWrapperConfig):
     side_loss_weight: float = 0.1
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.pretrained_cfg is None and timm.is_model(self.architecture):
-            self.pretrained_cfg = timm.get_pretrained_cfg(self.architecture).to_dict(remove_source=True)
-            self.pretrained_cfg.pop("num_classes")
+        known = timm.get_pretrained_cfg(self.architecture, allow_unregistered=True)
+        if self.pretrained_cfg is None and known is not None:
+            self.pretrained_cfg = _carried(known.to_dict())
         if not self.side_loss_weight >= 0:
             raise ValueError(f"side_loss_weight must be at least 0, got {self.side_loss_weight!r}.")
         self.model_args = dict(self.model_args or {})  # timm cannot read a null here
@@ -53,22 +51,21 @@ class EpsResNetConfig(TimmWrapperConfig):
 
     def to_dict(self) -> dict[str, Any]:
         # A loaded configuration also carries the names it was stored with; those of the current labels count.
-        return {**super().to_dict(), "label_names": list(self.id2label.values())}
+        return {**super().to_dict(), "label_names": list((self.id2label or {}).values())}
 
     @classmethod
-    def from_timm(cls, model: nn.Module, **kwargs: Any) -> EpsResNetConfig:
+    def from_timm(cls, model: Any, **kwargs: Any) -> EpsResNetConfig:
         """The configuration of an existing timm model.
 
         Args:
             model: A model of this package, made by ``timm.create_model``.
             kwargs: Further fields, such as ``id2label``.
         """
-        pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in _NOT_CARRIED}
         model_args = {k: v for k, v in timm.models.get_model_args(model).items() if k != "num_classes"}
-        fields = dict(
+        fields: dict[str, Any] = dict(
             architecture=model.pretrained_cfg["architecture"],
             model_args=model_args,
-            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg=_carried(model.pretrained_cfg),
             side_loss_weight=0.0,
         )
         if "id2label" not in kwargs:
@@ -76,8 +73,13 @@ class EpsResNetConfig(TimmWrapperConfig):
         return cls(**fields, **kwargs)
 
 
-# What timm knows of where weights came from is wrong for weights that were trained on; the rest stands at the root.
+# Where weights came from is not true of weights that were trained on; the others stand at the root of config.json.
 _NOT_CARRIED = {
     "architecture", "custom_load", "file", "hf_hub_filename", "hf_hub_id", "label_descriptions", "label_names",
     "label_offset", "num_classes", "source", "state_dict", "tag", "url",
 }  # fmt: skip
+
+
+def _carried(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
+    """What of timm's description holds for any weights of the architecture: the input and the names of layers."""
+    return {name: value for name, value in pretrained_cfg.items() if name not in _NOT_CARRIED}

@@ -13,12 +13,9 @@ Every residual branch ends in a bias-free convolution, so that weight decay can 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, get_device_dtype, get_norm_act_layer
 from timm.models import (
     build_model_with_cfg,
@@ -27,6 +24,7 @@ from timm.models import (
     register_model,
     register_notrace_module,
 )
+from torch import Tensor, nn
 
 from .gate import EpsilonGate
 from .surgery import replay_removed
@@ -150,15 +148,15 @@ class EpsResNet(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.removed = list[str]()
-        norm_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
+        norm_act: Any = get_norm_act_layer(norm_layer, act_layer=act_layer)
 
         self.stem = nn.Sequential()
         self.stem.add_module("conv", nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False, **dd))
-        self.stem.add_module("norm", norm_layer(channels[0], **dd))
-        self.feature_info = [dict(num_chs=channels[0], reduction=1, module="stem.norm")]
+        self.stem.add_module("norm", norm_act(channels[0], **dd))
+        feature_info: list[dict[str, Any]] = [dict(num_chs=channels[0], reduction=1, module="stem.norm")]
 
         self.stages = nn.Sequential()
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
+        drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
         prev_chs, reduction = channels[0], 1
         for index, (depth, width, rates) in enumerate(zip(layers, channels, drop_path_rates, strict=True)):
             stride = 1 if index == 0 else 2
@@ -169,7 +167,7 @@ class EpsResNet(nn.Module):
                         PreActBasic(
                             prev_chs if k == 0 else width,
                             width,
-                            norm_layer,
+                            norm_act,
                             stride=stride if k == 0 else 1,
                             # The stem has just normalised and rectified what the very first block reads.
                             preact=(index, k) != (0, 0),
@@ -181,10 +179,11 @@ class EpsResNet(nn.Module):
                 )
             )
             prev_chs = width
-            self.feature_info.append(dict(num_chs=width, reduction=reduction, module=f"stages.{index}"))
+            feature_info.append(dict(num_chs=width, reduction=reduction, module=f"stages.{index}"))
 
+        self.feature_info = feature_info
         self.num_features = prev_chs
-        self.norm = norm_layer(self.num_features, **dd)
+        self.norm = norm_act(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         if removed:
@@ -211,7 +210,7 @@ class EpsResNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -283,6 +282,7 @@ class EpsResNet(nn.Module):
         x = self.stem(x)
         outputs = [x]
         side = x
+        stage: Any
         for index, stage in enumerate(self.stages):
             if index == len(self.stages) // 2:
                 side, x = stage.forward_halves(x)

@@ -12,6 +12,8 @@ everywhere, so S is computed here as what it is: the indicator, multiplied in. W
 passes exact zeros back into the branch, which leaves weight decay as the only force on its weights.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -79,7 +81,7 @@ class EpsilonGate(nn.Module):
     response: Tensor
 
     # TorchScript compiles properties unless told not to; a script has no use for setting ε.
-    __jit_unused_properties__ = ["epsilon"]
+    __jit_unused_properties__: ClassVar = ["epsilon"]
 
     def __init__(self, epsilon: float = 0.0, drop_path: nn.Module | None = None) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d, ClassifierHead
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,10 +24,8 @@ from transformers import (
     TimmWrapperPreTrainedModel,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import PrefixChange
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 from transformers.modeling_outputs import ImageClassifierOutput
-
-from timm.layers import BatchNormAct2d, ClassifierHead
 
 from .configuration_eps_resnet import EpsResNetConfig
 from .eps_resnet import EpsResNet, init_weights
@@ -35,7 +34,7 @@ from .surgery import collapsed_copy
 __all__ = ["EpsResNetForImageClassification", "EpsResNetModel", "EpsResNetPreTrainedModel"]
 
 
-def _key_conversions() -> list[PrefixChange]:
+def _key_conversions() -> list[WeightConverter | WeightRenaming]:
     """Checkpoints hold timm's keys; the wrapper's begin with ``timm_model.``."""
     return [PrefixChange(prefix_to_add="timm_model")]
 
@@ -45,7 +44,8 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
 
     config_class = EpsResNetConfig
     config: EpsResNetConfig
-    _no_split_modules = ["PreActBasic"]
+    timm_model: Any
+    _no_split_modules = ["PreActBasic"]  # noqa: RUF012  the parent's declaration
 
     def post_init(self) -> None:
         # Where nothing was loaded transformers would otherwise save the wrapper's keys, which timm cannot read.
@@ -61,7 +61,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
         """Save what the model evaluates to: without closed branches and without the side head.
@@ -108,7 +108,7 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
                     f"not {self.config.side_loss_weight!r}."
                 )
             width = self.timm_model.side_features
-            self.side_head = nn.Sequential(BatchNormAct2d(width), ClassifierHead(width, self.config.num_labels))
+            self.side_head = nn.Sequential(BatchNormAct2d(width), ClassifierHead(width, self.timm_model.num_classes))
         super().post_init()
 
     def forward(  # type: ignore[override]

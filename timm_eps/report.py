@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -82,9 +83,7 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     ]
     for key in sorted((k for k in results if k.startswith("latency_batch")), key=len):
         size = key.removeprefix("latency_batch").removesuffix("_seconds")
-        lines.append(
-            row(f"latency at batch {size}", results[f"dense_{key}"], results[key], _milliseconds, faster(key))
-        )
+        lines.append(row(f"latency at batch {size}", results[f"dense_{key}"], results[key], _milliseconds, faster(key)))
     if "dense_train_seconds" in results:
         times = results["dense_train_seconds"], results["train_seconds"]
         lines.append(row("training time", *times, "{:.0f} s".format, f"{times[1] / times[0]:.2f}×"))
@@ -128,9 +127,7 @@ def draw_blocks(
     else:
         strip = figure.subplots()
     kept_colour, gone_colour = "#1b4f72", "#e5e7e9"
-    strip.bar(
-        range(len(slots)), 1, width=0.9, color=[gone_colour if slot in gone else kept_colour for slot in slots]
-    )
+    strip.bar(range(len(slots)), 1, width=0.9, color=[gone_colour if slot in gone else kept_colour for slot in slots])
     strip.set(yticks=[], ylim=(0, 1), xlim=(-0.5, len(slots) - 0.5))
     strip.set_ylabel("dark:\nstayed", rotation=0, ha="right", va="center")
     for spine in strip.spines.values():
@@ -164,7 +161,7 @@ def draw_blocks(
         for axis in {strip, last}:
             axis.axvline(border - 0.5, color="black", linewidth=0.8)
     ends = [0, *borders, len(slots)]
-    last.set_xticks([(a + b - 1) / 2 for a, b in zip(ends, ends[1:], strict=False)])
+    last.set_xticks([(a + b - 1) / 2 for a, b in itertools.pairwise(ends)])
     last.set_xticklabels([stages[a] or "blocks" for a in ends[:-1]])
     last.set_xlabel("residual block, from the input to the output")
     figure.savefig(path, dpi=110, metadata={"Software": None})

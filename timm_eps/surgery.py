@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from .branches import block_path, branch_ends, evaluating, find_slots, gates, probe_batch, timm_body
 from .gate import EpsilonGate, check_epsilon
 
-__all__ = ["add_gates", "closed_slots", "collapsed_copy", "natural_order", "param_groups", "remove", "remove_closed", "removed_slots", "replay_removed"]
+__all__ = [
+    "add_gates",
+    "closed_slots",
+    "collapsed_copy",
+    "natural_order",
+    "param_groups",
+    "remove",
+    "remove_closed",
+    "removed_slots",
+    "replay_removed",
+]
 
 _logger = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -84,7 +94,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     # A layer scale is a module at the end of the branch, or a parameter that the block itself holds.
     ends = [*branch_ends(body), *(body.get_submodule(block_path(slot)) for slot in gates(body))]
     bounding = {id(parameter) for end in ends for parameter in end.parameters(recurse=False)}
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if parameter.ndim > 1 or id(parameter) in bounding else spared).append(parameter)
@@ -142,10 +153,12 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
     with evaluating(body):
         batch = probe_batch(body)
         calls, before = _run_recording(body, doomed, batch)
-        replacements = {path: _proven_shortcut(body.get_submodule(path), calls[path]) for path in doomed}
-        originals = {path: body.get_submodule(path) for path, new in replacements.items() if new is not None}
-        for path in originals:
-            _set_module(body, path, replacements[path])
+        originals = {}
+        for path in doomed:
+            block = body.get_submodule(path)
+            if (shortcut := _proven_shortcut(block, calls[path])) is not None:
+                originals[path] = block
+                _set_module(body, path, shortcut)
         if not _equal(before, body(batch)):
             for path, block in originals.items():
                 _set_module(body, path, block)
@@ -235,7 +248,7 @@ def _set_module(body: nn.Module, path: str, module: nn.Module) -> None:
 
 def _record(model: nn.Module, removed: Iterable[str]) -> None:
     """Note the structure where timm, and where transformers, read it when they save."""
-    body = timm_body(model)
+    body: Any = timm_body(model)
     body.removed = sorted(removed, key=natural_order)
     body._model_args = {**getattr(body, "_model_args", {}), "removed": body.removed}
     if config := getattr(model, "config", None):
