@@ -34,8 +34,6 @@ from transformers import AutoConfig, AutoModelForImageClassification, get_schedu
 
 import timm_eps
 from timm_eps import EpsilonPruner, EpsResNetConfig, EpsResNetForImageClassification, data, report
-from timm_eps.branches import gates
-from timm_eps.surgery import collapsed_copy
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -250,13 +248,13 @@ def evaluate(model: nn.Module, split: data.ImageTensors, normalize: Normalize, b
     return correct / len(split)
 
 
-def measure(model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """Structure, size and speed of the network that is left beside the unpruned one of its architecture."""
-    pruned = collapsed_copy(model).timm_model
+def compare(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Structure, size and speed of the pruned network beside the unpruned one of its architecture."""
     dense = timm.create_model(model.config.architecture, num_classes=model.config.num_labels).to(images.device)
-    pair = {"dense_": dense, "": pruned}
-    total = len(gates(dense))
-    found = {"blocks_total": total, "blocks_kept": total - len(pruned.removed), "removed": pruned.removed}
+    removed = model.config.model_args.get("removed", [])
+    total = len(timm_eps.add_gates(dense))
+    found = {"blocks_total": total, "blocks_kept": total - len(removed), "removed": removed}
+    pair = {"dense_": dense, "": model.timm_model}
     for prefix, network in pair.items():
         found[f"{prefix}params"] = report.count_parameters(network)
         found[f"{prefix}macs"] = report.count_macs(network, images[:1])
@@ -268,30 +266,36 @@ def measure(model: nn.Module, images: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def check_reload(directory: str, model: nn.Module, images: Tensor, pictures: list) -> str:
+def logits_of(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, classes) of a batch, and of its images one by one: other kernels run, which round differently."""
+    model.eval()
+    answers = [model(images), *(model(image) for image in images.split(1))]
+    batch, *singles = (getattr(answer, "logits", answer).cpu() for answer in answers)
+    return batch, torch.cat(singles)
+
+
+def check_reload(directory: str, live: tuple[Tensor, Tensor], images: Tensor, pictures: list) -> str:
     """Load the directory by every loader and compare logits with the live model's. Raises if one differs."""
-    model = model.eval().cpu()
-    images = images.cpu()
-    live, live_one_by_one = model(images).logits, torch.cat([model(image[None]).logits for image in images])
-    by_timm = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
-    by_auto = AutoModelForImageClassification.from_pretrained(directory).eval()
-    classify = pipeline("image-classification", model=directory, device="cpu")
-    scores = classify(pictures, top_k=model.config.num_labels, function_to_apply="none")
-    ids = classify.model.config.label2id
-    by_pipeline = torch.empty_like(live)
-    for row, answers in enumerate(scores):
+    by_timm = timm.create_model(f"local-dir:{directory}", pretrained=True).to(images.device)
+    by_auto = AutoModelForImageClassification.from_pretrained(directory).to(images.device)
+    classify = pipeline("image-classification", model=directory, device=images.device)
+    number_of = by_auto.config.label2id
+    scores = torch.empty_like(live[1])
+    for row, answers in enumerate(classify(pictures, top_k=len(number_of), function_to_apply="none")):
         for answer in answers:
-            by_pipeline[row, ids[answer["label"]]] = answer["score"]
-    differences = {
-        "timm": (by_timm(images) - live).abs().max().item(),
-        "AutoModelForImageClassification": (by_auto(images).logits - live).abs().max().item(),
-        "pipeline": (by_pipeline - live_one_by_one).abs().max().item(),
+            scores[row, number_of[answer["label"]]] = answer["score"]
+    largest = {
+        "timm": difference(logits_of(by_timm, images), live),
+        "AutoModelForImageClassification": difference(logits_of(by_auto, images), live),
+        "pipeline": difference([scores], live[1:]),
     }
-    if wrong := {name: value for name, value in differences.items() if not value <= 1e-5}:
+    if wrong := {name: value for name, value in largest.items() if not value <= 1e-5}:
         raise RuntimeError(f"The model saved in {directory} computes other logits than the live one: {wrong}.")
-    return ", ".join(
-        f"{name} {'equal' if value == 0 else f'within {value:.1e}'}" for name, value in differences.items()
-    )
+    return ", ".join(f"{name} {'equal' if value == 0 else f'within {value:.1e}'}" for name, value in largest.items())
+
+
+def difference(some: Iterable[Tensor], others: Iterable[Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(some, others, strict=True))
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -323,14 +327,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         _, _, dense = train(args, accelerator, splits, pretrained_cfg, with_gates=False)
         results |= {f"dense_{name}": value for name, value in dense.items()}
 
-    sample = Normalize(pretrained_cfg)(splits["validation"].images[:32])
+    sample = Normalize(pretrained_cfg)(splits["validation"].images[:32]).to(accelerator.device)
+    live = logits_of(model, sample)
+    history = pruner.history if pruner else []
+    timm_eps.remove_closed(model)
     results |= about
-    results |= measure(model, sample.to(accelerator.device))
+    results |= compare(model, sample)
     results |= {
         "architecture": model.config.architecture,
         "arguments": used_arguments(args),
         "base_model": args.model_name_or_path,
-        "epsilon": pruner.epsilon if pruner else 0.0,
+        "epsilon": max((record["epsilon"] for record in history), default=0.0),
         "train_images": len(splits["train"]),
         "eval_images": len(splits["validation"]),
         "seed": args.seed,
@@ -339,7 +346,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         else torch.cuda.get_device_name(accelerator.device),
         "versions": versions(),
     }
-    timm_eps.save_pretrained(model, args.output_dir, results=results, history=pruner.history if pruner else ())
+    timm_eps.save_pretrained(model, args.output_dir, results=results, history=history)
 
     gone = 100 * (1 - results["params"] / results["dense_params"])
     accelerator.print(
@@ -350,7 +357,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     pictures = [row.convert("RGB") for row in raw["validation"][:32][columns[0] or image_column(raw)]]
     accelerator.print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
-    accelerator.print(check_reload(args.output_dir, model, sample, pictures) + ".")
+    accelerator.print(check_reload(args.output_dir, live, sample, pictures) + ".")
     return results
 
 
@@ -361,7 +368,11 @@ def image_column(raw: datasets.DatasetDict) -> str:
 def used_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the run depended on; paths of this machine are left out."""
     local = {"config", "output_dir", "compare_dense", "train_dir", "validation_dir"}
-    return {name: value for name, value in vars(args).items() if value is not None and name not in local}
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if value is not None and value is not False and name not in local
+    }
 
 
 def versions() -> dict[str, str]:

@@ -68,6 +68,10 @@ def test_a_wrapped_model_with_results(model, tmp_path):
     wrapper = timm_eps.EpsResNetForImageClassification.from_timm(model)
     timm_eps.save_pretrained(wrapper, tmp_path, results=RESULTS, repo_id="me/tiny")
     assert json.loads((tmp_path / "all_results.json").read_text()) == RESULTS
+    names = dict(wrapper.config.id2label)
+    timm_eps.save_pretrained(wrapper, tmp_path, label_names=list("abcdefghij"))
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).config.label2id["c"] == 2
+    assert wrapper.config.id2label == names
 
 
 def test_picture_shows_the_history(model, tmp_path):

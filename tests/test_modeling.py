@@ -117,6 +117,9 @@ def test_every_loader_gives_the_same_logits(model, tmp_path, images):
         features = AutoModel.from_pretrained(tmp_path).eval()
         assert torch.equal(by_timm(images), live)
         assert torch.equal(by_auto(images).logits, live)
+        for image in images.split(1):  # other kernels run for single images
+            assert torch.equal(by_timm(image), model(image).logits)
+            assert torch.equal(by_auto(image).logits, model(image).logits)
         pooled = features(images).pooler_output
         assert torch.equal(by_timm.get_classifier()(pooled), live)
     assert isinstance(by_auto, EpsResNetForImageClassification)
@@ -135,7 +138,7 @@ def test_pipeline_gives_the_same_logits(tmp_path):
     answers = {a["label"]: a["score"] for a in classify(picture, top_k=5, function_to_apply="none")}
     with torch.no_grad():
         logits = model(**processor(picture)).logits[0]
-    assert [answers[name] for name in "abcde"] == pytest.approx(logits.tolist(), abs=1e-6)
+    assert [answers[name] for name in "abcde"] == logits.tolist()
 
 
 def test_what_is_saved(model, tmp_path):
@@ -243,6 +246,18 @@ def test_from_timm_shares_the_weights(tmp_path, images):
     assert torch.equal(wrapper(images).logits, body(images))
     assert wrapper.config.pretrained_cfg["input_size"] == (3, 8, 8)
     assert wrapper.config.num_labels == 5
+
+
+def test_state_dicts_of_both_worlds(model, images, labels):
+    """A training checkpoint holds the side head; timm's weights hold none and have no prefix."""
+    other = EpsResNetForImageClassification(tiny_config())
+    other.load_state_dict(model.state_dict())
+    model.eval(), other.eval()
+    assert torch.equal(other(images).logits, model(images).logits)
+    assert torch.equal(other.side_head[1].fc.weight, model.side_head[1].fc.weight)
+    plain = EpsResNetForImageClassification(tiny_config(side_loss_weight=0.0)).eval()
+    plain.load_state_dict(model.timm_model.state_dict())
+    assert torch.equal(plain(images).logits, model(images).logits)
 
 
 def test_config_round_trip(tmp_path):

@@ -6,6 +6,7 @@ Everything is written beside its destination first and moved into place when it 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -104,6 +105,8 @@ def _as_transformers(model: nn.Module, label_names: Sequence[str] | None) -> Eps
     if not isinstance(model, EpsResNetPreTrainedModel):
         return EpsResNetForImageClassification.from_timm(model, **labels)
     if labels:
+        model = copy.copy(model)  # the caller's keeps its names
+        model.config = copy.deepcopy(model.config)
         model.config.id2label = labels["id2label"]
         model.config.label2id = {name: index for index, name in labels["id2label"].items()}
     return model

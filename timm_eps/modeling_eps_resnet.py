@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,6 +54,26 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         # Known from the config alone when loading: a probe or an image processor must see this model's input.
         self.timm_model.pretrained_cfg = {**self.timm_model.pretrained_cfg, **(self.config.pretrained_cfg or {})}
         super().post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`transformers.PreTrainedModel.from_pretrained`, with weights where timm's loader has them too.
+
+        transformers leaves CPU weights in the mapped file, at odd addresses, where kernels for single images sum in
+        another order than at aligned ones: logits would differ from timm's and the live model's in the last bits.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+                tensor.data = tensor.data.clone()
+        return loaded
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Takes timm's keys as well as this class's own; only the latter have a side head."""
+        if any(key.startswith("timm_model.") for key in state_dict):
+            return nn.Module.load_state_dict(self, state_dict, *args, **kwargs)
+        return super().load_state_dict(dict(state_dict), *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

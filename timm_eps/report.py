@@ -73,7 +73,7 @@ def comparison_table(results: Mapping[str, Any]) -> str:
 
     blocks, kept = results["blocks_total"], results["blocks_kept"]
     dense_accuracy, accuracy = results.get("dense_eval_accuracy"), results["eval_accuracy"]
-    difference = "" if dense_accuracy is None else f"{100 * (accuracy - dense_accuracy):+.2f} points"
+    difference = "" if dense_accuracy is None else f"{100 * (accuracy - dense_accuracy):+.2f} points".replace("-", "−")
     lines = [
         f"| {results['architecture']} | dense | pruned | |",
         "|---|---:|---:|---:|",
@@ -139,13 +139,13 @@ def draw_blocks(
         for row, record in enumerate(history):
             for slot, value in record["responses"].items():
                 response[row, position[slot]] = value
-            closed_at += [(position[slot], row) for slot in record["closed"]]
-            removed_at += [(position[slot], row) for slot in record["removed"]]
+            closed_at += [(position[slot], row + 1) for slot in record["closed"]]
+            removed_at += [(position[slot], row + 1) for slot in record["removed"]]
         positive = response[np.isfinite(response) & (response > 0)]
         low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
         image = heat.imshow(
             np.clip(response, low, None), aspect="auto", cmap="viridis", interpolation="nearest",
-            norm=LogNorm(low, max(high, low * 1.01)), extent=(-0.5, len(slots) - 0.5, len(history) - 0.5, -0.5),
+            norm=LogNorm(low, max(high, low * 1.01)), extent=(-0.5, len(slots) - 0.5, len(history) + 0.5, 0.5),
         )  # fmt: skip
         heat.set_facecolor(gone_colour)
         if closed_at:
@@ -154,8 +154,8 @@ def draw_blocks(
             heat.scatter(*zip(*removed_at, strict=True), marker="x", s=28, color="black", label="removed after it")
         heat.set_ylabel("epoch")
         if closed_at:
-            heat.legend(loc="lower left", fontsize=8, framealpha=0.9)
-        figure.colorbar(image, ax=heat, label="response: largest |F| of the epoch", pad=0.01)
+            figure.legend(loc="outside lower right", ncols=2, fontsize=9, frameon=False)
+        figure.colorbar(image, ax=heat, label="response: largest |F| of the epoch", pad=0.01, format="%g")
         last = heat
     for border in borders:
         for axis in {strip, last}:

@@ -247,7 +247,7 @@ def _set_module(body: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _record(model: nn.Module, removed: Iterable[str]) -> None:
-    """Note the structure where timm, and where transformers, read it when they save."""
+    """Note the structure where timm's own ``save_for_hf``, and where transformers, read it when they save."""
     body: Any = timm_body(model)
     body.removed = sorted(removed, key=natural_order)
     body._model_args = {**getattr(body, "_model_args", {}), "removed": body.removed}
