@@ -290,6 +290,39 @@ def test_tampered_structure(model, tmp_path):
     tamper(tmp_path, model_args={"removed": SLOTS[:1]})
     with pytest.raises(RuntimeError, match="Missing key"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    for auto in (AutoModelForImageClassification, AutoModel):
+        with pytest.raises(
+            ValueError, match=r"with 1 removed blocks: they lack 'timm_model\.stages\.0\.blocks\.2\.conv1"
+        ):
+            auto.from_pretrained(tmp_path)
+    tamper(tmp_path, model_args={"removed": SLOTS})
+    with pytest.raises(ValueError, match=r"with 9 removed blocks: they also hold"):
+        AutoModelForImageClassification.from_pretrained(tmp_path)
+
+
+def test_config_without_architecture(model, tmp_path):
+    save_pruned(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["architecture"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="names no 'architecture'"):
+        AutoModelForImageClassification.from_pretrained(tmp_path)
+
+
+def test_config_that_is_no_json(model, tmp_path):
+    save_pruned(model, tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(OSError, match="not a valid JSON"):
+        AutoModelForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(json.JSONDecodeError):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_loading_info_on_request(model, tmp_path):
+    save_pruned(model, tmp_path)
+    loaded, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(loaded, EpsResNetForImageClassification)
+    assert not info["missing_keys"]
 
 
 def test_truncated_weights(model, tmp_path):

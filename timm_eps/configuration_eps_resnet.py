@@ -44,6 +44,8 @@ class EpsResNetConfig(TimmWrapperConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if "architecture" not in config_dict:
+            raise ValueError(f"config.json names no 'architecture', only {sorted(config_dict)}.")
         if "id2label" in kwargs:
             # The parent would set the stored number of classes last, which replaces the names just given.
             kwargs["num_labels"] = len(kwargs["id2label"])

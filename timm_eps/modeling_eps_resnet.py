@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .configuration_eps_resnet import EpsResNetConfig
 from .eps_resnet import EpsResNet, init_weights
-from .surgery import collapsed_copy
+from .surgery import collapsed_copy, removed_slots
 
 __all__ = ["EpsResNetForImageClassification", "EpsResNetModel", "EpsResNetPreTrainedModel"]
 
@@ -56,18 +56,23 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         super().post_init()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`transformers.PreTrainedModel.from_pretrained`, with weights where timm's loader has them too.
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As :meth:`transformers.PreTrainedModel.from_pretrained`, but strict about the residual blocks.
 
-        transformers leaves CPU weights in the mapped file, at odd addresses, where kernels for single images sum in
-        another order than at aligned ones: logits would differ from timm's and the live model's in the last bits.
+        Raises:
+            ValueError: The file holds other blocks than ``config.json`` says. transformers alone would give random
+                weights to those that are missing, with a warning.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if kwargs.get("state_dict") is None:
+            _check_blocks(model, info)
+        # transformers leaves CPU weights in the mapped file, at odd addresses, where kernels for single images sum in
+        # another order than at aligned ones: logits would differ from timm's and the live model's in the last bits.
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
-        return loaded
+        return (model, info) if output_loading_info else model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Takes timm's keys as well as this class's own; only the latter have a side head."""
@@ -183,6 +188,19 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
             wrapper = cls(config)
         wrapper.timm_model = model
         return wrapper
+
+
+def _check_blocks(model: EpsResNetPreTrainedModel, info: Mapping[str, Iterable[str]]) -> None:
+    """Raise ValueError if loading left out, or found too much, of anything but the classifier and the side head."""
+    classifier = model.timm_model.pretrained_cfg.get("classifier", "")
+    fresh = ("side_head.", f"timm_model.{classifier}.")
+    for verb, keys in (("lack", info["missing_keys"]), ("also hold", info["unexpected_keys"])):
+        if strangers := sorted(key for key in keys if not key.startswith(fresh)):
+            raise ValueError(
+                f"The weights do not fit the {model.config.architecture} that config.json describes with "
+                f"{len(removed_slots(model))} removed blocks: they {verb} {strangers[0]!r} and {len(strangers) - 1} "
+                'more. Keep the list model_args["removed"] with the weights that it was saved with.'
+            )
 
 
 AutoConfig.register(EpsResNetConfig.model_type, EpsResNetConfig, exist_ok=True)
