@@ -1,15 +1,16 @@
-"""The default run and the same recipe with the gates off, over the five stratified folds of the digits.
+"""The default run and the same recipe with the gates off, over three seeds and the five stratified folds of the digits.
 
     python benchmarks/digits_folds.py                     # writes benchmarks/digits_folds.json and .md
-    python benchmarks/digits_folds.py --folds 0 1 -- --keep 0.2
+    python benchmarks/digits_folds.py --seeds 0 --folds 0 1 -- --keep 0.2
 
-Every image is tested once. Within a fold the pruned and the dense run follow each other in one process. Arguments
-after ``--`` go to train_hf.py. A fold whose result is stored under the same arguments and versions is not run again.
+With each seed every image is tested once. The pruned and the dense run of a fold follow each other in one process.
+Arguments after ``--`` go to train_hf.py. A run that is stored under the same arguments and versions is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -21,69 +22,68 @@ sys.path.insert(0, str(ROOT))
 import train_hf  # noqa: E402
 
 
-def spread(values: list[float], form: str) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{form.format(statistics.mean(values))} ± {form.format(deviation)}"
+COLUMNS = {
+    # heading: (value of one run, form, unit)
+    "accuracy, gates off": (lambda run: 100 * run["dense_eval_accuracy"], "{:.2f}", " %"),
+    "accuracy, pruned": (lambda run: 100 * run["eval_accuracy"], "{:.2f}", " %"),
+    "blocks left": (lambda run: run["blocks_kept"], "{:.1f}", ""),
+    "parameters gone": (lambda run: 100 * (1 - run["params"] / run["dense_params"]), "{:.1f}", " %"),
+    "training time": (lambda run: run["train_seconds"] / run["dense_train_seconds"], "{:.2f}", "×"),
+    "swing, last 10 epochs": (lambda run: 100 * swing(run["eval_accuracy_by_epoch"][-10:]), "{:.2f}", " points"),
+}
 
 
-def table(runs: list[dict]) -> str:
-    """Markdown of all folds, with mean and standard deviation in the last row."""
-    lines = [
-        "| fold | accuracy, gates off | accuracy, pruned | blocks left | parameters gone | training time | "
-        "largest swing, last 10 epochs |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    columns: list[list[float]] = []
-    for run in runs:
-        last = run["eval_accuracy_by_epoch"][-10:]
-        values = [
-            100 * run["dense_eval_accuracy"],
-            100 * run["eval_accuracy"],
-            run["blocks_kept"],
-            100 * (1 - run["params"] / run["dense_params"]),
-            run["train_seconds"] / run["dense_train_seconds"],
-            100 * (max(last) - min(last)),
-        ]
-        columns.append(values)
-        accuracy, pruned, blocks, gone, seconds, swing = values
-        lines.append(
-            f"| {run['arguments']['fold']} | {accuracy:.2f} % | {pruned:.2f} % | {blocks} of {run['blocks_total']} "
-            f"| {gone:.1f} % | {seconds:.2f}× | {swing:.2f} points |"
-        )
-    forms = ["{:.2f}", "{:.2f}", "{:.1f}", "{:.1f}", "{:.2f}", "{:.2f}"]
-    units = [" %", " %", "", " %", "×", " points"]
-    means = [
-        spread(list(column), form) + unit
-        for column, form, unit in zip(zip(*columns, strict=True), forms, units, strict=True)
-    ]
-    return "\n".join([*lines, f"| mean ± sd | {' | '.join(means)} |"])
+def swing(values: list[float]) -> float:
+    return max(values) - min(values)
+
+
+def row(name: str, runs: list[dict]) -> str:
+    """Mean of each column over some runs, and the standard deviation if there are several."""
+    cells = []
+    for value, form, unit in COLUMNS.values():
+        values = [value(run) for run in runs]
+        spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+        cells.append(f"{form.format(statistics.mean(values))}{spread}{unit}")
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def tables(runs: list[dict]) -> str:
+    """By seed, over all, and run by run, in Markdown."""
+    seeds = sorted({run["seed"] for run in runs})
+    head = [f"| | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
+    summary = [row(f"seed {seed}", [run for run in runs if run["seed"] == seed]) for seed in seeds]
+    if len(seeds) > 1:
+        summary.append(row(f"all {len(runs)} runs", runs))
+    single = [row(f"seed {run['seed']}, fold {run['arguments']['fold']}", [run]) for run in runs]
+    return "\n".join([*head, *summary, "", "Run by run:", "", *head, *single])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", default=str(Path(__file__).with_suffix("")), help="path without an ending")
     parser.add_argument("arguments", nargs="*", help="further arguments of train_hf.py, after --")
     args = parser.parse_args()
     store = Path(f"{args.output}.json")
     stored = json.loads(store.read_text()) if store.exists() else []
     runs = []
-    for fold in args.folds:
-        given = ["--fold", str(fold), "--seed", str(args.seed), "--compare_dense", *args.arguments]
+    for seed, fold in itertools.product(args.seeds, args.folds):
+        given = ["--fold", str(fold), "--seed", str(seed), "--compare_dense", *args.arguments]
         wanted = train_hf.used_arguments(train_hf.parse_arguments(given))
         same = [run for run in stored if run["arguments"] == wanted and run["versions"] == train_hf.versions()]
         if not same:
-            same = [train_hf.main([*given, "--output_dir", str(ROOT / "outputs" / f"digits-fold{fold}")])]
+            output = ROOT / "outputs" / f"digits-seed{seed}-fold{fold}"
+            same = [train_hf.main([*given, "--output_dir", str(output)])]
         runs += same[:1]
         store.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
     first = runs[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    header = (
-        f"`{first['architecture']}` on {first['dataset']}, seed {args.seed}, {first['hardware']}; {versions}.\n"
-        f"Training time is that of the pruned run over that of the dense run, within one process.\n"
+    text = (
+        f"`{first['architecture']}` on {first['dataset']}, {len(args.folds)} stratified folds, {first['hardware']}; "
+        f"{versions}. Mean ± standard deviation; training time is that of the pruned run over that of the dense one "
+        f"after it.\n\n{tables(runs)}\n"
     )
-    text = f"{header}\n{table(runs)}\n"
     Path(f"{args.output}.md").write_text(text)
     print(text)
 
