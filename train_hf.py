@@ -16,9 +16,10 @@ import argparse
 import json
 import math
 import platform
+import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,16 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification, get_scheduler, pipeline
 
 import timm_eps
-from timm_eps import EpsilonPruner, EpsResNetConfig, EpsResNetForImageClassification, data, report
+from timm_eps import EpsilonGate, EpsilonPruner, EpsResNetConfig, EpsResNetForImageClassification, data, report
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--config", help="JSON file with arguments by name; flags on the command line win over it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", help="JSON file with arguments by name; flags on the command line win over it")
     model = parser.add_argument_group("model").add_argument
-    model("--architecture", default="eps_resnet110", help="a model this package registers with timm")
+    model("--architecture", help="a model this package registers with timm; default eps_resnet110")
     model("--model_name_or_path", help="a saved model, on the Hub or a directory, to go on from")
     model("--ignore_mismatched_sizes", action="store_true", help="new classifier where the saved one does not fit")
     source = parser.add_argument_group("data (without any of these: scikit-learn's digits)").add_argument
@@ -49,49 +51,62 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     source("--dataset_config_name")
     source("--train_dir", help="a directory with one sub-directory of images a class")
     source("--validation_dir")
-    source("--train_val_split", type=float, default=0.15, help="share to validate on if there is no such split")
+    source("--train_val_split", type=share, default=0.15, help="share to validate on if there is no such split")
     source("--image_column_name", help="found by type if not given")
     source("--label_column_name", help="found by type if not given")
-    source("--max_train_samples", type=int)
-    source("--max_eval_samples", type=int)
-    source("--image_size", type=int, help="side of the images in pixels; digits 8, else that of the architecture")
+    source("--max_train_samples", type=at_least(1), help="draw this many")
+    source("--max_eval_samples", type=at_least(1), help="draw this many")
+    source("--image_size", type=at_least(4), help="side in pixels; digits 8, else that of the architecture")
     source("--fold", type=int, default=0, help="which fifth of the digits to validate on, 0 to 4")
-    source("--padding", type=int, help="random crops after padding by this many pixels; default image_size // 8")
+    source("--padding", type=at_least(0), help="random crops after padding by so many pixels; default size // 8")
     source("--flip", action="store_true", help="mirror half the images; not for digits")
     gate = parser.add_argument_group("gates").add_argument
     gate("--keep", type=fraction_or_number, help="share (0.25) or number (14) of blocks to keep; default 0.25")
     gate("--epsilon", type=float, help="the paper's fixed threshold instead of --keep")
     gate("--no_gates", action="store_true", help="train the dense network only")
-    gate("--epsilon_warmup_epochs", type=int, default=8, help="epochs with all gates open first")
-    gate("--ramp_epochs", type=int, default=25, help="with --keep: epochs from the first closed block to the budget")
-    gate("--patience", type=int, default=3, help="epochs in a row a block is closed before it is removed")
+    gate("--epsilon_warmup_epochs", type=at_least(0), default=8, help="epochs with all gates open first")
+    gate("--ramp_epochs", type=at_least(0), default=25, help="with --keep: epochs from there to the full budget")
+    gate("--patience", type=at_least(1), default=3, help="epochs in a row a block is closed before it is removed")
     gate("--no_live_removal", action="store_true", help="remove closed blocks at the end, not during training")
     gate("--side_loss_weight", type=float, default=0.1, help="weight of the side head's loss; 0 leaves it out")
     train = parser.add_argument_group("training").add_argument
-    train("--num_train_epochs", type=int, default=60)
-    train("--per_device_train_batch_size", type=int, default=128)
-    train("--per_device_eval_batch_size", type=int, default=512)
-    train("--gradient_accumulation_steps", type=int, default=1)
+    train("--num_train_epochs", type=at_least(1), default=60)
+    train("--per_device_train_batch_size", type=at_least(2), default=128)
+    train("--per_device_eval_batch_size", type=at_least(1), default=512)
+    train("--gradient_accumulation_steps", type=at_least(1), default=1)
     train("--learning_rate", type=float, default=0.1)
     train("--momentum", type=float, default=0.9)
     train("--weight_decay", type=float, default=5e-3)
     train("--lr_scheduler", choices=["cosine", "restarting"], default="cosine", help="restarting is the paper's")
-    train("--lr_decay_start", type=float, default=0.5, help="with cosine: share of the training at full rate first")
+    train("--lr_decay_start", type=share, default=0.5, help="with cosine: share of the training at full rate first")
+    three = {"type": at_least(1), "nargs": 3}
+    train("--lr_milestones", **three, default=[82, 123, 300], help="with restarting: epochs at which the rate falls")
+    train("--lr_restart_milestones", **three, default=[41, 61, 150], help="the same, counted from a restart")
     train("--seed", type=int, default=0)
     train("--compare_dense", action="store_true", help="train the same recipe with the gates off as well")
-    train("--output_dir", default="outputs/eps_resnet110-digits")
+    parser.add_argument("--output_dir", help="default outputs/<architecture>-<data set>")
 
-    given, _ = parser.parse_known_args(argv)
-    if given.config:
-        stored = read_config(given.config, vars(given).keys())
-        if given.keep is not None or given.epsilon is not None:
-            stored = {name: value for name, value in stored.items() if name not in ("keep", "epsilon")}
-        parser.set_defaults(**stored)
-    args = parser.parse_args(argv)
-    if args.keep is not None and args.epsilon is not None:
-        parser.error(f"give one of --keep and --epsilon, got --keep {args.keep} and --epsilon {args.epsilon}")
-    if args.keep is None and args.epsilon is None:
+    argv = sys.argv[1:] if argv is None else argv
+    given = parser.parse_args(argv)
+    args = parser.parse_args([*read_config(given), *argv]) if given.config else given
+    for flag, excluded in {
+        "epsilon": ["keep"],
+        "no_gates": ["keep", "epsilon", "compare_dense"],
+        "dataset_name": ["train_dir"],
+        "model_name_or_path": ["architecture", "image_size"],
+    }.items():
+        if getattr(args, flag) and (clash := next((name for name in excluded if getattr(args, name)), None)):
+            parser.error(f"--{flag} and --{clash} exclude each other")
+    for flag, needed in {"dataset_config_name": "dataset_name", "validation_dir": "train_dir"}.items():
+        if getattr(args, flag) and not getattr(args, needed):
+            parser.error(f"--{flag} goes with --{needed}")
+    if args.keep is None and args.epsilon is None and not args.no_gates:
         args.keep = 0.25
+    if args.model_name_or_path is None and args.architecture is None:
+        args.architecture = "eps_resnet110"
+    if args.output_dir is None:
+        names = args.model_name_or_path or args.architecture, args.dataset_name or args.train_dir or "digits"
+        args.output_dir = str(Path("outputs") / "-".join(Path(name).name for name in names))
     return args
 
 
@@ -99,46 +114,89 @@ def fraction_or_number(text: str) -> float | int:
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
-def read_config(path: str, known: Iterable[str]) -> dict[str, Any]:
+def share(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return value
+
+    return whole_number
+
+
+def read_config(given: argparse.Namespace) -> list[str]:
+    """The arguments in a configuration file, as they would stand on the command line, less those that flags replace."""
+    path = given.config
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"--config {path} is not JSON: {error}.") from error
     if not isinstance(stored, dict):
         raise ValueError(f"--config {path} must hold an object of arguments by name, not a {type(stored).__name__}.")
-    if unknown := sorted(stored.keys() - set(known)):
+    if unknown := sorted(stored.keys() - vars(given).keys()):
         raise ValueError(f"--config {path} holds {unknown[0]!r}, which is no argument; train_hf.py --help lists them.")
-    return stored
+    if given.keep is not None or given.epsilon is not None or given.no_gates:
+        stored = {name: value for name, value in stored.items() if name not in ("keep", "epsilon", "no_gates")}
+    arguments = []
+    for name, value in stored.items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{name}", *(str(one) for one in values if one is not True)]
+    return arguments
 
 
 def load_images(args: argparse.Namespace) -> tuple[datasets.DatasetDict, dict[str, Any]]:
     """Both splits, and how the results and the card name them."""
-    if args.dataset_name is None and args.train_dir is None:
+    if on_digits(args):
         splits = data.load_digits(args.fold)
         about = {"dataset": "scikit-learn digits", "dataset_id": None, "eval_split": f"fold {args.fold} of 5"}
     else:
-        splits = data.load_splits(
+        splits, eval_split = data.load_splits(
             args.dataset_name, args.dataset_config_name, args.train_dir, args.validation_dir, args.train_val_split,
             args.label_column_name, args.seed,
         )  # fmt: skip
-        name = args.dataset_name or args.train_dir
-        on_hub = args.dataset_name is not None and not Path(args.dataset_name).exists()
-        about = {"dataset": name, "dataset_id": name if on_hub else None, "eval_split": "validation"}
-    splits["train"] = data.first(splits["train"], args.max_train_samples)
-    splits["validation"] = data.first(splits["validation"], args.max_eval_samples)
+        name = hub_id(args.dataset_name)
+        shown = name or Path(args.dataset_name or args.train_dir).name
+        about = {"dataset": shown, "dataset_id": name, "eval_split": eval_split}
+    splits["train"] = data.sample(splits["train"], args.max_train_samples, args.seed)
+    splits["validation"] = data.sample(splits["validation"], args.max_eval_samples, args.seed)
     return splits, about
 
 
-def input_of(args: argparse.Namespace) -> dict[str, Any]:
+def on_digits(args: argparse.Namespace) -> bool:
+    return args.dataset_name is None and args.train_dir is None
+
+
+def hub_id(name: str | None) -> str | None:
+    """A name on the Hub; None for a directory, whose path means nothing elsewhere."""
+    return None if name is None or Path(name).exists() else name
+
+
+def input_of(args: argparse.Namespace, classes: int) -> dict[str, Any]:
     """timm's description of the input: that of the saved model, or of the architecture at the wanted size."""
     if args.model_name_or_path:
-        return dict(AutoConfig.from_pretrained(args.model_name_or_path).pretrained_cfg)
-    if not timm.is_model(args.architecture):
-        raise ValueError(f"--architecture {args.architecture!r} is unknown; timm.list_models('eps_*') lists them.")
-    pretrained_cfg = EpsResNetConfig(architecture=args.architecture).pretrained_cfg
-    on_digits = args.dataset_name is None and args.train_dir is None
-    if size := args.image_size or (8 if on_digits else None):
-        pretrained_cfg |= {"input_size": (3, size, size), "pool_size": None}
+        config = AutoConfig.from_pretrained(args.model_name_or_path)
+        if not isinstance(config, EpsResNetConfig):
+            raise ValueError(f"--model_name_or_path {args.model_name_or_path} is a {config.model_type}, no eps_resnet.")
+        if config.num_labels != classes and not args.ignore_mismatched_sizes:
+            raise ValueError(
+                f"The saved model tells {config.num_labels} classes apart, the data set has {classes}; "
+                "--ignore_mismatched_sizes gives it a new classifier."
+            )
+        pretrained_cfg = dict(config.pretrained_cfg)
+    else:
+        if not timm.is_model(args.architecture):
+            raise ValueError(f"--architecture {args.architecture!r} is unknown; timm.list_models('eps_*') lists them.")
+        pretrained_cfg = EpsResNetConfig(architecture=args.architecture).pretrained_cfg
+        if size := args.image_size or (8 if on_digits(args) else None):
+            pretrained_cfg |= {"input_size": (3, size, size), "pool_size": None}
+    if pretrained_cfg["input_size"][0] != 3:
+        raise ValueError(f"The model reads {pretrained_cfg['input_size'][0]} channels; this script feeds RGB images.")
     return pretrained_cfg
 
 
@@ -185,7 +243,7 @@ def train(
     batches = data.loader(splits["train"], args.per_device_train_batch_size, shuffle=True, seed=args.seed)
     steps = math.ceil(len(batches) / args.gradient_accumulation_steps) * args.num_train_epochs
     if args.lr_scheduler == "restarting":
-        scheduler = timm_eps.RestartingLR(optimizer)
+        scheduler = timm_eps.RestartingLR(optimizer, args.lr_milestones, args.lr_restart_milestones)
     else:
         decay = {"num_decay_steps": round(steps * (1 - args.lr_decay_start)), "decay_type": "cosine"}
         scheduler = get_scheduler("warmup_stable_decay", optimizer, 0, steps, scheduler_specific_kwargs=decay)
@@ -218,6 +276,10 @@ def train(
                     scheduler.step()
                 losses += loss.detach()
                 bar.update()
+            if not torch.isfinite(losses):
+                raise ValueError(
+                    f"The loss of epoch {epoch + 1} is {losses.item()}; lower --learning_rate {args.learning_rate}."
+                )
             if pruner:
                 pruner.step()
             if args.lr_scheduler == "restarting":
@@ -226,11 +288,13 @@ def train(
             accuracies.append(evaluate(model, splits["validation"], normalize, args.per_device_eval_batch_size))
             left = f", blocks {pruner.total - pruner.discarded}/{pruner.total}" if pruner else ""
             bar.set_postfix_str(f"loss {losses.item() / len(batches):.4f}, accuracy {accuracies[-1]:.4f}{left}")
+    # Without the autocast that mixed precision wraps around forward: what is measured now is what will be loaded.
+    model = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     return (
         model,
         pruner,
         {
-            "eval_accuracy": accuracies[-1],
+            "eval_accuracy": evaluate(model, splits["validation"], normalize, args.per_device_eval_batch_size),
             "eval_accuracy_by_epoch": accuracies,
             "train_seconds": seconds,
         },
@@ -250,9 +314,11 @@ def evaluate(model: nn.Module, split: data.ImageTensors, normalize: Normalize, b
 
 def compare(model: nn.Module, images: Tensor) -> dict[str, Any]:
     """Structure, size and speed of the pruned network beside the unpruned one of its architecture."""
-    dense = timm.create_model(model.config.architecture, num_classes=model.config.num_labels).to(images.device)
-    removed = model.config.model_args.get("removed", [])
-    total = len(timm_eps.add_gates(dense))
+    arguments = dict(model.config.model_args)
+    removed = arguments.pop("removed", [])
+    dense = timm.create_model(model.config.architecture, num_classes=model.config.num_labels, **arguments)
+    dense.to(images.device)
+    total = sum(isinstance(module, EpsilonGate) for module in dense.modules())
     found = {"blocks_total": total, "blocks_kept": total - len(removed), "removed": removed}
     pair = {"dense_": dense, "": model.timm_model}
     for prefix, network in pair.items():
@@ -308,8 +374,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     tempfile.TemporaryFile(dir=args.output_dir).close()  # better to fail here than after the training
 
     raw, about = load_images(args)
-    pretrained_cfg = input_of(args)
-    columns = args.image_column_name, args.label_column_name
+    columns = data.find_columns(raw["train"].features, args.image_column_name, args.label_column_name)
+    pretrained_cfg = input_of(args, raw["train"].features[columns[1]].num_classes)
     splits = {name: data.ImageTensors.decode(raw[name], pretrained_cfg, *columns) for name in ("train", "validation")}
     data.check_classes(**splits)
     if not args.model_name_or_path:
@@ -336,7 +402,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results |= {
         "architecture": model.config.architecture,
         "arguments": used_arguments(args),
-        "base_model": args.model_name_or_path,
+        "base_model": hub_id(args.model_name_or_path),
         "epsilon": max((record["epsilon"] for record in history), default=0.0),
         "train_images": len(splits["train"]),
         "eval_images": len(splits["validation"]),
@@ -355,23 +421,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"{100 * results['eval_accuracy']:.2f} % of the {results['eval_images']} test images correctly."
         f"\n\n{report.comparison_table(results)}\n"
     )
-    pictures = [row.convert("RGB") for row in raw["validation"][:32][columns[0] or image_column(raw)]]
+    pictures = [row.convert("RGB") for row in raw["validation"][:32][columns[0]]]
     accelerator.print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
     accelerator.print(check_reload(args.output_dir, live, sample, pictures) + ".")
     return results
 
 
-def image_column(raw: datasets.DatasetDict) -> str:
-    return data.find_columns(raw["validation"].features)[0]
-
-
 def used_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What the run depended on; paths of this machine are left out."""
-    local = {"config", "output_dir", "compare_dense", "train_dir", "validation_dir"}
+    """What the run depended on, without paths of this machine and what the scheduler at hand does not read."""
+    unsaid = {"config", "output_dir", "compare_dense", "train_dir", "validation_dir"}
+    unsaid |= {"lr_milestones", "lr_restart_milestones"} if args.lr_scheduler == "cosine" else {"lr_decay_start"}
+    unsaid |= {name for name in ("dataset_name", "model_name_or_path") if hub_id(getattr(args, name)) is None}
     return {
         name: value
         for name, value in vars(args).items()
-        if value is not None and value is not False and name not in local
+        if value is not None and value is not False and name not in unsaid
     }
 
 

@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 
 import train_hf  # noqa: E402
 
-
 COLUMNS = {
     # heading: (value of one run, form, unit)
     "accuracy, gates off": (lambda run: 100 * run["dense_eval_accuracy"], "{:.2f}", " %"),
@@ -76,7 +75,8 @@ def main() -> None:
             output = ROOT / "outputs" / f"digits-seed{seed}-fold{fold}"
             same = [train_hf.main([*given, "--output_dir", str(output)])]
         runs += same[:1]
-        store.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
+        others = [run for run in stored if run not in runs]
+        store.write_text(json.dumps(runs + others, indent=1, sort_keys=True) + "\n")
     first = runs[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     text = (

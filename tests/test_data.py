@@ -21,6 +21,7 @@ from timm_eps.data import (
     load_digits,
     load_splits,
     loader,
+    sample,
 )
 
 SIZE = {"input_size": (3, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0}
@@ -118,9 +119,10 @@ def test_one_channel_networks_get_grey():
 
 def test_unlabelled_split():
     dataset = make_dataset(3)
-    hidden = datasets.Dataset.from_dict({"img": dataset["img"], "fine_label": [-1] * 3}, dataset.features)
-    with pytest.raises(ValueError, match=r"'fine_label' holds labels from -1 to -1, but its classes are 0 to 2"):
-        ImageTensors.decode(hidden, SIZE)
+    for nothing in (-1, None):
+        hidden = datasets.Dataset.from_dict({"img": dataset["img"], "fine_label": [nothing] * 3}, dataset.features)
+        with pytest.raises(ValueError, match=r"'fine_label' holds labels from -1 to -1, but its classes are 0 to 2"):
+            ImageTensors.decode(hidden, SIZE)
 
 
 def test_splits_that_number_classes_differently():
@@ -149,6 +151,21 @@ def test_loader_shuffles_by_seed_and_keeps_pairs():
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[2]) == list(range(10))
     assert [int(x) for _, labels in loader(split, 4, shuffle=False) for x in labels] == list(range(10))
+
+
+def test_a_last_batch_of_one_is_left_out_in_training():
+    split = ImageTensors(torch.zeros(9, 1, 1, 1, dtype=torch.uint8), torch.arange(9), [])
+    assert [len(labels) for _, labels in loader(split, 4, shuffle=True)] == [4, 4]
+    assert [len(labels) for _, labels in loader(split, 4, shuffle=False)] == [4, 4, 1]
+
+
+def test_samples_are_drawn():
+    """Folders are sorted by class: their first rows are one class."""
+    dataset = make_dataset(30).sort("fine_label")
+    assert len(set(sample(dataset, 12, seed=0)["fine_label"])) == 3
+    assert sample(dataset, 12, seed=0)["fine_label"] == sample(dataset, 12, seed=0)["fine_label"]
+    assert sample(dataset, None, seed=0) is dataset
+    assert len(sample(dataset, 99, seed=0)) == 30
 
 
 def crops(image: torch.Tensor, padding: int, flip: bool) -> list[bytes]:
@@ -184,17 +201,19 @@ def test_augmentation_draws_from_the_global_generator():
 
 def test_local_parquet_and_folders(tmp_path):
     make_dataset(30).to_parquet(tmp_path / "set" / "train.parquet")
-    splits = load_splits(dataset_name=str(tmp_path / "set"))
+    splits, name = load_splits(dataset_name=str(tmp_path / "set"))
     assert (len(splits["train"]), len(splits["validation"])) == (25, 5), "a split is made where there is none"
+    assert name == "15 % of train"
     for split, count in (("train", 4), ("val", 2)):
         for label in "xy":
             folder = tmp_path / split / label
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.effect_noise((9, 7), 50).save(folder / f"{i}.png")
-    splits = load_splits(train_dir=str(tmp_path / "train"), validation_dir=str(tmp_path / "val"))
+    splits, name = load_splits(train_dir=str(tmp_path / "train"), validation_dir=str(tmp_path / "val"))
     assert (len(splits["train"]), len(splits["validation"])) == (8, 4)
     assert find_columns(splits["train"].features) == ("image", "label")
+    assert name == "validation"
 
 
 def test_nothing_to_load():

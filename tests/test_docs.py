@@ -35,12 +35,13 @@ def test_code_runs(document, tmp_path, monkeypatch):
 @pytest.mark.parametrize("document", ["README.md", "docs/guide.md", "CONTRIBUTING.md", "MODEL_CARD.md"])
 def test_links_lead_somewhere(document):
     path = ROOT / document
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+    targets = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
+    assert targets or document == "CONTRIBUTING.md"
+    for target in targets:
         assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
 def test_readme_commands_are_what_ci_runs():
     readme, ci = (ROOT / name for name in ("README.md", ".ci/run"))
-    command = 'pip install -e ".[test]" && pytest'
-    assert command in readme.read_text(encoding="utf-8")
-    assert command.replace("install", "install --quiet") in ci.read_text(encoding="utf-8")
+    assert 'pip install -e ".[test]" && pytest' in readme.read_text(encoding="utf-8")
+    assert 'pip install --quiet -e ".[test]"\npytest\n' in ci.read_text(encoding="utf-8")

@@ -90,7 +90,7 @@ def test_module_follows_the_function_in_training():
     assert torch.equal(gate(-large), -large)
     assert gate.response.item() == 2.0, "the largest since the last reset"
     gate.reset_response()
-    assert gate.response.item() == 0.0
+    assert gate.response.item() == -1.0, "nothing seen yet"
 
 
 def test_response_keeps_nan():
@@ -104,7 +104,7 @@ def test_evaluation_does_not_look_at_the_batch():
     gate = EpsilonGate(1e9).eval()
     x = torch.randn(2, 3)
     assert gate(x) is x, "an open gate costs nothing"
-    assert gate.response.item() == 0.0
+    assert gate.response.item() == -1.0
     gate.closed = True
     assert torch.equal(gate(1e12 * x), torch.zeros_like(x))
     assert torch.equal(gate(torch.full((2, 3), math.nan)), torch.zeros(2, 3))
@@ -126,7 +126,7 @@ def test_no_parameters_and_no_state():
     assert not gate.state_dict()
 
 
-@pytest.mark.parametrize("value", [-1.0, -1e-9, math.nan])
+@pytest.mark.parametrize("value", [-1.0, -1e-9, math.nan, "2.5", True, None])
 def test_bad_epsilon(value):
     with pytest.raises(ValueError, match="epsilon must be a number of at least 0"):
         EpsilonGate(value)
@@ -144,7 +144,7 @@ def test_buffers_come_back_from_the_meta_device():
     gate.threshold.fill_(-5e16)
     gate.response.fill_(-5e16)
     gate.init_non_persistent_buffers()
-    assert (gate.threshold.item(), gate.response.item()) == (2.5, 0.0)
+    assert (gate.threshold.item(), gate.response.item()) == (2.5, -1.0)
 
 
 def test_repr_names_epsilon():

@@ -149,6 +149,24 @@ def test_an_interrupted_save_leaves_the_previous_one(model, tmp_path, images, mo
     assert torch.equal(again(images), first(images))
 
 
+def test_results_of_another_model_do_not_stay(model, tmp_path):
+    timm_eps.save_pretrained(model, tmp_path, results=RESULTS)
+    timm_eps.save_pretrained(model, tmp_path)
+    assert not (tmp_path / "all_results.json").exists()
+
+
+def test_headless_and_one_channel(tmp_path, images):
+    for name, model, x in (
+        ("headless", tiny_net(num_classes=0), images),
+        ("grey", timm.create_model("eps_resnet20", in_chans=1).eval(), images[:, :1]),
+    ):
+        timm_eps.save_pretrained(model, tmp_path / name)
+        again = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
+        assert torch.equal(again(x), model(x))
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["pretrained_cfg"]["input_size"][0] == x.shape[1]
+
+
 def test_saving_over_another_structure(model, tmp_path, images):
     timm_eps.save_pretrained(tiny_net(), tmp_path)
     timm_eps.save_pretrained(model, tmp_path)
@@ -160,6 +178,8 @@ def test_bad_input(model, tmp_path):
         timm_eps.save_pretrained(model, tmp_path, label_names=["a", "b", "c"])
     with pytest.raises(ValueError, match="ResNet cannot be built again from a name"):
         timm_eps.save_pretrained(timm.create_model("resnet18"), tmp_path)
+    with pytest.raises(ValueError, match="results lacks architecture, arguments"):
+        timm_eps.save_pretrained(model, tmp_path, results={"eval_accuracy": 0.9})
     with pytest.raises(ValueError, match="Got a compiled model"):
         timm_eps.save_pretrained(torch.compile(model), tmp_path)
     (tmp_path / "file").write_text("in the way")

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
+import timm_eps
 from timm_eps import EpsResNetConfig, EpsResNetForImageClassification, EpsResNetModel
 from timm_eps.branches import gates
 
@@ -71,7 +72,8 @@ def test_evaluation_loss_is_plain(model, images, labels):
 def test_outputs(model, images, labels):
     plain = model(images, labels=labels, output_hidden_states=True)
     assert [h.shape[1] for h in plain.hidden_states] == [16, 16, 32, 64]
-    assert len(model(images, labels=labels, output_hidden_states=[1]).hidden_states) == 1
+    some = [model(images, labels=labels if training else None, output_hidden_states=[-1, 0]) for training in (1, 0)]
+    assert [[h.shape[1] for h in one.hidden_states] for one in some] == [[16, 64]] * 2
     loss, logits = model(images, labels=labels, return_dict=False)
     torch.testing.assert_close(loss, plain.loss)
     torch.testing.assert_close(logits, plain.logits)
@@ -197,12 +199,62 @@ def test_saved_again_is_the_same(model, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_pruned_on_its_own(tmp_path, images):
+    """Surgery on the network inside is as good as on the wrapper: what is saved can be loaded."""
+    body = tiny_net()
+    wrapper = EpsResNetForImageClassification.from_timm(body).eval()
+    close(body)
+    timm_eps.remove_closed(body)
+    wrapper.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForImageClassification.from_pretrained(tmp_path).eval()(images).logits, body(images))
+
+
+def test_headless(tmp_path, images):
+    """A network without a classifier, and the features of one that had one, are saved as such."""
+    for name, body in (("a", tiny_net(num_classes=0)), ("b", tiny_net())):
+        wrapper = EpsResNetModel.from_timm(body).eval()
+        wrapper.save_pretrained(tmp_path / name)
+        expected = body.forward_head(body.forward_features(images), pre_logits=True)
+        by_timm = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
+        assert by_timm.num_classes == 0
+        if name == "a":
+            assert torch.equal(by_timm(images), expected)
+            assert torch.equal(AutoModel.from_pretrained(tmp_path / name).eval()(images).pooler_output, expected)
+
+
+def test_labels_are_saved_in_order(model, tmp_path):
+    model.config.id2label = {4: "e", 0: "a", 2: "c", 1: "b", 3: "d"}
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).id2label == dict(enumerate("abcde"))
+
+
+def test_state_dict_that_lacks_weights(model, tmp_path):
+    with pytest.raises(ValueError, match=r"state_dict lacks 'timm_model\."):
+        model.save_pretrained(tmp_path, state_dict=model.timm_model.state_dict())
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_from_timm_takes_config_fields(images, labels):
+    model = EpsResNetForImageClassification.from_timm(tiny_net(), side_loss_weight=0.2).train()
+    output = model(images, labels=labels)
+    output.loss.backward()
+    assert output.loss > F.cross_entropy(output.logits, labels)
+    for refused in (timm.create_model("resnet18"), timm_eps.eps_resnet.EpsResNet([1, 1, 1])):
+        with pytest.raises(ValueError, match="cannot be built again from a name"):
+            EpsResNetForImageClassification.from_timm(refused)
+    with pytest.raises(ValueError, match="made with norm_layer=<class"):
+        EpsResNetForImageClassification.from_timm(
+            timm.create_model("eps_resnet20", norm_layer=timm.layers.BatchNormAct2d)
+        )
+
+
 def test_buffers_are_sound_after_loading(model, tmp_path, images):
     """from_pretrained builds on the meta device; gates must not come out with uninitialised memory."""
     save_pruned(model, tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     for gate in gates(loaded).values():
-        assert (gate.threshold.item(), gate.response.item(), gate.epsilon) == (0.0, 0.0, 0.0)
+        assert (gate.threshold.item(), gate.response.item(), gate.epsilon) == (0.0, -1.0, 0.0)
     assert torch.isfinite(loaded.train()(images).logits).all()
 
 
@@ -255,9 +307,10 @@ def test_state_dicts_of_both_worlds(model, images, labels):
     model.eval(), other.eval()
     assert torch.equal(other(images).logits, model(images).logits)
     assert torch.equal(other.side_head[1].fc.weight, model.side_head[1].fc.weight)
-    plain = EpsResNetForImageClassification(tiny_config(side_loss_weight=0.0)).eval()
-    plain.load_state_dict(model.timm_model.state_dict())
-    assert torch.equal(plain(images).logits, model(images).logits)
+    for weight in (0.0, 0.1):
+        plain = EpsResNetForImageClassification(tiny_config(side_loss_weight=weight)).eval()
+        plain.load_state_dict(model.timm_model.state_dict())
+        assert torch.equal(plain(images).logits, model(images).logits)
 
 
 def test_config_round_trip(tmp_path):

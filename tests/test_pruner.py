@@ -97,7 +97,7 @@ def test_step_starts_a_new_measurement(model):
     pruner = EpsilonPruner(model, epsilon=1.0)
     respond(model, {})
     pruner.step()
-    assert {gate.response.item() for gate in gates(model).values()} == {0.0}
+    assert {gate.response.item() for gate in gates(model).values()} == {-1.0}
 
 
 def test_budget_closes_the_weakest(model):
@@ -181,6 +181,53 @@ def test_real_training_empties_and_removes(model, optimizer):
     assert closed_weights[1].norm().item() < closed_weights[0]
 
 
+@pytest.mark.parametrize("given", [{"epsilon": 0.01}, {"keep": 6}])
+def test_frozen_branches_are_not_empty_ones(model, optimizer, given):
+    """A stage in evaluation mode has no response in training; that is no reason to remove it."""
+    pruner = EpsilonPruner(model, optimizer, patience=1, **given)
+    for _ in range(4):
+        model.train()
+        model.stages[0].eval()
+        F.cross_entropy(model(torch.randn(4, 3, 8, 8)), torch.tensor([0, 1, 2, 3])).backward()
+        pruner.step()
+    assert not [slot for slot in model.removed if slot.startswith("stages.0")]
+    assert set(pruner.history[-1]["responses"]).isdisjoint(SLOTS[:3])
+
+
+def test_step_without_training_removes_nothing(model):
+    pruner = EpsilonPruner(model, epsilon=1.0, patience=1)
+    assert pruner.step() == []
+    assert pruner.discarded == 0
+
+
+def test_diverged_run_with_a_budget(model):
+    pruner = EpsilonPruner(model, keep=3, patience=1)
+    for _ in range(3):
+        respond(model, {}, default=math.nan)
+        assert pruner.step() == []
+    assert pruner.epsilon == 0.0
+
+
+def test_named_parameters_stay_aligned(model):
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    pruner = EpsilonPruner(model, optimizer, epsilon=1.0, patience=1)
+    train_step(model, optimizer)
+    respond(model, {SLOTS[4]: 0.1})
+    pruner.step()
+    (group,) = optimizer.param_groups
+    assert dict(zip(group["param_names"], group["params"], strict=True)) == dict(model.named_parameters())
+    train_step(model, optimizer)
+
+
+def test_half_precision_threshold(model):
+    """ε = 0.1 is another number in half precision; step() must judge by the gate's."""
+    model.half()
+    pruner = EpsilonPruner(model, epsilon=0.1, patience=1)
+    for gate in gates(model).values():
+        gate.response.copy_(gate.threshold)
+    assert pruner.step() == []
+
+
 def test_history(model):
     pruner = EpsilonPruner(model, epsilon=1.0, patience=1)
     respond(model, {SLOTS[2]: 0.25})
@@ -219,10 +266,28 @@ def test_state_dict_round_trip(model):
     assert resumed.state_dict() == whole.state_dict()
 
 
-def test_state_of_another_model(model):
-    state = EpsilonPruner(timm.create_model("eps_resnet32"), epsilon=1.0).state_dict()
+def test_resume_through_the_transformers_class(tmp_path):
+    """Also onto a model that has lost some of the blocks already; config and network agree afterwards."""
+    body = tiny_net()
+    pruner = EpsilonPruner(timm_eps.EpsResNetForImageClassification.from_timm(body), epsilon=1.0, patience=1)
+    respond(body, dict.fromkeys(SLOTS[2:5], 0.5))
+    pruner.step()
+    for start in ([], SLOTS[2:3]):
+        wrapper = timm_eps.EpsResNetForImageClassification.from_timm(tiny_net(removed=start))
+        EpsilonPruner(wrapper, epsilon=1.0).load_state_dict(pruner.state_dict())
+        assert wrapper.timm_model.removed == wrapper.config.model_args["removed"] == SLOTS[2:5]
+        wrapper.load_state_dict(body.state_dict())
+
+
+def test_state_of_another_model(model, optimizer):
+    other = EpsilonPruner(timm.create_model("eps_resnet32"), epsilon=1.0, patience=1)
+    respond(other.model, {SLOTS[0]: 0.1})
+    other.step()
+    before = list(model.parameters())
     with pytest.raises(ValueError, match=r"state is of another model: they differ at 'stages\.0\.blocks\.3"):
-        EpsilonPruner(model, epsilon=1.0).load_state_dict(state)
+        EpsilonPruner(model, optimizer, epsilon=1.0).load_state_dict(other.state_dict())
+    assert list(map(id, model.parameters())) == list(map(id, before)), "refused, and nothing lost"
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
     with pytest.raises(ValueError, match="Not the state of an EpsilonPruner: it lacks"):
         EpsilonPruner(model, epsilon=1.0).load_state_dict({"epoch": 3})
 
@@ -264,6 +329,12 @@ def test_gates_are_added_where_there_are_none():
     assert EpsilonPruner(model, keep=0.5).total == 16
     with pytest.raises(ValueError, match="VGG has no residual branch"):
         EpsilonPruner(timm.create_model("vgg11", num_classes=2), keep=0.5)
+
+
+def test_containers_and_feature_extractors_are_refused():
+    for other in (nn.Sequential(tiny_net()), timm.create_model("eps_resnet20", features_only=True)):
+        with pytest.raises(ValueError, match="is no timm model; pass the one inside it"):
+            EpsilonPruner(other, epsilon=1.0)
 
 
 def test_wrapped_models_are_refused(model):

@@ -49,6 +49,7 @@ def test_budget_ignores_nan():
     """A diverged branch cannot be closed and must not take the place of one that can."""
     epsilon = BudgetEpsilon(1)(0, {"a": math.nan, "b": 1.0, "c": 2.0}, total=3)
     assert 2.0 < epsilon < math.inf
+    assert BudgetEpsilon(1)(0, {"a": math.nan, "b": math.nan, "c": math.inf}, total=3) == 0.0
 
 
 @pytest.mark.parametrize("keep", [0, 0.0, 1.0, 1.5, -0.5, -3, True, math.nan, "half", None])

@@ -168,14 +168,17 @@ def test_models_without_branches_are_refused():
     with pytest.raises(ValueError, match="VGG has no residual branch"):
         timm_eps.add_gates(timm.create_model("vgg11", num_classes=2))
     with pytest.raises(ValueError, match=r"has no gates; call timm_eps\.add_gates\(model\) first"):
+        timm_eps.remove_closed(timm.create_model("resnet18"))
+    with pytest.raises(ValueError, match="Linear is no timm model"):
         timm_eps.remove_closed(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"has no gates"):
         timm_eps.param_groups(timm.create_model("resnet18"), 0.1)
 
 
-def test_add_gates_sets_epsilon_where_gates_are():
+def test_add_gates_sets_epsilon_where_gates_are(caplog):
     model = tiny_net()
     assert timm_eps.add_gates(model, 1.5) == SLOTS
+    assert not caplog.records
     assert {gate.epsilon for gate in gates(model).values()} == {1.5}
     with pytest.raises(ValueError, match="epsilon must be"):
         timm_eps.add_gates(model, -1)
@@ -209,6 +212,18 @@ def test_add_gates_to_timm_models(name):
         removed = timm_eps.remove_closed(model)
         assert torch.equal(model(x), gated)
     assert set(removed) <= set(slots)
+
+
+def test_add_gates_inside_transformers_own_wrapper():
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    wrapper = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="resnetv2_50", num_labels=2)).eval()
+    slots = timm_eps.add_gates(wrapper)
+    close(wrapper, slots[1])
+    x = torch.randn(1, 3, 64, 64)
+    before = wrapper(x).logits
+    assert timm_eps.remove_closed(wrapper) == slots[1:2]
+    assert torch.equal(wrapper(x).logits, before)
 
 
 def test_slots_that_are_no_branches_get_no_gate():

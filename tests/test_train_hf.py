@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import timm
 import torch
@@ -21,12 +21,13 @@ import train_hf  # noqa: E402
 
 SHORT = [
     *("--architecture", "eps_resnet20", "--num_train_epochs", "4", "--max_train_samples", "200"),
-    *("--epsilon_warmup_epochs", "1", "--ramp_epochs", "2", "--patience", "1", "--keep", "3"),
+    *("--epsilon_warmup_epochs", "1", "--ramp_epochs", "2", "--patience", "1"),
 ]
 
 
 def run(tmp_path, *arguments: str, name: str = "out") -> dict:
-    return train_hf.main([*SHORT, "--output_dir", str(tmp_path / name), *arguments])
+    keep = [] if {"--keep", "--no_gates"} & set(arguments) else ["--keep", "3"]
+    return train_hf.main([*SHORT, *keep, "--output_dir", str(tmp_path / name), *arguments])
 
 
 def without_times(results: dict) -> dict:
@@ -55,7 +56,7 @@ def test_everything_is_written(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Training eps_resnet20 on 200 images of scikit-learn digits (3x8x8, 10 classes), testing on 360" in said
     assert "3 of 9 residual blocks stayed" in said
-    assert "timm equal, AutoModelForImageClassification equal, pipeline" in said
+    assert "timm equal, AutoModelForImageClassification equal, pipeline equal." in said
 
 
 def test_same_seed_same_result(tmp_path):
@@ -82,11 +83,54 @@ def test_config_file_and_flags(tmp_path):
     assert (args.keep, args.num_train_epochs, args.seed) == (5, 2, 3)
     args = parse(["--config", str(config), "--epsilon", "2.5"])
     assert (args.keep, args.epsilon) == (None, 2.5), "a flag wins over the file, also over its opposite there"
+    args = parse(["--config", str(config), "--no_gates"])
+    assert (args.keep, args.epsilon, args.no_gates) == (None, None, True)
     args = parse([])
     assert (args.keep, args.epsilon) == (0.25, None)
+    assert args.output_dir == str(Path("outputs/eps_resnet110-digits"))
+    assert parse(["--dataset_name", "uoft-cs/cifar10"]).output_dir == str(Path("outputs/eps_resnet110-cifar10"))
     assert parse(["--keep", "14"]).keep == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep", "0.5", "--epsilon", "1"], "--epsilon and --keep exclude each other"),
+        (["--no_gates", "--compare_dense"], "--no_gates and --compare_dense exclude each other"),
+        (["--dataset_name", "a", "--train_dir", "b"], "--dataset_name and --train_dir exclude each other"),
+        (["--model_name_or_path", "a", "--architecture", "b"], "--model_name_or_path and --architecture exclude"),
+        (["--model_name_or_path", "a", "--image_size", "8"], "--model_name_or_path and --image_size exclude"),
+        (["--validation_dir", "a"], "--validation_dir goes with --train_dir"),
+        (["--dataset_config_name", "a"], "--dataset_config_name goes with --dataset_name"),
+        (["--num_train_epochs", "0"], "--num_train_epochs: must be at least 1, got 0"),
+        (["--padding", "-1"], "--padding: must be at least 0, got -1"),
+        (["--lr_decay_start", "30"], "--lr_decay_start: must be between 0 and 1, got 30"),
+        (["--image_size", "0"], "--image_size: must be at least 4, got 0"),
+        (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
+    ],
+)
+def test_flags_that_make_no_sense(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        parse(["--keep", "0.5", "--epsilon", "1"])
+        train_hf.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "stored", [{"lr_scheduler": "linear"}, {"flip": "false"}, {"num_train_epochs": 2.5}, {"epsilon": True}]
+)
+def test_values_in_a_config_are_checked_like_flags(stored, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(SystemExit):
+        train_hf.parse_arguments(["--config", str(path)])
+    assert "error:" in capsys.readouterr().err
+
+
+def test_lists_and_switches_in_a_config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"lr_milestones": [1, 2, 3], "flip": True, "no_gates": False, "fold": None}))
+    args = train_hf.parse_arguments(["--config", str(path)])
+    assert (args.lr_milestones, args.flip, args.no_gates, args.fold) == ([1, 2, 3], True, False, 0)
 
 
 def test_the_stored_config_is_the_default():
@@ -114,13 +158,15 @@ def test_bad_config(tmp_path, content, message):
     [
         (["--architecture", "resnet5"], "--architecture 'resnet5' is unknown"),
         (["--keep", "1.5"], "keep must be a fraction"),
-        (["--epsilon", "-1", "--config", os.devnull], "is not JSON"),
+        (["--epsilon", "-1"], "epsilon must be a number of at least 0"),
+        (["--learning_rate", "nan", "--num_train_epochs", "1"], "The loss of epoch 1 is nan; lower --learning_rate"),
         (["--fold", "9"], "fold must be 0 to 4"),
         (["--image_column_name", "picture"], "'picture' is no column of type Image"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):
-    base = ["--output_dir", str(tmp_path)]
+    base = ["--output_dir", str(tmp_path), "--max_train_samples", "200", "--max_eval_samples", "20"]
+    base += [] if "--architecture" in arguments else ["--architecture", "eps_resnet20"]
     with pytest.raises(ValueError, match=message):
         train_hf.main([*base, *arguments])
 
@@ -143,17 +189,33 @@ def test_a_class_never_trained(tmp_path):
 
 
 def test_pruned_model_is_fine_tuned_further(tmp_path):
-    """From a saved model, on a local data set in the schema of cifar100, to fewer blocks, with a card that says so."""
+    """From a saved model, on a local data set in the schema of cifar100 (two label columns), to fewer blocks."""
     first = run(tmp_path, "--keep", "6", name="first")
     directory = tmp_path / "data"
-    make_dataset(60, (8, 8)).to_parquet(directory / "train.parquet")
-    make_dataset(30, (8, 8)).to_parquet(directory / "test.parquet")
-    second = run(
-        tmp_path,
-        *("--model_name_or_path", str(tmp_path / "first"), "--dataset_name", str(directory), "--flip"),
-        *("--ignore_mismatched_sizes", "--keep", "4", "--lr_scheduler", "restarting"),
-        name="second",
-    )
+    for split, count in (("train", 60), ("test", 30)):
+        fine = make_dataset(count)
+        coarse = ["ab".find(fine.features["fine_label"].int2str(i)[0]) > 0 for i in fine["fine_label"]]
+        both = fine.add_column("coarse_label", [int(c) for c in coarse])
+        both.cast_column("coarse_label", datasets.ClassLabel(names=["x", "y"])).to_parquet(
+            directory / f"{split}.parquet"
+        )
+    arguments = [
+        *SHORT[2:],
+        "--model_name_or_path",
+        str(tmp_path / "first"),
+        "--dataset_name",
+        str(directory),
+        "--flip",
+    ]
+    arguments += ["--label_column_name", "fine_label", "--keep", "4", "--output_dir", str(tmp_path / "second")]
+    arguments += ["--lr_scheduler", "restarting", "--lr_milestones", "1", "2", "3"]
+    with pytest.raises(ValueError, match=r"tells 10 classes apart, the data set has 3; --ignore_mismatched_sizes"):
+        train_hf.main(arguments)
+    second = train_hf.main([*arguments, "--ignore_mismatched_sizes"])
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert "keeps 4 of 9 blocks" in card
+    assert "(test)" in card
+    assert str(tmp_path) not in card + json.dumps(second), "paths of this machine mean nothing elsewhere"
     assert (first["blocks_kept"], second["blocks_kept"]) == (6, 4)
     assert set(first["removed"]) < set(second["removed"])
     assert second["train_images"] == 60
@@ -165,9 +227,26 @@ def test_pruned_model_is_fine_tuned_further(tmp_path):
     )
 
 
+def test_only_this_packages_models_go_on(tmp_path):
+    from transformers import TimmWrapperConfig
+
+    TimmWrapperConfig(architecture="resnet18").save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="is a timm_wrapper, no eps_resnet"):
+        train_hf.main(["--model_name_or_path", str(tmp_path / "other"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_mixed_precision_saves_what_it_measured(tmp_path):
+    """Autocast during training must not make the reloaded model look wrong."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "bf16"]
+    done = subprocess.run(
+        [*command, str(ROOT / "train_hf.py"), *SHORT, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "timm equal, AutoModelForImageClassification equal, pipeline equal." in done.stdout
+
+
 def test_fixed_epsilon_without_live_removal(tmp_path):
-    arguments = [a for a in SHORT if a not in ("--keep", "3", "--ramp_epochs", "2")]
-    assert "--keep" not in arguments
     results = train_hf.main(
         ["--architecture", "eps_resnet20", "--num_train_epochs", "3", "--max_train_samples", "200",
          "--epsilon_warmup_epochs", "1", "--epsilon", "1000", "--no_live_removal", "--gradient_accumulation_steps", "2",

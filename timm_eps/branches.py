@@ -27,8 +27,8 @@ def timm_body(model: nn.Module) -> nn.Module:
     """The timm model itself, also when a transformers class holds it as ``timm_model``.
 
     Raises:
-        ValueError: ``model`` is wrapped for distributed training or compiled. Changing modules behind such a wrapper
-            leaves it with buckets or graphs of the old structure.
+        ValueError: ``model`` is wrapped for distributed training or compiled (changing modules behind such a wrapper
+            leaves it with buckets or graphs of the old structure), or is no timm model.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise ValueError(
@@ -38,9 +38,14 @@ def timm_body(model: nn.Module) -> nn.Module:
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "Got a compiled model; pass the model itself (the argument of torch.compile, or model._orig_mod). "
-            "The compiled one follows its changes."
+            "The compiled one follows its changes, compiling anew; torch.compiler.reset() keeps it under torch's limit."
         )
-    return getattr(model, "timm_model", model)
+    body = getattr(model, "timm_model", model)
+    if not hasattr(body, "forward_features"):
+        raise ValueError(
+            f"{type(body).__name__} is no timm model; pass the one inside it, not features_only and not a container."
+        )
+    return body
 
 
 def gates(model: nn.Module) -> dict[str, EpsilonGate]:
@@ -138,6 +143,7 @@ def find_slots(body: nn.Module) -> tuple[list[str], dict[str, str]]:
     candidates = [
         (path, block, name)
         for path, block in body.named_modules()
+        if not isinstance(block, EpsilonGate)
         for name in [*block._modules, *(key for key, value in vars(block).items() if value is None)]
         if _SLOT.fullmatch(name) and not isinstance(getattr(block, name), EpsilonGate)
     ]

@@ -53,7 +53,8 @@ class EpsResNetConfig(TimmWrapperConfig):
 
     def to_dict(self) -> dict[str, Any]:
         # A loaded configuration also carries the names it was stored with; those of the current labels count.
-        return {**super().to_dict(), "label_names": list((self.id2label or {}).values())}
+        labels: dict[Any, str] = self.id2label or {}  # type: ignore[assignment]
+        return {**super().to_dict(), "label_names": [labels[number] for number in sorted(labels)]}
 
     @classmethod
     def from_timm(cls, model: Any, **kwargs: Any) -> EpsResNetConfig:
@@ -61,18 +62,28 @@ class EpsResNetConfig(TimmWrapperConfig):
 
         Args:
             model: A model of this package, made by ``timm.create_model``.
-            kwargs: Further fields, such as ``id2label``.
+            kwargs: Further fields, such as ``id2label``; they win over what the model says.
+
+        Raises:
+            ValueError: The model was made with an argument that JSON cannot hold, such as a class.
         """
         model_args = {k: v for k, v in timm.models.get_model_args(model).items() if k != "num_classes"}
+        if model.removed:
+            model_args["removed"] = model.removed
+        for name, value in model_args.items():
+            if not isinstance(value, str | int | float | list | tuple | dict | None):
+                raise ValueError(f"The model was made with {name}={value!r}, which config.json cannot hold; name it.")
+        pretrained_cfg = _carried(model.pretrained_cfg) | {
+            "input_size": timm.models.get_model_input_config(model)["input_size"]
+        }
         fields: dict[str, Any] = dict(
             architecture=model.pretrained_cfg["architecture"],
             model_args=model_args,
-            pretrained_cfg=_carried(model.pretrained_cfg),
+            pretrained_cfg=pretrained_cfg,
             side_loss_weight=0.0,
+            num_labels=len(kwargs["id2label"]) if "id2label" in kwargs else model.num_classes,
         )
-        if "id2label" not in kwargs:
-            fields["num_labels"] = model.num_classes
-        return cls(**fields, **kwargs)
+        return cls(**{**fields, **kwargs})
 
 
 # Where weights came from is not true of weights that were trained on; the others stand at the root of config.json.

@@ -24,10 +24,10 @@ __all__ = [
     "channel_mean",
     "check_classes",
     "find_columns",
-    "first",
     "load_digits",
     "load_splits",
     "loader",
+    "sample",
 ]
 
 DIGITS_FOLDS = 5
@@ -78,8 +78,9 @@ class ImageTensors(Dataset):
         images = torch.empty((len(dataset), *geometry["input_size"]), dtype=torch.uint8)
         for index, row in enumerate(dataset.select_columns(image_column)):
             images[index] = transform(row[image_column].convert(mode))
-        labels = torch.as_tensor(np.asarray(dataset[label_column]), dtype=torch.int64)
         names = list(dataset.features[label_column].names)
+        given = dataset[label_column]
+        labels = torch.tensor([-1 if label is None else label for label in given], dtype=torch.int64)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
             raise ValueError(
                 f"Column {label_column!r} holds labels from {labels.min()} to {labels.max()}, "
@@ -124,6 +125,8 @@ def loader(split: ImageTensors, batch_size: int, shuffle: bool, seed: int = 0) -
         split,
         batch_size=batch_size,
         shuffle=shuffle,
+        # One image has no variance: batch norm on 1x1 features refuses it. Only such a rest is left out.
+        drop_last=shuffle and len(split) > batch_size and len(split) % batch_size == 1,
         generator=torch.Generator().manual_seed(seed),
         collate_fn=_as_it_is,
     )
@@ -210,7 +213,7 @@ def load_splits(
     train_val_split: float = 0.15,
     label_column: str | None = None,
     seed: int = 0,
-) -> datasets.DatasetDict:
+) -> tuple[datasets.DatasetDict, str]:
     """Training and validation images from the Hub or from folders.
 
     Args:
@@ -224,7 +227,7 @@ def load_splits(
         seed: Of that split.
 
     Returns:
-        Splits ``train`` and ``validation``.
+        Splits ``train`` and ``validation``, and which images the latter are.
 
     Raises:
         ValueError: Nothing to load is named, or there is no training split.
@@ -240,10 +243,11 @@ def load_splits(
         raise ValueError(f"The data set has no split 'train', only {sorted(splits)}.")
     for name in ("validation", "test"):
         if name in splits:
-            return datasets.DatasetDict({"train": splits["train"], "validation": splits[name]})
+            return datasets.DatasetDict({"train": splits["train"], "validation": splits[name]}), name
     _, label = find_columns(splits["train"].features, label_column=label_column)
     halves = splits["train"].train_test_split(train_val_split, stratify_by_column=label, seed=seed)
-    return datasets.DatasetDict({"train": halves["train"], "validation": halves["test"]})
+    name = f"{100 * train_val_split:g} % of train"
+    return datasets.DatasetDict({"train": halves["train"], "validation": halves["test"]}), name
 
 
 def check_classes(train: ImageTensors, validation: ImageTensors) -> None:
@@ -259,6 +263,6 @@ def check_classes(train: ImageTensors, validation: ImageTensors) -> None:
         )
 
 
-def first(split: datasets.Dataset, most: int | None) -> datasets.Dataset:
-    """The first rows of a split, all of them if ``most`` is None."""
-    return split if most is None else split.select(range(min(most, len(split))))
+def sample(split: datasets.Dataset, most: int | None, seed: int) -> datasets.Dataset:
+    """At most so many rows of a split, drawn by the seed; all of them, in order, if ``most`` is None."""
+    return split if most is None else split.shuffle(seed=seed).select(range(min(most, len(split))))

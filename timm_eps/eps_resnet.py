@@ -289,7 +289,7 @@ class EpsResNet(nn.Module):
             else:
                 x = stage(x)
             outputs.append(x)
-        return self.norm(x), [outputs[i] for i in _wanted_indices(len(outputs), indices)], side
+        return self.norm(x), [outputs[i] for i in sorted(_wanted_indices(len(outputs), indices))], side
 
     @property
     @torch.jit.unused

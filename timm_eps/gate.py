@@ -12,12 +12,16 @@ everywhere, so S is computed here as what it is: the indicator, multiplied in. W
 passes exact zeros back into the branch, which leaves weight decay as the only force on its weights.
 """
 
+import numbers
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["EpsilonGate", "epsilon_gate", "max_response"]
+
+# A response of 0 is that of an empty branch; one of a branch that did not run in training must not be taken for it.
+NOT_SEEN = -1.0
 
 
 def max_response(x: Tensor) -> Tensor:
@@ -70,7 +74,8 @@ class EpsilonGate(nn.Module):
 
     Attributes:
         epsilon (float): Threshold in activation units. Setting it checks it.
-        response (Tensor): Largest ``max|F|`` seen in training since :meth:`reset_response`, 0-dimensional float.
+        response (Tensor): Largest ``max|F|`` seen in training since :meth:`reset_response`, 0-dimensional float;
+            -1 if there was no training since.
         closed (bool): Whether the branch is zero in evaluation.
 
     Raises:
@@ -91,7 +96,7 @@ class EpsilonGate(nn.Module):
         # and compiled anew at every change of ε. The float beside it restores the buffer after construction on the
         # meta device, where buffers hold nothing.
         self.register_buffer("threshold", torch.zeros(()), persistent=False)
-        self.register_buffer("response", torch.zeros(()), persistent=False)
+        self.register_buffer("response", torch.full((), NOT_SEEN), persistent=False)
         self._epsilon = 0.0
         self.epsilon = epsilon
 
@@ -106,12 +111,12 @@ class EpsilonGate(nn.Module):
 
     def reset_response(self) -> None:
         """Forget the responses seen so far."""
-        self.response.zero_()
+        self.response.fill_(NOT_SEEN)
 
     def init_non_persistent_buffers(self) -> None:
         """Give the buffers their values after they were materialised from the meta device (timm's convention)."""
         self.threshold.fill_(self._epsilon)
-        self.response.zero_()
+        self.reset_response()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -128,7 +133,6 @@ class EpsilonGate(nn.Module):
 
 def check_epsilon(value: float) -> float:
     """Return ``value`` as a float, or raise ValueError if it cannot be a threshold."""
-    value = float(value)
-    if not value >= 0.0:  # also catches NaN
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value >= 0:  # NaN is not >= 0
         raise ValueError(f"epsilon must be a number of at least 0 (0 keeps every gate open), got {value!r}.")
-    return value
+    return float(value)

@@ -20,15 +20,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from .branches import gates, timm_body
-from .eps_resnet import EpsResNet
-from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetPreTrainedModel
+from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel, EpsResNetPreTrainedModel
 from .report import comparison_table, draw_blocks
 from .surgery import closed_slots, natural_order, removed_slots
 
-__all__ = ["render_card", "save_pretrained"]
+__all__ = ["RESULT_KEYS", "render_card", "save_pretrained"]
 
 _logger = logging.getLogger(__name__)
 PICTURE = "blocks.png"
+# What a card with results states; further keys are kept in all_results.json as they are.
+RESULT_KEYS = (
+    "architecture", "arguments", "blocks_kept", "blocks_total", "dataset", "dense_macs", "dense_params",
+    "eval_accuracy", "eval_images", "eval_split", "hardware", "macs", "params", "seed", "train_images",
+)  # fmt: skip
 
 
 def save_pretrained(
@@ -46,19 +50,22 @@ def save_pretrained(
     matplotlib installed) and, with ``results``, ``all_results.json``. What is saved is what the model evaluates to:
     closed branches and the side head are left out. The model itself is unchanged.
 
-    Each file is complete when it appears, and the weights and their configuration replace the previous ones together
-    at the end: a save that is interrupted leaves the previous one whole.
+    All files are written to the side first, so that a save that fails or is killed while it writes leaves the previous
+    one whole. Then they are renamed one by one, configuration and weights last and right after each other; should a
+    process be killed between these two renames, loading says that they do not fit.
 
     Args:
         model: A timm model of this package or one of its transformers classes.
         directory: Made if it is not there.
         label_names: Names of the classes, in the order of the logits.
-        results: Values of ``all_results.json``; they fill the card.
+        results: Values of ``all_results.json``; they fill the card. :data:`RESULT_KEYS` are needed. Without them an
+            ``all_results.json`` from an earlier save is deleted: it would speak of another model.
         history: :attr:`EpsilonPruner.history`, for the picture.
         repo_id: How the card names the model; by default the directory's name.
 
     Raises:
-        ValueError: The architecture cannot be built again from its name, or the names do not fit the classes.
+        ValueError: The model cannot be built again from a name and arguments, the names do not fit the classes, or
+            ``results`` lacks a key.
         OSError: The directory cannot be written.
     """
     wrapper = _as_transformers(model, label_names)
@@ -90,20 +97,17 @@ def save_pretrained(
         pair = ("model.safetensors", "config.json")
         for name in sorted(os.listdir(staging), key=lambda name: (name in pair, name)):
             os.replace(staging / name, directory / name)
+    if results is None:
+        (directory / "all_results.json").unlink(missing_ok=True)
 
 
 def _as_transformers(model: nn.Module, label_names: Sequence[str] | None) -> EpsResNetPreTrainedModel:
     body = timm_body(model)
-    if not isinstance(body, EpsResNet):
-        raise ValueError(
-            f"{type(body).__name__} cannot be built again from a name and a list of removed branches; "
-            "only the eps_resnet models of this package can be saved like this."
-        )
     if label_names is not None and len(label_names) != body.num_classes:
         raise ValueError(f"Got {len(label_names)} label names for a model with {body.num_classes} classes.")
     labels = {} if label_names is None else {"id2label": dict(enumerate(label_names))}
     if not isinstance(model, EpsResNetPreTrainedModel):
-        return EpsResNetForImageClassification.from_timm(model, **labels)
+        return (EpsResNetForImageClassification if body.num_classes else EpsResNetModel).from_timm(body, **labels)
     if labels:
         model = copy.copy(model)  # the caller's keeps its names
         model.config = copy.deepcopy(model.config)
@@ -130,8 +134,13 @@ def render_card(
         blocks_kept: Those that stayed.
         results: Values of ``all_results.json``; without them the card states the structure only.
         picture: File name of the picture, if there is one.
+
+    Raises:
+        ValueError: ``results`` lacks one of :data:`RESULT_KEYS`.
     """
     results = results or {}
+    if results and (missing := [key for key in RESULT_KEYS if key not in results]):
+        raise ValueError(f"results lacks {', '.join(missing)}; timm_eps.hub.RESULT_KEYS lists what a card states.")
     data = ModelCardData(
         license="apache-2.0",
         library_name="timm",

@@ -75,10 +75,9 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Takes timm's keys as well as this class's own; only the latter have a side head."""
-        if any(key.startswith("timm_model.") for key in state_dict):
-            return nn.Module.load_state_dict(self, state_dict, *args, **kwargs)
-        return super().load_state_dict(dict(state_dict), *args, **kwargs)
+        """Takes this class's own keys, and timm's for the network alone."""
+        own = any(key.startswith("timm_model.") for key in state_dict)
+        return nn.Module.load_state_dict(self if own else self.timm_model, state_dict, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -96,12 +95,41 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         """
         inference = collapsed_copy(self)
         inference._drop_training_parts()
+        if removed := removed_slots(inference):  # the network knows best, also if it was pruned on its own
+            inference.config.model_args = {**(inference.config.model_args or {}), "removed": removed}
         if state_dict is not None:
-            state_dict = {key: value for key, value in state_dict.items() if key in inference.state_dict()}
+            wanted = inference.state_dict().keys()
+            if missing := sorted(wanted - state_dict.keys()):
+                raise ValueError(f"state_dict lacks {missing[0]!r} and {len(missing) - 1} more keys of the model.")
+            state_dict = {key: state_dict[key] for key in wanted}
         super(EpsResNetPreTrainedModel, inference).save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
     def _drop_training_parts(self) -> None:
         self.config.side_loss_weight = 0.0
+
+    @classmethod
+    def from_timm(cls, model: nn.Module, **config_fields: Any) -> Any:
+        """Wrap an existing timm model of this package; nothing is copied.
+
+        Args:
+            model: A model made by ``timm.create_model('eps_resnet...')``.
+            config_fields: Further fields of :class:`EpsResNetConfig`, such as ``id2label`` or ``side_loss_weight``.
+
+        Raises:
+            ValueError: The model cannot be built again from a name and arguments.
+        """
+        if not isinstance(model, EpsResNet) or not hasattr(model, "pretrained_cfg"):
+            raise ValueError(
+                f"{type(model).__name__} cannot be built again from a name and a list of removed branches; only "
+                "models made by timm.create_model('eps_resnet...') can."
+            )
+        with torch.device("meta"):
+            wrapper: Any = cls(EpsResNetConfig.from_timm(model, **config_fields))
+        wrapper.timm_model = model
+        if getattr(wrapper, "side_head", None) is not None:
+            wrapper.side_head = wrapper._new_side_head()
+            wrapper.side_head.apply(wrapper._init_weights)
+        return wrapper
 
 
 class EpsResNetModel(EpsResNetPreTrainedModel, TimmWrapperModel):
@@ -112,6 +140,11 @@ class EpsResNetModel(EpsResNetPreTrainedModel, TimmWrapperModel):
         if classifier := self.timm_model.pretrained_cfg.get("classifier"):
             self._keys_to_ignore_on_load_unexpected = [re.escape(classifier)]
         super().post_init()
+
+    def _drop_training_parts(self) -> None:
+        super()._drop_training_parts()
+        self.timm_model.reset_classifier(0)
+        self.config.num_labels = 0  # or timm would look for the classifier that is not there
 
 
 class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForImageClassification):
@@ -126,16 +159,19 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
 
     def post_init(self) -> None:
         # The parent's __init__ calls this when the network is there and before weights are initialised.
-        self.side_head = None
-        if self.config.side_loss_weight > 0:
-            if not isinstance(self.timm_model, EpsResNet):
-                raise ValueError(
-                    f"{self.config.architecture!r} has no place for a side head; set side_loss_weight to 0, "
-                    f"not {self.config.side_loss_weight!r}."
-                )
-            width = self.timm_model.side_features
-            self.side_head = nn.Sequential(BatchNormAct2d(width), ClassifierHead(width, self.timm_model.num_classes))
+        self.side_head = self._new_side_head()
         super().post_init()
+
+    def _new_side_head(self) -> nn.Module | None:
+        if self.config.side_loss_weight == 0:
+            return None
+        if not isinstance(self.timm_model, EpsResNet):
+            raise ValueError(
+                f"{self.config.architecture!r} has no place for a side head; set side_loss_weight to 0, "
+                f"not {self.config.side_loss_weight!r}."
+            )
+        width = self.timm_model.side_features
+        return nn.Sequential(BatchNormAct2d(width), ClassifierHead(width, self.timm_model.num_classes))
 
     def forward(  # type: ignore[override]
         self,
@@ -171,23 +207,6 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
     def _drop_training_parts(self) -> None:
         super()._drop_training_parts()
         self.side_head = None
-
-    @classmethod
-    def from_timm(cls, model: nn.Module, **config_fields: Any) -> EpsResNetForImageClassification:
-        """Wrap an existing timm model of this package; nothing is copied.
-
-        Args:
-            model: A classifier made by ``timm.create_model('eps_...')``.
-            config_fields: Further fields of :class:`EpsResNetConfig`, such as ``id2label``.
-
-        Raises:
-            ValueError: The model's architecture is not one that this package can build again.
-        """
-        config = EpsResNetConfig.from_timm(model, **config_fields)
-        with torch.device("meta"):
-            wrapper = cls(config)
-        wrapper.timm_model = model
-        return wrapper
 
 
 def _check_blocks(model: EpsResNetPreTrainedModel, info: Mapping[str, Iterable[str]]) -> None:

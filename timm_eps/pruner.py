@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -94,6 +95,8 @@ class EpsilonPruner:
     def step(self) -> list[str]:
         """End an epoch: close, remove, and set ε for the next.
 
+        A branch that did not run in training in this epoch, because its block is frozen, stays as it is.
+
         Under ``torch.distributed`` every process must call this; the decision is taken on the largest response of
         all of them, so they all take the same one.
 
@@ -102,17 +105,17 @@ class EpsilonPruner:
         """
         found = gates(self.model)
         responses = self._collect_responses()
-        # The gates decide in single precision; so must this, or a response right at ε would be judged differently.
-        threshold = torch.tensor(self.epsilon, dtype=torch.float32).item()
-        for slot, gate in found.items():
+        for slot, response in responses.items():
+            gate = found[slot]
+            # In the gate's own precision, or a response right at ε would be judged differently than in training.
             # NaN is not below ε: a diverged branch stays open.
-            gate.closed = bool(responses[slot] < threshold)
+            gate.closed = response < gate.threshold.item()
             self._streaks[slot] = self._streaks[slot] + 1 if gate.closed else 0
         closed = [slot for slot, gate in found.items() if gate.closed]
         # When all responses fall at once, more branches close than the budget asks for. Those open again under the
         # next, lower ε, so they must not be removed.
         allowed = self.schedule.to_close(self.epoch, self.total) - (self.total - len(found))
-        patient = [slot for slot in closed if self._streaks[slot] >= self.patience]
+        patient = [slot for slot in responses if self._streaks[slot] >= self.patience]
         removed = self._remove(sorted(patient, key=responses.__getitem__)[: max(allowed, 0)])
         self.history.append(
             {
@@ -124,7 +127,7 @@ class EpsilonPruner:
             }
         )
         self.epoch += 1
-        remaining = {slot: responses[slot] for slot in self._streaks}
+        remaining = {slot: responses.get(slot, math.inf) for slot in self._streaks}
         self._set_epsilon(self.schedule(self.epoch, remaining, self.total))
         return removed
 
@@ -154,15 +157,13 @@ class EpsilonPruner:
         already = set(removed_slots(self.model))
         if lost := already - set(state["removed"]):
             raise ValueError(f"The model has already lost {sorted(lost)[0]!r}, which the pruner's state still has.")
-        body = timm_body(self.model)
-        parameters = set(body.parameters())
+        if strangers := (gates(self.model).keys() | already) ^ (state["streaks"].keys() | set(state["removed"])):
+            raise ValueError(f"The pruner's state is of another model: they differ at {min(strangers)!r}.")
         if new := set(state["removed"]) - already:
+            before = set(self.model.parameters())
             replay_removed(self.model, new)
-            self._forget(parameters - set(body.parameters()))
+            self._forget(before - set(self.model.parameters()))
         found = gates(self.model)
-        if found.keys() != state["streaks"].keys():
-            stranger = sorted(found.keys() ^ state["streaks"].keys())[0]
-            raise ValueError(f"The pruner's state is of another model: they differ at {stranger!r}.")
         self._streaks = dict(state["streaks"])
         self.epoch = state["epoch"]
         self.history = list(state["history"])
@@ -173,6 +174,7 @@ class EpsilonPruner:
             gate.response.fill_(state["responses"][slot])
 
     def _collect_responses(self) -> dict[str, float]:
+        """The epoch's response of each branch that ran in training; one that is frozen in evaluation mode has none."""
         found = gates(self.model)
         if not found:
             return {}
@@ -181,7 +183,7 @@ class EpsilonPruner:
             # MAX does not carry NaN on every backend; infinity keeps a gate open just as well.
             responses = torch.nan_to_num(responses, nan=torch.inf, posinf=torch.inf)
             dist.all_reduce(responses, op=dist.ReduceOp.MAX)
-        return dict(zip(found, responses.tolist(), strict=True))
+        return {slot: value for slot, value in zip(found, responses.tolist(), strict=True) if not value < 0}
 
     def _remove(self, slots: list[str]) -> list[str]:
         if not (slots and self.live_removal):
@@ -198,7 +200,9 @@ class EpsilonPruner:
         if self.optimizer is None:
             return
         for group in self.optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if parameter not in parameters]
+            kept = [index for index, parameter in enumerate(group["params"]) if parameter not in parameters]
+            for key in group.keys() & {"params", "param_names"}:
+                group[key] = [group[key][index] for index in kept]
         for parameter in parameters:
             self.optimizer.state.pop(parameter, None)
 

@@ -80,17 +80,20 @@ class BudgetEpsilon:
 
         Args:
             epoch: The epoch that begins.
-            responses: Response of each branch that is still there, in the epoch before.
+            responses: Response of each branch that is still there, in the epoch before; infinity if it did not run.
             total: Number of branches that the model was built with.
         """
         close = self.to_close(epoch, total) - (total - len(responses))
         if close <= 0:
             return 0.0
-        # NaN responses sort last: they cannot be closed, so they must not displace one that can.
-        ordered = sorted(responses.values(), key=lambda r: math.inf if math.isnan(r) else r)
+        # Without end or not a number: cannot be closed, so it must not take the place of one that can.
+        ordered = sorted(response for response in responses.values() if math.isfinite(response))
+        if not ordered:
+            return 0.0
+        if close >= len(ordered):
+            return ordered[-1] * 1.01
         # Halfway to the next response, so that neither rounding nor a small change lets a branch slip over.
-        below, above = ordered[close - 1], ordered[close] if close < len(ordered) else math.inf
-        return (below + above) / 2 if math.isfinite(above) else below * 1.01
+        return (ordered[close - 1] + ordered[close]) / 2
 
 
 def _check_epochs(name: str, value: int) -> int:

@@ -172,16 +172,17 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
     return gone
 
 
-def replay_removed(body: nn.Module, removed: Iterable[str]) -> None:
+def replay_removed(model: nn.Module, removed: Iterable[str]) -> None:
     """Give a newly built model the structure of a pruned one, in place. Needs no weights and no forward pass.
 
     Args:
-        body: The model with all its blocks.
+        model: The model with all its blocks, or with those that are not in ``removed``.
         removed: Slot paths as :func:`remove_closed` returned them.
 
     Raises:
         ValueError: A path is not a slot of this model, or names only some of a block's branches.
     """
+    body = timm_body(model)
     slots = _check_slot_list(removed)
     found = gates(body)
     _check_known(slots, found, body)
@@ -192,7 +193,7 @@ def replay_removed(body: nn.Module, removed: Iterable[str]) -> None:
                 f"removed names {sorted(own & slots)} but not {sorted(own - slots)}: a block goes as a whole."
             )
         _set_module(body, path, _shortcut(body.get_submodule(path)))
-    _record(body, slots)
+    _record(model, {*removed_slots(body), *slots})
 
 
 def collapsed_copy(model: _Model) -> _Model:
@@ -252,7 +253,7 @@ def _record(model: nn.Module, removed: Iterable[str]) -> None:
     body.removed = sorted(removed, key=natural_order)
     body._model_args = {**getattr(body, "_model_args", {}), "removed": body.removed}
     if config := getattr(model, "config", None):
-        config.model_args = {**config.model_args, "removed": body.removed}
+        config.model_args = {**(config.model_args or {}), "removed": body.removed}
 
 
 def natural_order(path: str) -> list[tuple[int, str]]:
