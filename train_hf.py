@@ -215,18 +215,6 @@ def build_model(args: argparse.Namespace, pretrained_cfg: dict[str, Any], label_
     return EpsResNetForImageClassification(config)
 
 
-class Normalize(nn.Module):
-    """uint8 images (B, C, H, W) to what the network reads, with the arithmetic of timm's evaluation transform."""
-
-    def __init__(self, pretrained_cfg: dict[str, Any]) -> None:
-        super().__init__()
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(pretrained_cfg[name]).view(-1, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (images.float() / 255 - self.mean) / self.std
-
-
 def train(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -257,7 +245,7 @@ def train(
     network, prepared_optimizer, batches = accelerator.prepare(model, optimizer, batches)
     padding = pretrained_cfg["input_size"][-1] // 8 if args.padding is None else args.padding
     augment = data.PadCropFlip(padding, args.flip)
-    normalize = Normalize(pretrained_cfg).to(accelerator.device)
+    normalize = data.Normalize(pretrained_cfg).to(accelerator.device)
 
     accuracies, seconds = [], 0.0
     for epoch in range(args.num_train_epochs):
@@ -302,7 +290,7 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: data.ImageTensors, normalize: Normalize, batch_size: int) -> float:
+def evaluate(model: nn.Module, split: data.ImageTensors, normalize: data.Normalize, batch_size: int) -> float:
     """Share of a split that is classified correctly."""
     model.eval()
     correct = 0
@@ -393,7 +381,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         _, _, dense = train(args, accelerator, splits, pretrained_cfg, with_gates=False)
         results |= {f"dense_{name}": value for name, value in dense.items()}
 
-    sample = Normalize(pretrained_cfg)(splits["validation"].images[:32]).to(accelerator.device)
+    sample = data.Normalize(pretrained_cfg)(splits["validation"].images[:32]).to(accelerator.device)
     live = logits_of(model, sample)
     history = pruner.history if pruner else []
     timm_eps.remove_closed(model)

@@ -14,6 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from timm_eps.data import (
     ImageTensors,
+    Normalize,
     PadCropFlip,
     channel_mean,
     check_classes,
@@ -130,6 +131,14 @@ def test_splits_that_number_classes_differently():
     check_classes(train, train)
     with pytest.raises(ValueError, match=r"the classes \['a', 'b', 'c'\], the validation split \['a', 'c', 'b'\]"):
         check_classes(train, validation)
+
+
+def test_normalisation_is_timms():
+    cfg = {**SIZE, "mean": (0.3, 0.4, 0.5), "std": (0.2, 0.5, 0.6)}
+    dataset = make_dataset(1)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg))
+    normalised = Normalize(cfg)(ImageTensors.decode(dataset, cfg).images)
+    assert torch.equal(normalised[0], transform(dataset[0]["img"]))
 
 
 def test_channel_mean():

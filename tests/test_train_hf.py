@@ -10,7 +10,6 @@ from pathlib import Path
 import datasets
 import pytest
 import timm
-import torch
 from test_data import make_dataset
 from transformers import AutoModelForImageClassification
 
@@ -254,14 +253,6 @@ def test_fixed_epsilon_without_live_removal(tmp_path):
     )  # fmt: skip
     assert results["epsilon"] == 1000
     assert results["blocks_kept"] == 0, "removed at the end, with the save"
-
-
-def test_normalisation_is_timms(tmp_path):
-    cfg = {"input_size": (3, 8, 8), "mean": (0.3, 0.4, 0.5), "std": (0.2, 0.5, 0.6), "crop_pct": 1.0}
-    picture = make_dataset(1)[0]["img"]
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg))
-    pixels = train_hf.data.ImageTensors.decode(make_dataset(1), cfg).images
-    assert torch.equal(train_hf.Normalize(cfg)(pixels)[0], transform(picture))
 
 
 def test_launched(tmp_path):

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 __all__ = [
     "ImageTensors",
+    "Normalize",
     "PadCropFlip",
     "channel_mean",
     "check_classes",
@@ -112,6 +113,25 @@ class PadCropFlip(nn.Module):
             columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)
         index = torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]
         return padded.permute(0, 2, 3, 1)[tuple(i.to(images.device) for i in index)].permute(0, 3, 1, 2)
+
+
+class Normalize(nn.Module):
+    """uint8 images (B, C, H, W) to what the network reads, float32, bit for bit as timm's evaluation transform.
+
+    Args:
+        pretrained_cfg: timm's description of the input, with ``mean`` and ``std`` on the scale from 0 to 1.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, pretrained_cfg: dict[str, Any]) -> None:
+        super().__init__()
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(pretrained_cfg[name]).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.float() / 255 - self.mean) / self.std
 
 
 def channel_mean(images: Tensor) -> list[float]:
