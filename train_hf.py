@@ -78,7 +78,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     train("--momentum", type=float, default=0.9)
     train("--weight_decay", type=float, default=5e-3)
     train("--lr_scheduler", choices=["cosine", "restarting"], default="cosine", help="restarting is the paper's")
-    train("--lr_decay_start", type=share, default=0.5, help="with cosine: share of the training at full rate first")
+    train("--lr_decay_start", type=share, default=0.3, help="with cosine: share of the training at full rate first")
     three = {"type": at_least(1), "nargs": 3}
     train("--lr_milestones", **three, default=[82, 123, 300], help="with restarting: epochs at which the rate falls")
     train("--lr_restart_milestones", **three, default=[41, 61, 150], help="the same, counted from a restart")
