@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import sys
 import tempfile
@@ -82,6 +83,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     three = {"type": at_least(1), "nargs": 3}
     train("--lr_milestones", **three, default=[82, 123, 300], help="with restarting: epochs at which the rate falls")
     train("--lr_restart_milestones", **three, default=[41, 61, 150], help="the same, counted from a restart")
+    train("--num_threads", type=at_least(1), help="on the CPU; default: all cores this process may use")
     train("--seed", type=int, default=0)
     train("--compare_dense", action="store_true", help="train the same recipe with the gates off as well")
     parser.add_argument("--output_dir", help="default outputs/<architecture>-<data set>")
@@ -358,6 +360,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps)
     if accelerator.num_processes > 1:
         raise ValueError(f"Got {accelerator.num_processes} processes; blocks are removed in one process only so far.")
+    if accelerator.device.type == "cpu":
+        # accelerate launch leaves a process one thread where it finds no accelerator.
+        torch.set_num_threads(args.num_threads or available_cores())
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.output_dir).close()  # better to fail here than after the training
 
@@ -413,6 +418,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     accelerator.print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
     accelerator.print(check_reload(args.output_dir, live, sample, pictures) + ".")
     return results
+
+
+def available_cores() -> int:
+    """Cores this process may run on; all of the machine's where the system cannot tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def used_arguments(args: argparse.Namespace) -> dict[str, Any]:

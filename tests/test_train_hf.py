@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import timm
+import torch
 from test_data import make_dataset
 from transformers import AutoModelForImageClassification
 
@@ -253,6 +254,16 @@ def test_fixed_epsilon_without_live_removal(tmp_path):
     )  # fmt: skip
     assert results["epsilon"] == 1000
     assert results["blocks_kept"] == 0, "removed at the end, with the save"
+
+
+@pytest.mark.parametrize(("given", "threads"), [([], train_hf.available_cores()), (["--num_threads", "1"], 1)])
+def test_threads(tmp_path, given, threads):
+    """accelerate launch would leave one thread; the results say how many there were."""
+    before = torch.get_num_threads()
+    try:
+        assert run(tmp_path, "--num_train_epochs", "1", *given)["hardware"].startswith(f"{threads} threads of")
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_launched(tmp_path):
