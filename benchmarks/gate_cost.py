@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--architecture", default="eps_resnet110")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--image_size", type=int, default=32)
-    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", choices=["gated", "plain"], help=argparse.SUPPRESS)
     args = parser.parse_args()
