@@ -162,7 +162,7 @@ class EpsilonPruner:
         if new := set(state["removed"]) - already:
             before = set(self.model.parameters())
             replay_removed(self.model, new)
-            self._forget(before - set(self.model.parameters()))
+            self._forget_lost(before)
         found = gates(self.model)
         self._streaks = dict(state["streaks"])
         self.epoch = state["epoch"]
@@ -190,15 +190,16 @@ class EpsilonPruner:
             return []
         before = set(self.model.parameters())
         removed = remove(self.model, slots)
-        self._forget(before - set(self.model.parameters()))
+        self._forget_lost(before)
         for slot in removed:
             del self._streaks[slot]
         return removed
 
-    def _forget(self, parameters: set[nn.Parameter]) -> None:
-        """Take parameters out of the optimizer, in place: schedulers and wrappers hold the same groups."""
+    def _forget_lost(self, before: set[nn.Parameter]) -> None:
+        """Take what the model had before and lost out of the optimizer, in place: schedulers hold the same groups."""
         if self.optimizer is None:
             return
+        parameters = before - set(self.model.parameters())
         for group in self.optimizer.param_groups:
             kept = [index for index, parameter in enumerate(group["params"]) if parameter not in parameters]
             for key in group.keys() & {"params", "param_names"}:

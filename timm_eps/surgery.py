@@ -143,10 +143,7 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
     _check_known(slots, found, body)
     if still_open := sorted(slot for slot in slots if not found[slot].closed):
         raise ValueError(f"Cannot remove {still_open[0]}: its gate is open, so its block is no identity.")
-    blocks: dict[str, list[str]] = {}
-    for slot in found:
-        blocks.setdefault(block_path(slot), []).append(slot)
-    doomed = {path: own for path, own in blocks.items() if slots.issuperset(own)}
+    doomed = {path: own for path, own in _by_block(found).items() if slots.issuperset(own)}
     if not doomed:
         return []
 
@@ -186,8 +183,9 @@ def replay_removed(model: nn.Module, removed: Iterable[str]) -> None:
     slots = _check_slot_list(removed)
     found = gates(body)
     _check_known(slots, found, body)
+    blocks = _by_block(found)
     for path in {block_path(slot) for slot in slots}:
-        own = {slot for slot in found if block_path(slot) == path}
+        own = set(blocks[path])
         if not own <= slots:
             raise ValueError(
                 f"removed names {sorted(own & slots)} but not {sorted(own - slots)}: a block goes as a whole."
@@ -201,6 +199,14 @@ def collapsed_copy(model: _Model) -> _Model:
     duplicate = copy.deepcopy(model).eval()
     remove(duplicate, closed_slots(duplicate))
     return duplicate
+
+
+def _by_block(slots: Iterable[str]) -> dict[str, list[str]]:
+    """The slots of each block, by the block's path."""
+    blocks: dict[str, list[str]] = {}
+    for slot in slots:
+        blocks.setdefault(block_path(slot), []).append(slot)
+    return blocks
 
 
 def _shortcut(block: nn.Module) -> nn.Module:
