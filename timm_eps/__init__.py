@@ -4,7 +4,9 @@ Importing the package registers ``eps_resnet*`` with timm and the ``EpsResNet`` 
 """
 
 from . import eps_resnet as _eps_resnet  # noqa: F401  registers the timm models
+from . import eps_twins as _eps_twins  # noqa: F401
 from .configuration_eps_resnet import EpsResNetConfig
+from .export import export_timm
 from .gate import EpsilonGate
 from .hub import save_pretrained
 from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel
@@ -22,6 +24,7 @@ __all__ = [
     "EpsilonPruner",
     "RestartingLR",
     "add_gates",
+    "export_timm",
     "param_groups",
     "remove_closed",
     "save_pretrained",

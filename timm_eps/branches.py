@@ -9,18 +9,23 @@ candidate is probed with a forward pass before it counts as a branch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from .gate import EpsilonGate
+from .tracing import Call, fresh, leads_to, meta_copy, shapes, tensors, trace
 
 __all__ = ["block_path", "branch_ends", "evaluating", "find_slots", "gates", "input_size", "probe_batch", "timm_body"]
 
-_SLOT = re.compile(r"drop_path\d*")
+# Why a slot got no gate, where nobody would expect one: a block without a shortcut has it for nothing.
+UNUSED = "it does not run in a forward pass"
+
+_SLOT = re.compile(r"(\w+_)?drop_path\d*")
 
 
 def timm_body(model: nn.Module) -> nn.Module:
@@ -53,9 +58,12 @@ def gates(model: nn.Module) -> dict[str, EpsilonGate]:
     return {path: module for path, module in timm_body(model).named_modules() if isinstance(module, EpsilonGate)}
 
 
-def block_path(slot: str) -> str:
-    """Path of the block that a slot belongs to."""
-    return slot.rpartition(".")[0]
+def block_path(body: nn.Module, slot: str) -> str:
+    """Path of the block that a slot belongs to: the module around it, or around the sequence that it ends."""
+    path = slot.rpartition(".")[0]
+    while type(body.get_submodule(path)) in (nn.Sequential, nn.ModuleList):
+        path = path.rpartition(".")[0]
+    return path
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -71,6 +79,8 @@ def probe_batch(body: nn.Module, batch_size: int = 2) -> Tensor:
     """
     parameter = next(body.parameters())
     shape = (batch_size, *input_size(body))
+    if parameter.device.type == "meta":
+        return torch.empty(shape, device="meta", dtype=parameter.dtype)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return images.to(parameter.device, parameter.dtype)
 
@@ -90,6 +100,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def branch_ends(body: nn.Module) -> list[nn.Module]:
     """The modules whose output is what a gate receives: the last convolution, norm or scale of each branch."""
+    net = meta_copy(body)
+    original = dict(zip(net.modules(), body.modules(), strict=True))
     producers: dict[int, list[nn.Module]] = {}
     outputs: list[Tensor] = []  # kept alive, so that no two of them share an id
     ends: list[nn.Module] = []
@@ -100,108 +112,95 @@ def branch_ends(body: nn.Module) -> list[nn.Module]:
             producers.setdefault(id(output), []).append(module)
 
     def arrived(gate: nn.Module, args: tuple) -> None:
-        ends.extend(producers.get(id(args[0]), []))
+        ends.extend(original[module] for module in producers.get(id(args[0]), []))
 
-    hooks = [
-        module.register_forward_pre_hook(arrived)
-        if isinstance(module, EpsilonGate)
-        else module.register_forward_hook(produced)
-        for module in body.modules()
-    ]
-    try:
-        with evaluating(body):
-            body(probe_batch(body))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for module in net.modules():
+        if isinstance(module, EpsilonGate):
+            module.register_forward_pre_hook(arrived)
+        else:
+            module.register_forward_hook(produced)
+    with torch.no_grad():
+        net(probe_batch(net))
     return ends
 
 
-class _Recorder(nn.Module):
-    """Stands in a slot during a probe: notes what arrives, and passes on that or zeros."""
+class _Probe(nn.Module):
+    """Stands in a slot of a meta copy: notes what arrives, and passes on that, zeros, or a single zero."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[object] = []
-        self.shut = False
+        self.seen: list[Any] = []
+        self.answer: Callable[[Tensor], Tensor] = lambda x: x
 
-    def forward(self, x: Tensor) -> Tensor:
-        # A copy: some blocks add the shortcut to what comes out of the slot in place.
-        self.seen.append(x.clone() if isinstance(x, Tensor) else x)
-        return torch.zeros_like(x) if self.shut else x
+    def forward(self, x: Any) -> Any:
+        self.seen.append(x)
+        return self.answer(x)
 
 
-def find_slots(body: nn.Module) -> tuple[list[str], dict[str, str]]:
+@torch.inference_mode(mode=False)  # a graph is needed, whatever the caller does without
+@torch.enable_grad()
+def find_slots(body: nn.Module) -> tuple[dict[str, bool], dict[str, str]]:
     """Find the slots that carry a residual branch with a shortcut beside it.
 
+    What is probed is the graph of a forward pass on the meta device, so the answer depends on the architecture alone.
+
     Args:
-        body: A timm model. It is unchanged afterwards.
+        body: A timm model. It is not touched.
 
     Returns:
-        The slot paths that passed the probe, and for each candidate that did not the reason why.
+        For each slot that passed the probe whether its block can add a single zero, and for each that did not the
+        reason why.
     """
-    candidates = [
-        (path, block, name)
-        for path, block in body.named_modules()
-        if not isinstance(block, EpsilonGate)
-        for name in [*block._modules, *(key for key, value in vars(block).items() if value is None)]
-        if _SLOT.fullmatch(name) and not isinstance(getattr(block, name), EpsilonGate)
-    ]
-    recorders = {(block, name): _Recorder() for _, block, name in candidates}
-    originals = [getattr(block, name) for _, block, name in candidates]
-    calls: dict[nn.Module, list[tuple[tuple, dict]]] = {}
-    hooks = []
-    accepted: list[str] = []
+    net = meta_copy(body)
+    probes: dict[str, _Probe] = {}
+    for path, owner in list(net.named_modules()):
+        if isinstance(owner, EpsilonGate):
+            continue
+        for name in [*owner._modules, *(key for key, value in vars(owner).items() if value is None)]:
+            if _SLOT.fullmatch(name) and not isinstance(getattr(owner, name), EpsilonGate):
+                probe = _Probe()
+                setattr(owner, name, probe)
+                probes[f"{path}.{name}"] = probe
+    whole = trace(net, probe_batch(net))
+    ran = {slot for slot, probe in probes.items() if probe.seen}
+    accepted: dict[str, bool] = {}
     refused: dict[str, str] = {}
-    try:
-        for _, block, name in candidates:
-            setattr(block, name, recorders[block, name])
-        for block in {block for _, block, _ in candidates}:
-            hooks.append(
-                block.register_forward_pre_hook(
-                    lambda module, args, kwargs: calls.setdefault(module, []).append((args, kwargs)), with_kwargs=True
-                )
-            )
-        with evaluating(body):
-            body(probe_batch(body))
-            for hook in hooks:
-                hook.remove()
-            arrived = {recorder: list(recorder.seen) for recorder in recorders.values()}
-            for path, block, name in candidates:
-                slot = f"{path}.{name}"
-                recorder = recorders[block, name]
-                reason = _reason_against(block, recorder, arrived[recorder], calls.get(block, []))
-                if reason:
-                    refused[slot] = reason
-                else:
-                    accepted.append(slot)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for (_, block, name), original in zip(candidates, originals, strict=True):
-            setattr(block, name, original)
+    for slot, probe in probes.items():
+        calls = whole.calls_of(net.get_submodule(block_path(net, slot)))
+        if slot not in ran:
+            refused[slot] = UNUSED
+        elif reason := _reason_against(probe, calls):
+            refused[slot] = reason
+        else:
+            accepted[slot] = _takes_single_zero(probe, calls)
     return accepted, refused
 
 
-def _reason_against(
-    block: nn.Module, recorder: _Recorder, seen: list[object], calls: list[tuple[tuple, dict]]
-) -> str | None:
-    """Why a recorded slot is no gateable residual branch; None if it is one."""
-    if len(seen) != 1 or len(calls) != 1:
-        return f"it runs {len(seen)} times in a forward pass, and only a slot that runs once has one response"
-    args, kwargs = calls[0]
-    if not (isinstance(seen[0], Tensor) and args and isinstance(args[0], Tensor)):
-        return "it does not carry one tensor through a block that takes one"
-    x, rest = args[0], args[1:]
-    if seen[0].shape == x.shape and torch.equal(seen[0], x):
-        return "it acts on the block's input, not on a residual branch"
-    recorder.shut = True
-    try:
-        here, elsewhere = block(x, *rest, **kwargs), block(x.flip(0) + 1, *rest, **kwargs)
-    finally:
-        recorder.shut = False
-    if not isinstance(here, Tensor):
-        return "its block does not return one tensor"
-    if torch.equal(here, elsewhere):
-        return "no shortcut stands beside it: shut, the signal would end here"
+def _reason_against(probe: _Probe, calls: list[Call]) -> str | None:
+    """Why a slot is no gateable residual branch; None if it is one in every call of its block."""
+    for call in calls:
+        (args, kwargs), inputs = fresh((call.args, call.kwargs))
+        probe.seen.clear()
+        trace(call.module, *args, **kwargs)
+        if not all(isinstance(x, Tensor) and x.is_floating_point() for x in probe.seen):
+            return "it carries something else than one tensor"
+        if any(leads_to(x) <= inputs for x in probe.seen):
+            return "it acts on the block's input, not on a residual branch"
+        probe.answer = torch.zeros_like
+        outputs = tensors(trace(call.module, *args, **kwargs).output)
+        probe.answer = lambda x: x
+        if not all(leads_to(output) & inputs for output in outputs):
+            return "no shortcut stands beside it: shut, the signal would end here"
     return None
+
+
+def _takes_single_zero(probe: _Probe, calls: list[Call]) -> bool:
+    """Whether a block broadcasts what comes out of a slot, instead of adding to it in place or slicing it."""
+    probe.answer = lambda x: x.new_zeros(())
+    try:
+        with torch.no_grad():
+            return all(shapes(call.module(*call.args, **call.kwargs)) == shapes(call.output) for call in calls)
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        probe.answer = lambda x: x

@@ -8,6 +8,9 @@ import timm
 from huggingface_hub.dataclasses import strict
 from transformers import TimmWrapperConfig
 
+from .names import twin_name
+from .surgery import removed_slots
+
 __all__ = ["EpsResNetConfig"]
 
 
@@ -19,21 +22,25 @@ class EpsResNetConfig(TimmWrapperConfig):
     ``model_args["removed"]`` lists the slots of the branches that are gone.
 
     Args:
-        architecture: A timm model name that this package registers.
+        architecture: A timm model name that this package registers, such as ``eps_resnet110`` or ``eps_resnet50``.
         model_args: Keyword arguments for ``timm.create_model``; ``removed`` among them.
         pretrained_cfg: timm's description of weights and input (input size, mean, std, ...). By default that of
             the architecture.
-        side_loss_weight: Weight of the side head's cross-entropy in the training loss; the paper uses 0.1. 0 leaves
-            the side head out. Saved models carry 0, and a stored config without the field means 0.
+        side_loss_weight: Weight of the side head's cross-entropy in the training loss. 0 leaves the side head out. By
+            default the paper's 0.1 for the CIFAR networks, and 0 for others, which have no place for one. Saved models
+            carry 0, and a stored config without the field means 0.
     """
 
     model_type = "eps_resnet"
 
     architecture: str = "eps_resnet110"
     pretrained_cfg: dict[str, Any] | None = None
-    side_loss_weight: float = 0.1
+    side_loss_weight: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.side_loss_weight is None:
+            is_cifar_network = timm.models.is_model_in_modules(self.architecture, ["eps_resnet"])
+            self.side_loss_weight = 0.1 if is_cifar_network else 0.0
         known = timm.get_pretrained_cfg(self.architecture, allow_unregistered=True)
         if self.pretrained_cfg is None and known is not None:
             self.pretrained_cfg = _carried(known.to_dict())
@@ -61,15 +68,22 @@ class EpsResNetConfig(TimmWrapperConfig):
         """The configuration of an existing timm model.
 
         Args:
-            model: A model of this package, made by ``timm.create_model``.
+            model: A model made by ``timm.create_model``; one of timm's own is described as its twin.
             kwargs: Further fields, such as ``id2label``; they win over what the model says.
 
         Raises:
-            ValueError: The model was made with an argument that JSON cannot hold, such as a class.
+            ValueError: The model was not made by ``timm.create_model``, has no twin here, or was made with an argument
+                that JSON cannot hold, such as a class.
         """
+        architecture = twin_name((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "")
+        if not (timm.is_model(architecture) and hasattr(model, "forward_features")):
+            raise ValueError(
+                f"{type(model).__name__} cannot be built again from a name and a list of removed branches; only "
+                "models made by timm.create_model can, of an architecture that timm.list_models('eps_*') lists."
+            )
         model_args = {k: v for k, v in timm.models.get_model_args(model).items() if k != "num_classes"}
-        if model.removed:
-            model_args["removed"] = model.removed
+        if removed := removed_slots(model):
+            model_args["removed"] = removed
         for name, value in model_args.items():
             if not isinstance(value, str | int | float | list | tuple | dict | None):
                 raise ValueError(f"The model was made with {name}={value!r}, which config.json cannot hold; name it.")
@@ -77,7 +91,7 @@ class EpsResNetConfig(TimmWrapperConfig):
             "input_size": timm.models.get_model_input_config(model)["input_size"]
         }
         fields: dict[str, Any] = dict(
-            architecture=model.pretrained_cfg["architecture"],
+            architecture=architecture,
             model_args=model_args,
             pretrained_cfg=pretrained_cfg,
             side_loss_weight=0.0,

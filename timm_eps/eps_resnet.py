@@ -79,7 +79,8 @@ class PreActBasic(nn.Module):
         self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **dd)
         self.norm2 = norm_layer(out_chs, **dd)
         self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **dd)
-        self.drop_path = EpsilonGate(drop_path=DropPath(drop_path_rate) if drop_path_rate > 0 else None)
+        drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else None
+        self.drop_path = EpsilonGate(drop_path=drop_path, single_zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.conv1(self.norm1(x))
@@ -187,6 +188,7 @@ class EpsResNet(nn.Module):
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         if removed:
+            self.pretrained_cfg = {"architecture": "", "input_size": (in_chans, 32, 32)}  # what a trace is made with
             replay_removed(self, removed)
         self.init_weights()
 

@@ -71,6 +71,8 @@ class EpsilonGate(nn.Module):
     Args:
         epsilon: Threshold ε in activation units; 0 never closes.
         drop_path: What stood in the slot before; it runs after the gate.
+        single_zero: Put out one zero when closed in evaluation, not a tensor of zeros. It costs nothing, and leaves
+            the memory layout of the sum to the shortcut, as if the branch were not there; for blocks that broadcast.
 
     Attributes:
         epsilon (float): Threshold in activation units. Setting it checks it.
@@ -88,9 +90,10 @@ class EpsilonGate(nn.Module):
     # TorchScript compiles properties unless told not to; a script has no use for setting ε.
     __jit_unused_properties__: ClassVar = ["epsilon"]
 
-    def __init__(self, epsilon: float = 0.0, drop_path: nn.Module | None = None) -> None:
+    def __init__(self, epsilon: float = 0.0, drop_path: nn.Module | None = None, *, single_zero: bool = False) -> None:
         super().__init__()
         self.drop_path = nn.Identity() if drop_path is None else drop_path
+        self.single_zero = single_zero
         self.closed = False
         # ε is read from a buffer in the forward pass because a compiled graph would be specialised on a Python float
         # and compiled anew at every change of ε. The float beside it restores the buffer after construction on the
@@ -124,7 +127,7 @@ class EpsilonGate(nn.Module):
             self.response.copy_(torch.maximum(self.response, response.to(self.response.dtype)))
             x = _gated(x, response, self.threshold)
         elif self.closed:
-            x = torch.zeros_like(x)
+            x = x.new_zeros(()) if self.single_zero else torch.zeros_like(x)
         return self.drop_path(x)
 
     def extra_repr(self) -> str:

@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from torch import nn
 from .branches import gates, timm_body
 from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel, EpsResNetPreTrainedModel
 from .report import comparison_table, draw_blocks
-from .surgery import closed_slots, natural_order, removed_slots
+from .surgery import check_gated, closed_slots, natural_order, removed_slots
 
-__all__ = ["RESULT_KEYS", "render_card", "save_pretrained"]
+__all__ = ["RESULT_KEYS", "render_card", "save_pretrained", "staged"]
 
 _logger = logging.getLogger(__name__)
 PICTURE = "blocks.png"
@@ -68,23 +69,21 @@ def save_pretrained(
             ``results`` lacks a key.
         OSError: The directory cannot be written.
     """
+    check_gated(model)
     wrapper = _as_transformers(model, label_names)
     body = timm_body(wrapper)
     gone = sorted([*removed_slots(body), *closed_slots(body)], key=natural_order)
     slots = sorted([*removed_slots(body), *gates(body)], key=natural_order)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as staging_name:
-        staging = Path(staging_name)
+    with staged(directory) as staging:
         wrapper.save_pretrained(staging)
         if find_spec("matplotlib") is not None:
-            title = f"{wrapper.config.architecture}: {len(slots) - len(gone)} of {len(slots)} residual blocks stayed"
+            title = f"{wrapper.config.architecture}: {len(slots) - len(gone)} of {len(slots)} residual branches stayed"
             draw_blocks(slots, gone, history, staging / PICTURE, title)
         else:
             _logger.warning("No %s in %s: matplotlib is not installed.", PICTURE, directory)
         card = render_card(
             wrapper.config.architecture,
-            repo_id or directory.resolve().name,
+            repo_id or Path(directory).resolve().name,
             blocks_total=len(slots),
             blocks_kept=len(slots) - len(gone),
             results=results,
@@ -93,12 +92,22 @@ def save_pretrained(
         card.save(staging / "README.md")
         if results is not None:
             (staging / "all_results.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+    if results is None:
+        (Path(directory) / "all_results.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def staged(directory: str | os.PathLike) -> Iterator[Path]:
+    """A directory to write a model's files into, which are moved into the real one when all of them are whole."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as name:
+        staging = Path(name)
+        yield staging
         # The pair that must fit together goes last, one rename right after the other.
         pair = ("model.safetensors", "config.json")
         for name in sorted(os.listdir(staging), key=lambda name: (name in pair, name)):
             os.replace(staging / name, directory / name)
-    if results is None:
-        (directory / "all_results.json").unlink(missing_ok=True)
 
 
 def _as_transformers(model: nn.Module, label_names: Sequence[str] | None) -> EpsResNetPreTrainedModel:

@@ -53,6 +53,9 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         self._weight_conversions = _key_conversions()
         # Known from the config alone when loading: a probe or an image processor must see this model's input.
         self.timm_model.pretrained_cfg = {**self.timm_model.pretrained_cfg, **(self.config.pretrained_cfg or {})}
+        if not any(parameter.is_meta for parameter in self.timm_model.parameters()):
+            for module in self.timm_model.modules():
+                module._is_hf_initialized = True  # by timm, each architecture in its way
         super().post_init()
 
     @classmethod
@@ -112,19 +115,15 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         """Wrap an existing timm model of this package; nothing is copied.
 
         Args:
-            model: A model made by ``timm.create_model('eps_resnet...')``.
+            model: A model made by ``timm.create_model``, gated or not.
             config_fields: Further fields of :class:`EpsResNetConfig`, such as ``id2label`` or ``side_loss_weight``.
 
         Raises:
             ValueError: The model cannot be built again from a name and arguments.
         """
-        if not isinstance(model, EpsResNet) or not hasattr(model, "pretrained_cfg"):
-            raise ValueError(
-                f"{type(model).__name__} cannot be built again from a name and a list of removed branches; only "
-                "models made by timm.create_model('eps_resnet...') can."
-            )
+        config = EpsResNetConfig.from_timm(model, **config_fields)
         with torch.device("meta"):
-            wrapper: Any = cls(EpsResNetConfig.from_timm(model, **config_fields))
+            wrapper: Any = cls(config)
         wrapper.timm_model = model
         if getattr(wrapper, "side_head", None) is not None:
             wrapper.side_head = wrapper._new_side_head()
@@ -137,8 +136,7 @@ class EpsResNetModel(EpsResNetPreTrainedModel, TimmWrapperModel):
 
     def post_init(self) -> None:
         # A classifier's checkpoint loads here as it is meant to: silently without its last layer.
-        if classifier := self.timm_model.pretrained_cfg.get("classifier"):
-            self._keys_to_ignore_on_load_unexpected = [re.escape(classifier)]
+        self._keys_to_ignore_on_load_unexpected = [re.escape(name) for name in _classifiers(self)]
         super().post_init()
 
     def _drop_training_parts(self) -> None:
@@ -209,10 +207,15 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
         self.side_head = None
 
 
+def _classifiers(model: EpsResNetPreTrainedModel) -> tuple[str, ...]:
+    """Paths of the last layers in the timm model; networks with a distillation token have two."""
+    named = model.timm_model.pretrained_cfg.get("classifier") or ()
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
 def _check_blocks(model: EpsResNetPreTrainedModel, info: Mapping[str, Iterable[str]]) -> None:
     """Raise ValueError if loading left out, or found too much, of anything but the classifier and the side head."""
-    classifier = model.timm_model.pretrained_cfg.get("classifier", "")
-    fresh = ("side_head.", f"timm_model.{classifier}.")
+    fresh = ("side_head.", *(f"timm_model.{name}." for name in _classifiers(model)))
     for verb, keys in (("lack", info["missing_keys"]), ("also hold", info["unexpected_keys"])):
         if strangers := sorted(key for key in keys if not key.startswith(fresh)):
             raise ValueError(

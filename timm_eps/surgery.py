@@ -11,17 +11,21 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .branches import block_path, branch_ends, evaluating, find_slots, gates, probe_batch, timm_body
+from .branches import UNUSED, branch_ends, evaluating, find_slots, gates, probe_batch, timm_body
+from .collapse import Plan, plan_collapse
 from .gate import EpsilonGate, check_epsilon
+from .names import twin_name
+from .tracing import tensors
 
 __all__ = [
     "add_gates",
+    "check_gated",
     "closed_slots",
     "collapsed_copy",
     "natural_order",
@@ -30,6 +34,7 @@ __all__ = [
     "remove_closed",
     "removed_slots",
     "replay_removed",
+    "same_outputs",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -55,11 +60,14 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
     check_epsilon(epsilon)
     body = timm_body(model)
     slots, refused = find_slots(body)
-    for slot in slots:
-        block, name = body.get_submodule(block_path(slot)), slot.rpartition(".")[2]
-        setattr(block, name, EpsilonGate(drop_path=getattr(block, name)).to(next(body.parameters()).device))
+    device = next(body.parameters()).device
+    for slot, single_zero in slots.items():
+        path, _, name = slot.rpartition(".")
+        owner = body.get_submodule(path)
+        setattr(owner, name, EpsilonGate(drop_path=getattr(owner, name), single_zero=single_zero).to(device))
     for slot, reason in refused.items():
-        _logger.warning("No gate at %s of %s: %s.", slot, type(body).__name__, reason)
+        level = logging.INFO if reason == UNUSED else logging.WARNING
+        _logger.log(level, "No gate at %s of %s: %s.", slot, type(body).__name__, reason)
     found = gates(body)
     if not found:
         why = "; ".join(f"{slot}: {reason}" for slot, reason in refused.items()) or "it has no stochastic-depth slot"
@@ -89,10 +97,10 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}.")
-    _check_gated(model)
+    check_gated(model)
     body = timm_body(model)
     # A layer scale is a module at the end of the branch, or a parameter that the block itself holds.
-    ends = [*branch_ends(body), *(body.get_submodule(block_path(slot)) for slot in gates(body))]
+    ends = [*branch_ends(body), *(body.get_submodule(slot.rpartition(".")[0]) for slot in gates(body))]
     bounding = {id(parameter) for end in ends for parameter in end.parameters(recurse=False)}
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
@@ -123,7 +131,7 @@ def remove_closed(model: nn.Module) -> list[str]:
     Raises:
         ValueError: The model has no gates, or is wrapped or compiled.
     """
-    _check_gated(model)
+    check_gated(model)
     return remove(model, closed_slots(model))
 
 
@@ -131,67 +139,70 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
     """Remove the branches of closed gates, proven, in place; see :func:`remove_closed`.
 
     Returns:
-        The slots that went. A slot of a block with an open branch, or of one that no shortcut can replace, stays.
+        The slots that went, those of gates inside a removed branch among them. One that cannot go without a change of
+        the output stays, with a warning.
 
     Raises:
         ValueError: A slot is unknown or its gate is open.
-        RuntimeError: The model computes something else without these blocks; it is left as it was.
     """
     body = timm_body(model)
     slots = set(slots)
     found = gates(body)
     _check_known(slots, found, body)
     if still_open := sorted(slot for slot in slots if not found[slot].closed):
-        raise ValueError(f"Cannot remove {still_open[0]}: its gate is open, so its block is no identity.")
-    doomed = {path: own for path, own in _by_block(found).items() if slots.issuperset(own)}
-    if not doomed:
+        raise ValueError(f"Cannot remove {still_open[0]}: its gate is open, so its branch still counts.")
+    if not slots:
         return []
-
     with evaluating(body):
         batch = probe_batch(body)
-        calls, before = _run_recording(body, doomed, batch)
-        originals = {}
-        for path in doomed:
-            block = body.get_submodule(path)
-            if (shortcut := _proven_shortcut(block, calls[path])) is not None:
-                originals[path] = block
-                _set_module(body, path, shortcut)
-        if not _equal(before, body(batch)):
-            for path, block in originals.items():
-                _set_module(body, path, block)
-            raise RuntimeError(
-                f"{type(body).__name__} computes something else without {', '.join(originals)}; nothing was removed."
-            )
-    for path in doomed.keys() - originals.keys():
-        _logger.warning("%s is closed but stays: its output is not its shortcut.", path)
-    gone = [slot for path in originals for slot in doomed[path]]
+        before = body(batch)
+        plans = plan_collapse(body, slots)
+        take_back = _carry_out(body, plans)
+        if not same_outputs(before, body(batch)):
+            take_back()
+            # One of them is to blame. The last plan goes with all the others only.
+            for plan in plans[:-1]:
+                take_back = _carry_out(body, [plan])
+                if not same_outputs(before, body(batch)):
+                    take_back()
+                    _logger.warning("%s stays, closed: the output changes without it.", ", ".join(plan.slots))
+    left = gates(body)
+    gone = [slot for slot in found if slot not in left]
     _record(model, removed_slots(body) + gone)
     return gone
 
 
 def replay_removed(model: nn.Module, removed: Iterable[str]) -> None:
-    """Give a newly built model the structure of a pruned one, in place. Needs no weights and no forward pass.
+    """Give a newly built model the structure of a pruned one, in place. Needs no weights and computes nothing.
 
     Args:
-        model: The model with all its blocks, or with those that are not in ``removed``.
+        model: The model with all its branches, or with those that are not in ``removed``.
         removed: Slot paths as :func:`remove_closed` returned them.
 
     Raises:
-        ValueError: A path is not a slot of this model, or names only some of a block's branches.
+        ValueError: A path is not a slot of this model, or names a branch around another one that is not named.
     """
     body = timm_body(model)
     slots = _check_slot_list(removed)
     found = gates(body)
     _check_known(slots, found, body)
-    blocks = _by_block(found)
-    for path in {block_path(slot) for slot in slots}:
-        own = set(blocks[path])
-        if not own <= slots:
-            raise ValueError(
-                f"removed names {sorted(own & slots)} but not {sorted(own - slots)}: a block goes as a whole."
-            )
-        _set_module(body, path, _shortcut(body.get_submodule(path)))
+    if not slots:
+        return
+    _carry_out(body, plan_collapse(body, slots))
+    if more := found.keys() - gates(body).keys() - slots:
+        raise ValueError(f"removed lacks {min(more)!r}, which stands inside a branch that it names.")
     _record(model, {*removed_slots(body), *slots})
+
+
+def _carry_out(body: nn.Module, plans: Iterable[Plan]) -> Callable[[], None]:
+    """Make the edits of plans; returns what takes all of them back."""
+    undo = [edit.apply(body) for plan in plans for edit in plan.edits]
+
+    def take_back() -> None:
+        for step in reversed(undo):
+            step()
+
+    return take_back
 
 
 def collapsed_copy(model: _Model) -> _Model:
@@ -201,62 +212,22 @@ def collapsed_copy(model: _Model) -> _Model:
     return duplicate
 
 
-def _by_block(slots: Iterable[str]) -> dict[str, list[str]]:
-    """The slots of each block, by the block's path."""
-    blocks: dict[str, list[str]] = {}
-    for slot in slots:
-        blocks.setdefault(block_path(slot), []).append(slot)
-    return blocks
-
-
-def _shortcut(block: nn.Module) -> nn.Module:
-    downsample = getattr(block, "downsample", None)
-    return downsample if isinstance(downsample, nn.Module) else nn.Identity()
-
-
-def _proven_shortcut(block: nn.Module, call: tuple[Tensor, Tensor]) -> nn.Module | None:
-    """The shortcut of a shut block if it computes the block's output from its input bit for bit, else None."""
-    x, output = call
-    shortcut = _shortcut(block)
-    result = shortcut(x)
-    return shortcut if result.shape == output.shape and _equal(result, output) else None
-
-
-def _run_recording(
-    body: nn.Module, paths: Iterable[str], batch: Tensor
-) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """Run the model once; return (input, output) of the modules at ``paths``, and the model's output."""
-    calls: dict[str, tuple[Tensor, Tensor]] = {}
-    hooks = []
-    for path in paths:
-
-        def record(module: nn.Module, args: tuple, output: Tensor, path: str = path) -> None:
-            calls[path] = (args[0].clone(), output.clone())
-
-        hooks.append(body.get_submodule(path).register_forward_hook(record))
-    try:
-        output = body(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls, output
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Equality of every element, NaN counted equal to NaN: a diverged run may still lose its closed blocks."""
-    return torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
-
-
-def _set_module(body: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    module.train(body.get_submodule(path).training)
-    setattr(body.get_submodule(parent), name, module)
+def same_outputs(some: Any, others: Any) -> bool:
+    """Equality of every element, NaN counted equal to NaN: a diverged run may still lose its closed branches."""
+    pairs = zip(tensors(some), tensors(others), strict=True)
+    return all(
+        torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        for a, b in pairs
+    )
 
 
 def _record(model: nn.Module, removed: Iterable[str]) -> None:
     """Note the structure where timm's own ``save_for_hf``, and where transformers, read it when they save."""
     body: Any = timm_body(model)
     body.removed = sorted(removed, key=natural_order)
+    if cfg := getattr(body, "pretrained_cfg", None):
+        # Only the twin can be built without these branches.
+        body.pretrained_cfg = {**cfg, "architecture": twin_name(cfg["architecture"])}
     body._model_args = {**getattr(body, "_model_args", {}), "removed": body.removed}
     if config := getattr(model, "config", None):
         config.model_args = {**(config.model_args or {}), "removed": body.removed}
@@ -267,7 +238,8 @@ def natural_order(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
 
 
-def _check_gated(model: nn.Module) -> None:
+def check_gated(model: nn.Module) -> None:
+    """Raise ValueError if a model neither has gates nor has lost branches."""
     if not gates(model) and not removed_slots(model):
         raise ValueError(f"{type(timm_body(model)).__name__} has no gates; call timm_eps.add_gates(model) first.")
 

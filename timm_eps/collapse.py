@@ -1,0 +1,299 @@
+"""What is left of a network when some of its residual branches are zero.
+
+The plan depends on the architecture and the slots alone, not on weights: a pruned network can be built again from the
+list of its removed slots, on any device, and one that loses its branches one by one ends like one that loses them all
+at once.
+
+A block all of whose branches are gone becomes the chain of its children that still count: nothing, a ``downsample``, a
+trailing activation. In a block that keeps a branch, or that is no such chain, the slot puts out zero, and the modules
+that nothing depends on any longer give way to ones that pass their input on. Modules keep their paths, so the weights
+of a pruned network are some of those of the dense one, under the same names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .branches import block_path, gates, probe_batch
+from .gate import EpsilonGate
+from .tracing import Call, Trace, meta_copy, random_copy, random_like, shapes, tensors, trace
+
+__all__ = ["Edit", "Plan", "plan_collapse"]
+
+
+class ZeroBranch(nn.Module):
+    """Stands in the slot of a removed branch: zero, to which the shortcut is added.
+
+    Args:
+        shape: Shape of the zeros, None where it is that of the input; by default a single zero.
+    """
+
+    def __init__(self, shape: tuple[int | None, ...] = ()) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros([x.shape[i] if size is None else size for i, size in enumerate(self.shape)])
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}"
+
+
+class Passthrough(nn.Module):
+    """An identity for modules that are called with, or return, more than one thing.
+
+    Args:
+        take: Positions of the arguments that it returns: a tuple of them unless it is a number.
+    """
+
+    def __init__(self, take: int | tuple[int, ...] = 0) -> None:
+        super().__init__()
+        self.take = take
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args[self.take] if isinstance(self.take, int) else tuple(args[position] for position in self.take)
+
+    def extra_repr(self) -> str:
+        return f"take={self.take}"
+
+
+class Chain(nn.Sequential):
+    """A sequence that may be called with more than its input."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(x)
+
+
+class Edit(NamedTuple):
+    """One replacement: the module at ``path`` by ``make`` of it, or, without ``make``, the parameter at ``path``."""
+
+    path: str
+    make: Callable[[nn.Module], nn.Module] | None
+
+    def apply(self, body: nn.Module) -> Callable[[], None]:
+        """Replace in place; returns what takes it back."""
+        parent_path, _, name = self.path.rpartition(".")
+        parent = body.get_submodule(parent_path)
+        if self.make is None:
+            parameter: Any = parent._parameters.pop(name)
+            # Its value no longer counts; that the block's code finds something to multiply by does.
+            parent.register_buffer(name, parameter.detach().new_ones(()).expand(parameter.shape), persistent=False)
+
+            def undo() -> None:
+                delattr(parent, name)
+                parent.register_parameter(name, parameter)
+
+            return undo
+        old = parent.get_submodule(name)
+        setattr(parent, name, self.make(old).train(old.training))
+        return lambda: setattr(parent, name, old)
+
+
+class Plan(NamedTuple):
+    """How the branches in ``slots``, all of one block, are taken out."""
+
+    slots: list[str]
+    edits: list[Edit]
+
+
+@torch.inference_mode(mode=False)  # a graph is needed, whatever the caller does without
+@torch.enable_grad()
+def plan_collapse(body: nn.Module, slots: set[str]) -> list[Plan]:
+    """Plan how to take branches out of a model.
+
+    Args:
+        body: A timm model with a gate in each of the slots. It is not touched.
+        slots: Slot paths.
+
+    Returns:
+        One plan a block, to be carried out in this order. The last one is for modules that several of them shared.
+    """
+    net = meta_copy(body)
+    originals = [*net.modules(), *net.parameters()]  # kept alive: what follows tells them by their ids
+    batch = probe_batch(net)
+    found = gates(net)
+    blocks: dict[str, list[str]] = {}
+    for slot, gate in found.items():
+        gate.closed = False
+        if slot in slots:
+            blocks.setdefault(block_path(net, slot), []).append(slot)
+    dense = trace(net, batch)
+    for slot in slots:
+        found[slot].closed = True
+    live = trace(net, batch).live
+    planner = _Planner(net, dense, dense.live - live, live)
+    plans = []
+    for path, own in blocks.items():
+        here = [slot for slot in own if _find(net, slot) is found[slot]]  # a block around it may have taken it along
+        if here:
+            plans.append(Plan(here, planner.plan_block(path, here)))
+    whole = [Call(net, (batch,), {}, dense.output)]
+    shared = [edit for stub in planner.stubs("") for edit in planner.accepted([stub], whole)]
+    del originals
+    return [*plans, Plan([], shared)]
+
+
+class _Planner:
+    """Tries edits on a meta copy and keeps those that it survives.
+
+    Args:
+        net: The meta copy; it is changed.
+        dense: Its trace with all gates open.
+        lost: Ids of the modules and parameters that counted then and do not count now.
+        live: Ids of those that still count.
+    """
+
+    def __init__(self, net: nn.Module, dense: Trace, lost: set[int], live: set[int]) -> None:
+        self.net, self.dense, self.lost, self.live = net, dense, lost, live
+
+    def plan_block(self, path: str, slots: list[str]) -> list[Edit]:
+        """The edits that take all branches of ``slots`` out of the block at ``path``."""
+        block = self.net.get_submodule(path)
+        calls = self.dense.calls_of(block)
+        stubs = self.stubs(path)
+        zeros = [self.zero(slot, tensors(calls[0].args)) for slot in slots]
+        edits = self.accepted([*zeros, *stubs], calls)
+        if not edits:
+            # Code between the modules needs some of them for their shapes: keep those.
+            edits = self.accepted([self.zero(slot, []) for slot in slots], calls)
+            for stub in stubs:
+                edits += self.accepted([stub], calls)
+        if any(isinstance(module, EpsilonGate) for module in block.modules()):
+            return edits
+        chain = _chain(block, calls[0])
+        return edits if chain is None else [*edits, *self.accepted([Edit(path, chain)], [])]
+
+    def zero(self, slot: str, inputs: list[Tensor]) -> Edit:
+        """Zero for a slot; of the shape that arrives there now, wherever the inputs of the block differ in a size."""
+        gate: Any = self.net.get_submodule(slot)
+        if gate.single_zero:
+            return Edit(slot, lambda old: ZeroBranch())
+        arriving = self.dense.calls_of(gate)[0].args[0].shape
+        entering = inputs[0].shape if inputs else arriving
+        if len(entering) != len(arriving):
+            entering = arriving
+        shape = tuple(None if a == b else a for a, b in zip(arriving, entering, strict=True))
+        return Edit(slot, lambda old: ZeroBranch(shape))
+
+    def stubs(self, path: str) -> list[Edit]:
+        """Edits that remove, inside of ``path``, the largest modules and the single parameters that do not count."""
+        module = self.net.get_submodule(path)
+        prefix = f"{path}." if path else ""
+        edits = [Edit(prefix + name, None) for name, own in module._parameters.items() if id(own) in self.lost]
+        for name, child in module._modules.items():
+            if child is None or isinstance(child, EpsilonGate):
+                continue
+            parts = {id(part) for part in (*child.modules(), *child.parameters())}
+            # One that is called and does not count may share a part with one that does.
+            if id(child) in self.lost or (parts & self.lost and not parts & self.live):
+                passing = _passing(self.dense.calls_of(child))
+                edits.append(Edit(prefix + name, lambda old, passing=passing: _like(old, passing(old))))
+            else:
+                edits += self.stubs(prefix + name)
+        return edits
+
+    def accepted(self, edits: list[Edit], calls: list[Call]) -> list[Edit]:
+        """Make the edits if these calls still return the same shapes and leave their input alone; those made."""
+        take_back = [edit.apply(self.net) for edit in edits]
+        try:
+            with torch.no_grad():
+                if all(_same_shapes(call) for call in calls):
+                    return edits
+        except Exception:  # whatever a model's own code raises when it misses something
+            pass
+        for undo in reversed(take_back):
+            undo()
+        return []
+
+
+def _same_shapes(call: Call) -> bool:
+    inputs = tensors((call.args, call.kwargs))
+    versions = [x._version for x in inputs]  # an activation may work in place on what now is the block's input
+    output = call.module(*call.args, **call.kwargs)
+    return shapes(output) == shapes(call.output) and versions == [x._version for x in inputs]
+
+
+def _passing(calls: list[Call]) -> Callable[[nn.Module], nn.Module]:
+    """How to make a module into one that passes its input on, in place of a module that was called like this."""
+    take: Any = _taken(calls[0].args, calls[0].output) if calls else 0
+    if take is None:
+        take = 0  # of another shape: the block must do with it, or keeps the module
+    return lambda old: nn.Identity() if take == 0 and _takes_one(old) else Passthrough(take)
+
+
+def _taken(args: tuple, output: Any) -> int | tuple[int, ...] | None:
+    """Which arguments an output has the shapes, or the values, of; None if it has other ones."""
+    if not isinstance(output, tuple | list):
+        return next((i for i, arg in enumerate(args) if shapes(arg) == shapes(output)), None)
+    take = [_taken(args, part) for part in output]
+    return tuple(take) if all(isinstance(position, int) for position in take) else None  # type: ignore[arg-type]
+
+
+def _chain(block: nn.Module, call: Call) -> Callable[[nn.Module], nn.Module] | None:
+    """How to make a block without branches into the chain of what is left of it; None if it is no such chain."""
+    name_of = {child: name for name, child in block.named_children()}
+    rest = trace(block, *call.args, **call.kwargs)
+    names = [
+        name_of[step.module]
+        for step in rest.calls
+        if step.module in name_of and step.counts and not isinstance(step.module, ZeroBranch | nn.Identity)
+    ]
+
+    def make(old: nn.Module, names: list[str] = names) -> nn.Module:
+        if not names:
+            return _like(old, _passing([call])(old))
+        chain = nn.Sequential() if _takes_one(old) else Chain()
+        for name in names:
+            chain.add_module(name, old.get_submodule(name))
+        return _like(old, chain)
+
+    # Any numbers in the weights will do, but for those that make a module an identity by accident.
+    actual = random_copy(block)
+    (args, kwargs), (same_args, same_kwargs) = (random_like((call.args, call.kwargs)) for _ in range(2))
+    with torch.no_grad(), torch.device("cpu"):  # whatever device the model is being built on
+        expected = actual(*args, **kwargs)
+        try:
+            left = make(actual)(*same_args, **same_kwargs)
+        except (TypeError, RuntimeError):
+            return None
+    if shapes(left) != shapes(expected) or not all(map(torch.equal, tensors(left), tensors(expected))):
+        return None
+    if all(isinstance(block.get_submodule(name), nn.ReLU) for name in names) and _is_rectified(call.args[0]):
+        return lambda old: make(old, [])
+    return make
+
+
+def _is_rectified(x: Any) -> bool:
+    """Whether a tensor comes straight from a ReLU, or from one through max pooling: another changes nothing."""
+    node = x.grad_fn if isinstance(x, Tensor) else None
+    while node is not None and node.name().startswith(("MulBackward", "MaxPool")):  # the product is the trace's marker
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith("ReluBackward")
+
+
+def _takes_one(module: nn.Module) -> bool:
+    return len(inspect.signature(module.forward).parameters) == 1
+
+
+def _like(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Give a replacement the settings of what it replaces, which code outside may read, such as ``dim_out``."""
+    for name, value in vars(old).items():
+        if (
+            not name.startswith("_")
+            and isinstance(value, bool | int | float | str | tuple | None)
+            and not hasattr(new, name)
+        ):
+            setattr(new, name, value)
+    return new
+
+
+def _find(net: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return net.get_submodule(path)
+    except AttributeError:
+        return None

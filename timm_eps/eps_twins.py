@@ -1,0 +1,156 @@
+"""The gated twins of timm's own residual architectures: ``eps_resnet50``, ``eps_convnext_tiny``, ``eps_vit_base_…``.
+
+A twin is built by timm's own entrypoint, so it is timm's class, takes timm's keywords, and loads timm's published
+weights under their tags and from their own Hub ids; then gates are set, which adds no keys. ``removed`` names the
+branches that are gone. ``eps_resnetv2_101`` and ``eps_resnetv2_152`` are the networks that the paper trains on
+ImageNet.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import timm
+import torch
+from timm.models import (
+    DefaultCfg,
+    FeatureDictNet,
+    FeatureGraphNet,
+    FeatureHookNet,
+    FeatureListNet,
+    PretrainedCfg,
+    build_model_with_cfg,
+    load_pretrained,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from torch import nn
+
+from .branches import branch_ends, gates
+from .names import twin_name
+from .surgery import add_gates, replay_removed
+
+__all__: list[str] = []  # register_model adds the entrypoints
+
+# Families without a residual branch that a gate could close; docs/coverage.md says why of each.
+_NO_BRANCHES = (
+    "convmixer", "densenet", "dla", "dpn", "efficientvit_mit", "efficientvit_msra", "ghostnet", "inception_resnet_v2",
+    "inception_v3", "inception_v4", "lcnetv2", "nasnet", "pnasnet", "rdnet", "repghost", "repvit", "resnest",
+    "selecsls", "senet", "shvit", "vgg", "xception",
+)  # fmt: skip
+# Networks of other families that are too narrow, or too short, to have one.
+_NO_BRANCHES_EITHER: tuple[str, ...] = ()
+
+default_cfgs: dict[str, DefaultCfg] = {}
+
+
+def _create(base: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """Build the twin of a timm architecture.
+
+    Args:
+        base: timm's name of the architecture.
+        pretrained: Load weights: timm's, or those of a saved twin if ``pretrained_cfg`` describes one.
+        kwargs: timm's keywords, and ``removed``.
+    """
+    entrypoint = model_entrypoint(base)
+    removed = kwargs.pop("removed", ())
+    features = {name: kwargs.pop(name) for name in ("features_only", "out_indices", "feature_cls") if name in kwargs}
+    # A tag names weights that timm published; a configuration comes with a saved twin, which has lost these branches.
+    is_saved = isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg)
+    given = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+    cfg = resolve_pretrained_cfg(twin_name(base), *given)
+    load_here = pretrained and is_saved and bool(removed)
+    model = entrypoint(pretrained=pretrained and not load_here, pretrained_cfg=cfg, **kwargs)
+    add_gates(model)
+    if not pretrained:
+        _revive(model)
+    replay_removed(model, removed)
+    if load_here:
+        load_pretrained(
+            model,
+            cfg.to_dict(),
+            num_classes=getattr(model, "num_classes", 0),
+            in_chans=kwargs.get("in_chans", 3),
+            filter_fn=getattr(sys.modules[entrypoint.__module__], "checkpoint_filter_fn", None),
+            cache_dir=kwargs.get("cache_dir"),
+        )
+    return _features(model, entrypoint, cfg, kwargs, features) if features.get("features_only") else model
+
+
+def _revive(model: nn.Module) -> None:
+    """Let no branch of an untrained network begin at zero: a gate would shut it before it has learnt anything.
+
+    timm sets the last scale of many branches to zero, or the last convolution's gain.
+    """
+    owners = [model.get_submodule(slot.rpartition(".")[0]) for slot in gates(model)]
+    for module in {*branch_ends(model), *owners}:
+        for name, parameter in module.named_parameters(recurse=False):
+            if "bias" not in name and not parameter.is_meta and not parameter.any():
+                nn.init.ones_(parameter) if max(
+                    parameter.shape, default=1
+                ) == parameter.numel() else module.reset_parameters()
+
+
+def _features(
+    model: nn.Module,
+    entrypoint: Callable[..., nn.Module],
+    cfg: PretrainedCfg,
+    kwargs: dict[str, Any],
+    wanted: dict[str, Any],
+) -> nn.Module:
+    """Wrap a twin as timm wraps the architecture for feature extraction."""
+    with torch.device("meta"):
+        plain: Any = entrypoint(pretrained_cfg=cfg, **kwargs, **wanted)
+    # A few families build a network of their own instead of wrapping one; what the wrapper gets out is the same.
+    wraps = isinstance(plain, FeatureDictNet | FeatureGraphNet | FeatureHookNet | FeatureListNet)
+    feature_cfg = {
+        "feature_cls": type(plain) if wraps else "getter",
+        "out_indices": plain.feature_info.out_indices,
+        "flatten_sequential": any("." in info["module"] for info in plain.feature_info),
+    }
+    return build_model_with_cfg(
+        lambda **_: model,
+        cfg.architecture,
+        False,
+        pretrained_cfg=cfg,
+        feature_cfg=feature_cfg,
+        features_only=True,
+        **kwargs,
+    )
+
+
+def _register(base: str) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(base, pretrained, **kwargs)
+
+    name = twin_name(base)
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f"timm's {base} with gates; takes its keywords, and ``removed``."
+    known = getattr(sys.modules[model_entrypoint(base).__module__], "default_cfgs", {}).get(base)
+    if isinstance(known, DefaultCfg):
+        default_cfgs[name] = DefaultCfg(
+            deque(known.tags), {tag: _cfg(cfg, base, tag) for tag, cfg in known.cfgs.items()}
+        )
+    register_model(entrypoint)
+
+
+def _cfg(cfg: PretrainedCfg, base: str, tag: str) -> PretrainedCfg:
+    """timm completes a Hub id with the name under which the model is registered; the weights have the other name."""
+    if cfg.hf_hub_id != "timm/":
+        return cfg
+    return replace(cfg, hf_hub_id=f"timm/{base}.{tag}" if tag else f"timm/{base}")
+
+
+def _register_all(architectures: Iterable[str]) -> None:
+    for base in architectures:
+        module = model_entrypoint(base).__module__
+        if module.startswith("timm.") and module.rpartition(".")[2] not in _NO_BRANCHES:
+            _register(base)
+
+
+_register_all(name for name in timm.list_models() if name not in _NO_BRANCHES_EITHER)

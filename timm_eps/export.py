@@ -1,0 +1,172 @@
+"""Pruned networks as stock timm architectures: checkpoints for machines that have never heard of this package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import timm
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from transformers import TimmWrapperConfig
+
+from .branches import block_path, evaluating, gates, input_size, probe_batch, timm_body
+from .collapse import Passthrough
+from .configuration_eps_resnet import EpsResNetConfig
+from .hub import staged
+from .names import base_name
+from .surgery import check_gated, collapsed_copy, natural_order, removed_slots, same_outputs
+
+__all__ = ["export_timm"]
+
+# The keywords under which timm's entrypoints take the number of blocks, in a stage or in all.
+_DEPTHS = ("layers", "depths", "depth")
+
+
+def export_timm(model: nn.Module, directory: str | os.PathLike, *, zero_branches: bool = False) -> dict[str, Any]:
+    """Save a pruned network as a stock timm architecture with fewer blocks.
+
+    What is written loads in timm (``local-dir:``, ``hf-hub:``) and in transformers (``AutoModelForImageClassification``)
+    without this package. Where blocks are gone, the others close ranks. What cannot be expressed so, as a block that
+    kept one of its two branches, or a stage's first block whose shortcut stayed, can be written in full with zeros in
+    all weights of the branch: exact too, but neither smaller nor faster than the dense block.
+
+    Args:
+        model: A model with gates, pruned or not; it is unchanged. Closed branches are left out.
+        directory: Made if it is not there.
+        zero_branches: Write branches that cannot be left out as zeros.
+
+    Returns:
+        The keyword arguments with which ``timm.create_model`` builds the network, under ``model_args``; its name, under
+        ``architecture``; and under ``zeroed`` the slots whose branches were written as zeros.
+
+    Raises:
+        ValueError: The architecture is not one of timm's, or some branch cannot be left out and ``zero_branches`` was
+            not given; the message says which and why.
+        OSError: The directory cannot be written.
+    """
+    check_gated(model)
+    body = timm_body(collapsed_copy(model))
+    config = EpsResNetConfig.from_timm(body)
+    architecture = base_name(config.architecture)
+    if not timm.is_model(architecture):
+        raise ValueError(f"{config.architecture} is not an architecture of timm, so stock timm cannot load it.")
+    arguments = {name: value for name, value in config.model_args.items() if name != "removed"}
+    options = {**arguments, "num_classes": body.num_classes}
+    blocks = _removed_blocks(body)
+    whole = {path for path in blocks if isinstance(body.get_submodule(path), nn.Identity | Passthrough)}
+    obstacles = [
+        f"{path} is not an identity without {', '.join(blocks[path])}"
+        for path in sorted(blocks.keys() - whole, key=natural_order)
+    ]
+    attempts = [] if obstacles and not zero_branches else [(_left_out(body, whole, zero_branches), zero_branches)]
+    if zero_branches and whole:
+        attempts.append((set(), True))
+    for left_out, may_zero in attempts:
+        try:
+            stock, depth = _rebuild(body, architecture, options, left_out, may_zero)
+            break
+        except ValueError as error:
+            obstacles.append(str(error))
+    else:
+        hint = "" if zero_branches else " zero_branches=True writes such branches in full, with zeros for weights."
+        raise ValueError(f"No stock {architecture} with fewer blocks computes the same: {'; '.join(obstacles)}.{hint}")
+
+    arguments |= depth
+    described: Any = TimmWrapperConfig(
+        architecture=architecture,
+        model_args=arguments,
+        pretrained_cfg=config.pretrained_cfg,
+        id2label=getattr(getattr(model, "config", config), "id2label", None),
+    )
+    with staged(directory) as staging:
+        described.save_pretrained(staging)
+        save_model(stock, str(staging / "model.safetensors"), metadata={"format": "pt"})
+    zeroed = [slot for path in blocks if path not in left_out for slot in blocks[path]]
+    return {"architecture": architecture, "model_args": arguments, "zeroed": sorted(zeroed, key=natural_order)}
+
+
+def _removed_blocks(body: nn.Module) -> dict[str, list[str]]:
+    """The removed slots of each block, by the path of what is left of the block."""
+    there = {path for path, _ in body.named_modules()}
+    blocks: dict[str, list[str]] = {}
+    for slot in removed_slots(body):
+        path = slot.rpartition(".")[0]
+        while path not in there:
+            path = path.rpartition(".")[0]
+        blocks.setdefault(path, []).append(slot)
+    return blocks
+
+
+def _left_out(body: nn.Module, whole: set[str], zero_branches: bool) -> set[str]:
+    """The blocks to leave out: all that are gone, but one of a stage that would be empty if it can be zeros."""
+    left_out = set(whole)
+    for parent in {path.rpartition(".")[0] for path in whole}:
+        children = [f"{parent}.{name}" for name, _ in body.get_submodule(parent).named_children()]
+        if zero_branches and left_out.issuperset(children):
+            left_out.remove(children[0])
+    return left_out
+
+
+def _rebuild(
+    body: nn.Module, architecture: str, options: dict[str, Any], left_out: set[str], zero_branches: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The stock network without these blocks, and the keyword that says so.
+
+    Raises:
+        ValueError: There is none, or it computes something else.
+    """
+    state = _renumbered(body.state_dict(), left_out)
+    for depth in _depth_keywords(body, left_out):
+        try:
+            stock = timm.create_model(architecture, **options, **depth)
+        except Exception:  # the families answer in many ways to a keyword that they do not know
+            continue
+        own = stock.state_dict()
+        if any(key not in own or own[key].shape != tensor.shape for key, tensor in state.items()):
+            continue
+        if (missing := own.keys() - state.keys()) and not zero_branches:
+            continue
+        stock.load_state_dict(state, strict=False)
+        for name, parameter in stock.named_parameters():
+            if name in missing:
+                nn.init.zeros_(parameter)
+        stock.to(next(body.parameters())).eval()
+        stock.pretrained_cfg = {**stock.pretrained_cfg, "input_size": input_size(body)}
+        with evaluating(body):
+            batch = probe_batch(body)
+            if same_outputs(body(batch), stock(batch)):
+                return stock, depth
+        raise ValueError(f"with {depth or 'zeros'} it computes something else, its blocks depend on their position")
+    raise ValueError(f"timm builds it with no such number of blocks ({', '.join(_DEPTHS)} were tried)")
+
+
+def _depth_keywords(body: nn.Module, left_out: set[str]) -> Iterator[dict[str, Any]]:
+    """What could tell timm's entrypoint how many blocks are left."""
+    if not left_out:
+        yield {}
+        return
+    blocks = {*_removed_blocks(body), *(block_path(body, slot) for slot in gates(body))}
+    stages = dict.fromkeys(path.rpartition(".")[0] for path in sorted(blocks, key=natural_order))
+    counts = []
+    for stage in stages:
+        children = [f"{stage}.{name}" for name, _ in body.get_submodule(stage).named_children()]
+        counts.append(len(set(children) - left_out))
+        if not counts[-1]:
+            raise ValueError(f"no block would be left in {stage}")
+    for name in _DEPTHS:
+        yield {name: counts[0] if name == "depth" else counts}
+
+
+def _renumbered(state: dict[str, Tensor], left_out: set[str]) -> dict[str, Tensor]:
+    """The weights under the names that they have when the blocks that are left close ranks."""
+    renamed = {}
+    for key, tensor in state.items():
+        for stage in {path.rpartition(".")[0] for path in left_out}:
+            if key.startswith(f"{stage}."):
+                number, _, rest = key.removeprefix(f"{stage}.").partition(".")
+                before = sum(f"{stage}.{index}" in left_out for index in range(int(number)))
+                key = f"{stage}.{int(number) - before}.{rest}"
+        renamed[key] = tensor
+    return renamed

@@ -1,0 +1,20 @@
+"""Names: a gated architecture is called like timm's own with ``eps_`` before it, its twin."""
+
+from __future__ import annotations
+
+__all__ = ["base_name", "twin_name"]
+
+PREFIX = "eps_"
+# timm has a ResNet-200 for ImageNet; the paper's network of that depth, for CIFAR, has the plain name here.
+_RENAMED = {"resnet200": "eps_resnet200_imagenet"}
+_ORIGINAL = {twin: base for base, twin in _RENAMED.items()}
+
+
+def twin_name(architecture: str) -> str:
+    """The name of the gated twin of a timm architecture; that of a twin is its own."""
+    return architecture if architecture.startswith(PREFIX) else _RENAMED.get(architecture, PREFIX + architecture)
+
+
+def base_name(architecture: str) -> str:
+    """The name of the timm architecture that a twin gates."""
+    return _ORIGINAL.get(architecture, architecture.removeprefix(PREFIX))

@@ -1,0 +1,152 @@
+"""What a forward pass depends on, found without computing anything.
+
+A copy of a model on the meta device has shapes and an autograd graph, but no numbers and no memory. Whatever the
+graph of an output leads back to, the output depends on, for any weights and any images.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["Call", "Trace", "converted", "fresh", "leads_to", "meta_copy", "random_copy", "shapes", "tensors", "trace"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class Call(NamedTuple):
+    """One call of a module, and whether the output of the whole depends on it."""
+
+    module: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any
+    counts: bool = True
+
+
+class Trace(NamedTuple):
+    """One forward pass: its output, the calls of all modules in order, and the ids of what the output depends on."""
+
+    output: Any
+    calls: list[Call]
+    live: set[int]
+
+    def calls_of(self, module: nn.Module) -> list[Call]:
+        """The calls of one module."""
+        return [call for call in self.calls if call.module is module]
+
+
+def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Trace:
+    """Run a module of a meta copy once, with the autograd graph."""
+    calls: list[tuple[Tensor, Call]] = []
+
+    def mark(called: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        # The marker enters the graph with the module's output, so that modules without parameters leave a trace too.
+        marker = torch.ones((), device="meta", requires_grad=True)
+        marked = converted(output, lambda tensor: tensor * marker.to(tensor.dtype))
+        # The containers are copied: a caller may append to a list that it passed.
+        args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
+        calls.append((marker, Call(called, args, kwargs, marked)))
+        return marked
+
+    hooks = [part.register_forward_hook(mark, with_kwargs=True) for part in module.modules()]
+    try:
+        output = module(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    leaves = leads_to(output)
+    judged = [call._replace(counts=id(marker) in leaves) for marker, call in calls]
+    live = leaves - {id(marker) for marker, _ in calls} | {id(call.module) for call in judged if call.counts}
+    return Trace(output, judged, live)
+
+
+def leads_to(tree: Any) -> set[int]:
+    """The ids of the leaf tensors that the autograd graph of a tree of tensors leads back to."""
+    leaves: set[int] = set()
+    seen: set[Any] = set()
+    pending: list[Any] = []
+    for tensor in tensors(tree):
+        if tensor.grad_fn is not None:
+            pending.append(tensor.grad_fn)
+        elif tensor.requires_grad:
+            leaves.add(id(tensor))
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        pending.extend(parent for parent, _ in node.next_functions)
+    return leaves
+
+
+def meta_copy(module: _Module) -> _Module:
+    """A copy on the meta device in evaluation mode, all of whose parameters enter the graph. Takes no memory."""
+    return _copy(module, lambda tensor: torch.empty_like(tensor, device="meta")).eval()
+
+
+def random_copy(module: _Module) -> _Module:
+    """A copy on the CPU in evaluation mode with random numbers in place of its own: what holds for them is no accident."""
+    generator = torch.Generator().manual_seed(0)
+
+    def convert(tensor: Tensor) -> Tensor:
+        numbers = _random(tensor, generator)
+        return numbers.abs() + 0.5 if _is_float(tensor) else numbers  # variances, among others, must be positive
+
+    return _copy(module, convert).eval()
+
+
+def random_like(tree: Any) -> Any:
+    """Random numbers on the CPU in the shape of a tree's tensors."""
+    generator = torch.Generator().manual_seed(1)
+    return tree_map(lambda leaf: _random(leaf, generator) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def fresh(tree: Any) -> tuple[Any, set[int]]:
+    """A tree of tensors that begin a graph of their own, and the ids of its leaves."""
+    leaves = [torch.empty_like(tensor).requires_grad_() for tensor in tensors(tree)]
+    following = iter(leaves)
+    # Times one: blocks may work in place on what they get, which a leaf forbids.
+    return converted(tree, lambda tensor: next(following) * 1), {id(leaf) for leaf in leaves}
+
+
+def converted(tree: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """The tree with ``convert`` applied to its floating-point tensors."""
+    return tree_map(lambda leaf: convert(leaf) if _is_float(leaf) else leaf, tree)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The floating-point tensors in nested tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(tree) if _is_float(leaf)]
+
+
+def shapes(tree: Any) -> Any:
+    """The tree with every tensor replaced by its shape and dtype."""
+    return tree_map(lambda leaf: (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.dtype)
+
+
+def _copy(module: _Module, convert: Callable[[Tensor], Tensor]) -> _Module:
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for tensor in tree_leaves([vars(part), part._parameters, part._buffers]):
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                new = convert(tensor.detach())
+                memo[id(tensor)] = nn.Parameter(new, _is_float(new)) if isinstance(tensor, nn.Parameter) else new
+    return copy.deepcopy(module, memo)
