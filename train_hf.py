@@ -5,6 +5,7 @@
     accelerate launch train_hf.py --compare_dense      # and the same recipe with the gates off, for comparison
     accelerate launch train_hf.py --dataset_name uoft-cs/cifar10 --flip --output_dir outputs/cifar10
     accelerate launch train_hf.py --config hub_configs/eps_resnet110.digits.json --keep 0.3
+    accelerate launch train_hf.py --architecture eps_resnet18 --image_size 32 --keep 0.5    # any twin of a timm model
 
 A JSON file given with --config holds arguments by name; a flag on the command line wins over it. What is written to
 --output_dir: the model (timm and transformers load it), README.md (its card), blocks.png, all_results.json.
@@ -45,6 +46,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", help="JSON file with arguments by name; flags on the command line win over it")
     model = parser.add_argument_group("model").add_argument
     model("--architecture", help="a model this package registers with timm; default eps_resnet110")
+    model("--model_args", type=json_object, help='JSON with keyword arguments for timm, such as {"drop_rate": 0.1}')
     model("--model_name_or_path", help="a saved model, on the Hub or a directory, to go on from")
     model("--ignore_mismatched_sizes", action="store_true", help="new classifier where the saved one does not fit")
     source = parser.add_argument_group("data (without any of these: scikit-learn's digits)").add_argument
@@ -57,26 +59,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     source("--label_column_name", help="found by type if not given")
     source("--max_train_samples", type=at_least(1), help="draw this many")
     source("--max_eval_samples", type=at_least(1), help="draw this many")
-    source("--image_size", type=at_least(4), help="side in pixels; digits 8, else that of the architecture")
+    source("--image_size", type=at_least(4), help="side in pixels; default that of the architecture, digits 8")
     source("--fold", type=int, default=0, help="which fifth of the digits to validate on, 0 to 4")
     source("--padding", type=at_least(0), help="random crops after padding by so many pixels; default size // 8")
     source("--flip", action="store_true", help="mirror half the images; not for digits")
     gate = parser.add_argument_group("gates").add_argument
-    gate("--keep", type=fraction_or_number, help="share (0.25) or number (14) of blocks to keep; default 0.25")
+    gate("--keep", type=fraction_or_number, help="share (0.25) or number (14) of branches to keep; default 0.25")
     gate("--epsilon", type=float, help="the paper's fixed threshold instead of --keep")
     gate("--no_gates", action="store_true", help="train the dense network only")
     gate("--epsilon_warmup_epochs", type=at_least(0), default=8, help="epochs with all gates open first")
     gate("--ramp_epochs", type=at_least(0), default=25, help="with --keep: epochs from there to the full budget")
     gate("--patience", type=at_least(1), default=3, help="epochs in a row a block is closed before it is removed")
     gate("--no_live_removal", action="store_true", help="remove closed blocks at the end, not during training")
-    gate("--side_loss_weight", type=float, default=0.1, help="weight of the side head's loss; 0 leaves it out")
+    gate("--side_loss_weight", type=float, help="weight of the side head's loss; default 0.1, 0 where there is none")
     train = parser.add_argument_group("training").add_argument
     train("--num_train_epochs", type=at_least(1), default=60)
     train("--per_device_train_batch_size", type=at_least(2), default=128)
     train("--per_device_eval_batch_size", type=at_least(1), default=512)
     train("--gradient_accumulation_steps", type=at_least(1), default=1)
+    train("--optimizer", choices=["sgd", "adamw"], default="sgd", help="adamw: try a --learning_rate near 1e-3")
     train("--learning_rate", type=float, default=0.1)
-    train("--momentum", type=float, default=0.9)
+    train("--momentum", type=float, default=0.9, help="of sgd")
     train("--weight_decay", type=float, default=5e-3)
     train("--lr_scheduler", choices=["cosine", "restarting"], default="cosine", help="restarting is the paper's")
     train("--lr_decay_start", type=share, default=0.3, help="with cosine: share of the training at full rate first")
@@ -95,7 +98,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "epsilon": ["keep"],
         "no_gates": ["keep", "epsilon", "compare_dense"],
         "dataset_name": ["train_dir"],
-        "model_name_or_path": ["architecture", "image_size"],
+        "model_name_or_path": ["architecture", "image_size", "model_args"],
     }.items():
         if getattr(args, flag) and (clash := next((name for name in excluded if getattr(args, name)), None)):
             parser.error(f"--{flag} and --{clash} exclude each other")
@@ -114,6 +117,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def fraction_or_number(text: str) -> float | int:
     return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"must be JSON, got {text}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+    return value
 
 
 def share(text: str) -> float:
@@ -148,7 +161,8 @@ def read_config(given: argparse.Namespace) -> list[str]:
     for name, value in stored.items():
         if value is not None and value is not False:
             values = value if isinstance(value, list) else [value]
-            arguments += [f"--{name}", *(str(one) for one in values if one is not True)]
+            words = (json.dumps(one) if isinstance(one, dict) else str(one) for one in values if one is not True)
+            arguments += [f"--{name}", *words]
     return arguments
 
 
@@ -195,7 +209,8 @@ def input_of(args: argparse.Namespace, classes: int) -> dict[str, Any]:
         if not timm.is_model(args.architecture):
             raise ValueError(f"--architecture {args.architecture!r} is unknown; timm.list_models('eps_*') lists them.")
         pretrained_cfg = EpsResNetConfig(architecture=args.architecture).pretrained_cfg
-        if size := args.image_size or (8 if on_digits(args) else None):
+        small = on_digits(args) and timm.models.is_model_in_modules(args.architecture, ["eps_resnet"])
+        if size := args.image_size or (8 if small else None):
             pretrained_cfg |= {"input_size": (3, size, size), "pool_size": None}
     if pretrained_cfg["input_size"][0] != 3:
         raise ValueError(f"The model reads {pretrained_cfg['input_size'][0]} channels; this script feeds RGB images.")
@@ -211,10 +226,15 @@ def build_model(args: argparse.Namespace, pretrained_cfg: dict[str, Any], label_
             ignore_mismatched_sizes=args.ignore_mismatched_sizes,
             **labels,
         )
-    config = EpsResNetConfig(
-        architecture=args.architecture, pretrained_cfg=pretrained_cfg, side_loss_weight=args.side_loss_weight, **labels
-    )
-    return EpsResNetForImageClassification(config)
+    model_args = args.model_args or {}
+    if pretrained_cfg.get("fixed_input_size"):
+        model_args = {"img_size": pretrained_cfg["input_size"][1:], **model_args}
+    return EpsResNetForImageClassification(
+        EpsResNetConfig(
+            architecture=args.architecture, model_args=model_args, pretrained_cfg=pretrained_cfg,
+            side_loss_weight=args.side_loss_weight, **labels,
+        )
+    )  # fmt: skip
 
 
 def train(
@@ -227,9 +247,11 @@ def train(
     """One training run from the seed on. Returns the model, its pruner, and the results."""
     set_seed(args.seed)
     model = build_model(args, pretrained_cfg, splits["train"].label_names)
-    optimizer = torch.optim.SGD(
-        timm_eps.param_groups(model, args.weight_decay), lr=args.learning_rate, momentum=args.momentum
-    )
+    groups = timm_eps.param_groups(model, args.weight_decay)
+    if args.optimizer == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
     batches = data.loader(splits["train"], args.per_device_train_batch_size, shuffle=True, seed=args.seed)
     steps = math.ceil(len(batches) / args.gradient_accumulation_steps) * args.num_train_epochs
     if args.lr_scheduler == "restarting":
@@ -409,7 +431,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     gone = 100 * (1 - results["params"] / results["dense_params"])
     accelerator.print(
-        f"\n{results['blocks_kept']} of {results['blocks_total']} residual blocks stayed; "
+        f"\n{results['blocks_kept']} of {results['blocks_total']} residual branches stayed; "
         f"{gone:.1f} % of the parameters are gone. The network that is left classifies "
         f"{100 * results['eval_accuracy']:.2f} % of the {results['eval_images']} test images correctly."
         f"\n\n{report.comparison_table(results)}\n"

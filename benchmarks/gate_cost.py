@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import timm_eps  # noqa: F401  registers the models
-from timm_eps.branches import block_path, gates
+from timm_eps.branches import gates
 
 
 def build(architecture: str, gated: bool, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -33,7 +33,8 @@ def build(architecture: str, gated: bool, device: str) -> tuple[nn.Module, torch
         if gated:
             gate.epsilon = 1e-6  # the gate works, and closes nothing
         else:
-            setattr(model.get_submodule(block_path(slot)), slot.rpartition(".")[2], gate.drop_path)
+            block, _, name = slot.rpartition(".")
+            setattr(model.get_submodule(block), name, gate.drop_path)
     return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
 

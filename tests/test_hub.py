@@ -101,14 +101,14 @@ def test_card(model, tmp_path):
     (result,) = data["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == 0.5
     for text in (
-        "keeps 4 of 9 blocks and 40.0 % of the parameters",
+        "keeps 4 of 9 residual branches and 40.0 % of the parameters",
         "50.00 % of the 10 images of noise (test)",
         'timm.create_model("hf-hub:me/tiny", pretrained=True)',
         'pipeline("image-classification", model="me/tiny")',
         "| parameters | 100 | 40 | −60.0 % |",
         "| accuracy | not trained | 50.00 % |  |",
         "- `num_train_epochs`: 3",
-        "![Which blocks stayed",
+        "![Which residual branches stayed",
         "yu2018epsilon",
     ):
         assert text in card.content
@@ -119,7 +119,7 @@ def test_card(model, tmp_path):
 def test_card_without_results_claims_nothing(model, tmp_path):
     timm_eps.save_pretrained(model, tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert "keeps 4 of 9 blocks." in card.content
+    assert "keeps 4 of 9 residual branches." in card.content
     assert "accuracy" not in card.content
     assert "model-index" not in card.data.to_dict()
 

@@ -38,7 +38,7 @@ def test_table():
     assert table.splitlines() == [
         "| eps_resnet20 | dense | pruned | |",
         "|---|---:|---:|---:|",
-        "| residual blocks | 9 | 4 | −5 |",
+        "| residual branches | 9 | 4 | −5 |",
         "| parameters | 100 | 40 | −60.0 % |",
         "| multiply-adds an image | 1,000 | 500 | −50.0 % |",
         "| latency at batch 1 | 2.0 ms | 1.0 ms | 2.00× faster |",

@@ -199,9 +199,9 @@ def test_add_gates_inside_transformers_own_wrapper():
 
 def test_slots_that_are_no_branches_get_no_gate(caplog):
     """The reasons are told, but for slots that a block without a shortcut has for nothing."""
-    with pytest.raises(ValueError, match="ResNet has no residual branch .*it acts on the block's input"):
+    with pytest.raises(ValueError, match=r"ResNet has no residual branch .*it acts on the block's input"):
         timm_eps.add_gates(timm.create_model("resnest14d", num_classes=2))
-    with pytest.raises(ValueError, match="RDNet has no residual branch .*no shortcut stands beside it"):
+    with pytest.raises(ValueError, match=r"RDNet has no residual branch .*no shortcut stands beside it"):
         timm_eps.add_gates(timm.create_model("rdnet_tiny", num_classes=2))
     caplog.clear()
     model = timm.create_model("mobilevit_xxs", num_classes=2)

@@ -55,7 +55,7 @@ def test_everything_is_written(tmp_path, capsys):
     assert str(tmp_path) not in (out / "README.md").read_text()
     said = capsys.readouterr().out
     assert "Training eps_resnet20 on 200 images of scikit-learn digits (3x8x8, 10 classes), testing on 360" in said
-    assert "3 of 9 residual blocks stayed" in said
+    assert "3 of 9 residual branches stayed" in said
     assert "timm equal, AutoModelForImageClassification equal, pipeline equal." in said
 
 
@@ -213,7 +213,7 @@ def test_pruned_model_is_fine_tuned_further(tmp_path):
         train_hf.main(arguments)
     second = train_hf.main([*arguments, "--ignore_mismatched_sizes"])
     card = (tmp_path / "second" / "README.md").read_text()
-    assert "keeps 4 of 9 blocks" in card
+    assert "keeps 4 of 9 residual branches" in card
     assert "(test)" in card
     assert str(tmp_path) not in card + json.dumps(second), "paths of this machine mean nothing elsewhere"
     assert (first["blocks_kept"], second["blocks_kept"]) == (6, 4)

@@ -9,6 +9,7 @@ from .configuration_eps_resnet import EpsResNetConfig
 from .export import export_timm
 from .gate import EpsilonGate
 from .hub import save_pretrained
+from .mixin import EpsilonMixin
 from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel
 from .pruner import EpsilonPruner
 from .schedule import RestartingLR
@@ -21,6 +22,7 @@ __all__ = [
     "EpsResNetForImageClassification",
     "EpsResNetModel",
     "EpsilonGate",
+    "EpsilonMixin",
     "EpsilonPruner",
     "RestartingLR",
     "add_gates",

@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from .gate import EpsilonGate
 from .tracing import Call, fresh, leads_to, meta_copy, shapes, tensors, trace
 
-__all__ = ["block_path", "branch_ends", "evaluating", "find_slots", "gates", "input_size", "probe_batch", "timm_body"]
+__all__ = [
+    "block_path",
+    "branch_ends",
+    "branch_parameters",
+    "evaluating",
+    "find_slots",
+    "gates",
+    "input_size",
+    "probe_batch",
+    "timm_body",
+]
 
 # Why a slot got no gate, where nobody would expect one: a block without a shortcut has it for nothing.
 UNUSED = "it does not run in a forward pass"
@@ -122,6 +132,19 @@ def branch_ends(body: nn.Module) -> list[nn.Module]:
     with torch.no_grad():
         net(probe_batch(net))
     return ends
+
+
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
+def branch_parameters(body: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters, by name, on which the output depends through gated branches only."""
+    net = meta_copy(body)
+    own = dict(net.named_parameters())
+    dense = trace(net, probe_batch(net)).live
+    for gate in gates(net).values():
+        gate.closed = True
+    live = trace(net, probe_batch(net)).live
+    return {name: parameter for name, parameter in body.named_parameters() if id(own[name]) in dense - live}
 
 
 class _Probe(nn.Module):

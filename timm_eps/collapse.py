@@ -65,8 +65,8 @@ class Passthrough(nn.Module):
 class Chain(nn.Sequential):
     """A sequence that may be called with more than its input."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return super().forward(x)
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(input)
 
 
 class Edit(NamedTuple):
@@ -191,8 +191,7 @@ class _Planner:
             parts = {id(part) for part in (*child.modules(), *child.parameters())}
             # One that is called and does not count may share a part with one that does.
             if id(child) in self.lost or (parts & self.lost and not parts & self.live):
-                passing = _passing(self.dense.calls_of(child))
-                edits.append(Edit(prefix + name, lambda old, passing=passing: _like(old, passing(old))))
+                edits.append(Edit(prefix + name, _passing(self.dense.calls_of(child))))
             else:
                 edits += self.stubs(prefix + name)
         return edits
@@ -223,7 +222,7 @@ def _passing(calls: list[Call]) -> Callable[[nn.Module], nn.Module]:
     take: Any = _taken(calls[0].args, calls[0].output) if calls else 0
     if take is None:
         take = 0  # of another shape: the block must do with it, or keeps the module
-    return lambda old: nn.Identity() if take == 0 and _takes_one(old) else Passthrough(take)
+    return lambda old: _like(old, nn.Identity() if take == 0 and _takes_one(old) else Passthrough(take))
 
 
 def _taken(args: tuple, output: Any) -> int | tuple[int, ...] | None:
@@ -246,7 +245,7 @@ def _chain(block: nn.Module, call: Call) -> Callable[[nn.Module], nn.Module] | N
 
     def make(old: nn.Module, names: list[str] = names) -> nn.Module:
         if not names:
-            return _like(old, _passing([call])(old))
+            return _passing([call])(old)
         chain = nn.Sequential() if _takes_one(old) else Chain()
         for name in names:
             chain.add_module(name, old.get_submodule(name))

@@ -56,7 +56,10 @@ class EpsResNetConfig(TimmWrapperConfig):
         if "id2label" in kwargs:
             # The parent would set the stored number of classes last, which replaces the names just given.
             kwargs["num_labels"] = len(kwargs["id2label"])
-        return super().from_dict({"side_loss_weight": 0.0, **config_dict}, **kwargs)
+        stored = {"side_loss_weight": 0.0, **config_dict}
+        if kwargs.get("side_loss_weight", 0.0) is None:  # the default of the architecture is asked for
+            stored["side_loss_weight"] = kwargs.pop("side_loss_weight")
+        return super().from_dict(stored, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         # A loaded configuration also carries the names it was stored with; those of the current labels count.

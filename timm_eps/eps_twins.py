@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -31,7 +31,7 @@ from timm.models import (
 )
 from torch import nn
 
-from .branches import branch_ends, gates
+from .branches import branch_ends, branch_parameters
 from .names import twin_name
 from .surgery import add_gates, replay_removed
 
@@ -43,8 +43,11 @@ _NO_BRANCHES = (
     "inception_v3", "inception_v4", "lcnetv2", "nasnet", "pnasnet", "rdnet", "repghost", "repvit", "resnest",
     "selecsls", "senet", "shvit", "vgg", "xception",
 )  # fmt: skip
-# Networks of other families that are too narrow, or too short, to have one.
-_NO_BRANCHES_EITHER: tuple[str, ...] = ()
+# Networks of other families that are built without a shortcut.
+_NO_BRANCHES_EITHER = [
+    "ese_vovnet19b_dw", "ese_vovnet19b_slim*", "lcnet_*", "mobilenetv1_*", "test_efficientnet*", "vovnet39a",
+    "vovnet57a",
+]  # fmt: skip
 
 default_cfgs: dict[str, DefaultCfg] = {}
 
@@ -59,7 +62,9 @@ def _create(base: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """
     entrypoint = model_entrypoint(base)
     removed = kwargs.pop("removed", ())
-    features = {name: kwargs.pop(name) for name in ("features_only", "out_indices", "feature_cls") if name in kwargs}
+    features: dict[str, Any] = {
+        name: kwargs.pop(name) for name in ("features_only", "out_indices", "feature_cls") if name in kwargs
+    }
     # A tag names weights that timm published; a configuration comes with a saved twin, which has lost these branches.
     is_saved = isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg)
     given = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
@@ -85,15 +90,16 @@ def _create(base: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 def _revive(model: nn.Module) -> None:
     """Let no branch of an untrained network begin at zero: a gate would shut it before it has learnt anything.
 
-    timm sets the last scale of many branches to zero, or the last convolution's gain.
+    timm sets the last scale of many branches to zero, a norm's or a gain, or the last layer's weights.
     """
-    owners = [model.get_submodule(slot.rpartition(".")[0]) for slot in gates(model)]
-    for module in {*branch_ends(model), *owners}:
-        for name, parameter in module.named_parameters(recurse=False):
-            if "bias" not in name and not parameter.is_meta and not parameter.any():
-                nn.init.ones_(parameter) if max(
-                    parameter.shape, default=1
-                ) == parameter.numel() else module.reset_parameters()
+    ends = {parameter for module in branch_ends(model) for parameter in module.parameters(recurse=False)}
+    for name, parameter in branch_parameters(model).items():
+        if parameter.is_meta or name.endswith("bias") or parameter.any():
+            continue
+        if max(parameter.shape, default=1) == parameter.numel():
+            nn.init.ones_(parameter)
+        elif parameter in ends:
+            cast(Any, model.get_submodule(name.rpartition(".")[0])).reset_parameters()
 
 
 def _features(
@@ -115,9 +121,9 @@ def _features(
     }
     return build_model_with_cfg(
         lambda **_: model,
-        cfg.architecture,
+        str(cfg.architecture),
         False,
-        pretrained_cfg=cfg,
+        pretrained_cfg=cfg.to_dict(),
         feature_cfg=feature_cfg,
         features_only=True,
         **kwargs,
@@ -153,4 +159,4 @@ def _register_all(architectures: Iterable[str]) -> None:
             _register(base)
 
 
-_register_all(name for name in timm.list_models() if name not in _NO_BRANCHES_EITHER)
+_register_all(timm.list_models(exclude_filters=["eps_*", *_NO_BRANCHES_EITHER]))

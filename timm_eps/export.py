@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import timm
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TimmWrapperConfig
 
-from .branches import block_path, evaluating, gates, input_size, probe_batch, timm_body
+from .branches import block_path, evaluating, gates, probe_batch, timm_body
 from .collapse import Passthrough
 from .configuration_eps_resnet import EpsResNetConfig
 from .hub import staged
+from .modeling_eps_resnet import unshared
 from .names import base_name
 from .surgery import check_gated, collapsed_copy, natural_order, removed_slots, same_outputs
 
@@ -27,7 +28,7 @@ _DEPTHS = ("layers", "depths", "depth")
 def export_timm(model: nn.Module, directory: str | os.PathLike, *, zero_branches: bool = False) -> dict[str, Any]:
     """Save a pruned network as a stock timm architecture with fewer blocks.
 
-    What is written loads in timm (``local-dir:``, ``hf-hub:``) and in transformers (``AutoModelForImageClassification``)
+    What is written loads in timm (``local-dir:``, ``hf-hub:``) and in transformers (AutoModelForImageClassification)
     without this package. Where blocks are gone, the others close ranks. What cannot be expressed so, as a block that
     kept one of its two branches, or a stage's first block whose shortcut stayed, can be written in full with zeros in
     all weights of the branch: exact too, but neither smaller nor faster than the dense block.
@@ -48,7 +49,7 @@ def export_timm(model: nn.Module, directory: str | os.PathLike, *, zero_branches
     """
     check_gated(model)
     body = timm_body(collapsed_copy(model))
-    config = EpsResNetConfig.from_timm(body)
+    config: Any = EpsResNetConfig.from_timm(body)
     architecture = base_name(config.architecture)
     if not timm.is_model(architecture):
         raise ValueError(f"{config.architecture} is not an architecture of timm, so stock timm cannot load it.")
@@ -74,15 +75,11 @@ def export_timm(model: nn.Module, directory: str | os.PathLike, *, zero_branches
         raise ValueError(f"No stock {architecture} with fewer blocks computes the same: {'; '.join(obstacles)}.{hint}")
 
     arguments |= depth
-    described: Any = TimmWrapperConfig(
-        architecture=architecture,
-        model_args=arguments,
-        pretrained_cfg=config.pretrained_cfg,
-        id2label=getattr(getattr(model, "config", config), "id2label", None),
-    )
+    fields = {"pretrained_cfg": config.pretrained_cfg, "id2label": getattr(model, "config", config).id2label}
+    described: Any = TimmWrapperConfig(architecture=architecture, model_args=arguments, **fields)
     with staged(directory) as staging:
         described.save_pretrained(staging)
-        save_model(stock, str(staging / "model.safetensors"), metadata={"format": "pt"})
+        save_file(unshared(stock.state_dict()), staging / "model.safetensors", metadata={"format": "pt"})
     zeroed = [slot for path in blocks if path not in left_out for slot in blocks[path]]
     return {"architecture": architecture, "model_args": arguments, "zeroed": sorted(zeroed, key=natural_order)}
 
@@ -120,7 +117,7 @@ def _rebuild(
     state = _renumbered(body.state_dict(), left_out)
     for depth in _depth_keywords(body, left_out):
         try:
-            stock = timm.create_model(architecture, **options, **depth)
+            stock = timm.create_model(architecture, **{**options, **depth})
         except Exception:  # the families answer in many ways to a keyword that they do not know
             continue
         own = stock.state_dict()
@@ -133,7 +130,6 @@ def _rebuild(
             if name in missing:
                 nn.init.zeros_(parameter)
         stock.to(next(body.parameters())).eval()
-        stock.pretrained_cfg = {**stock.pretrained_cfg, "input_size": input_size(body)}
         with evaluating(body):
             batch = probe_batch(body)
             if same_outputs(body(batch), stock(batch)):

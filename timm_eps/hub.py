@@ -193,7 +193,7 @@ def render_card(
 
 
 def _summary(architecture: str, total: int, kept: int, results: Mapping[str, Any]) -> str:
-    text = f"This `{architecture}` keeps {kept} of {total} blocks"
+    text = f"This `{architecture}` keeps {kept} of {total} residual branches"
     if not results:
         return text + "."
     share = 100 * (1 - results["params"] / results["dense_params"])

@@ -32,7 +32,7 @@ from .configuration_eps_resnet import EpsResNetConfig
 from .eps_resnet import EpsResNet, init_weights
 from .surgery import collapsed_copy, removed_slots
 
-__all__ = ["EpsResNetForImageClassification", "EpsResNetModel", "EpsResNetPreTrainedModel"]
+__all__ = ["EpsResNetForImageClassification", "EpsResNetModel", "EpsResNetPreTrainedModel", "unshared"]
 
 
 def _key_conversions() -> list[WeightConverter | WeightRenaming]:
@@ -105,6 +105,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
             if missing := sorted(wanted - state_dict.keys()):
                 raise ValueError(f"state_dict lacks {missing[0]!r} and {len(missing) - 1} more keys of the model.")
             state_dict = {key: state_dict[key] for key in wanted}
+        state_dict = unshared(inference.state_dict() if state_dict is None else state_dict)
         super(EpsResNetPreTrainedModel, inference).save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
     def _drop_training_parts(self) -> None:
@@ -205,6 +206,17 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
     def _drop_training_parts(self) -> None:
         super()._drop_training_parts()
         self.side_head = None
+
+
+def unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, those that stand under several names as often as that: timm asks for every name."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in state_dict.items():
+        place = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if place in seen else tensor.contiguous()
+        seen.add(place)
+    return result
 
 
 def _classifiers(model: EpsResNetPreTrainedModel) -> tuple[str, ...]:

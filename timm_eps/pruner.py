@@ -81,6 +81,7 @@ class EpsilonPruner:
         if not gates(model) and not removed_slots(model):
             add_gates(model)
         self._streaks = dict.fromkeys(gates(model), 0)
+        self._stuck: set[str] = set()  # closed, but proven to be needed: not tried again until another one is ready
         self.total = len(self._streaks) + len(removed_slots(model))
         if isinstance(keep, int) and keep > self.total:
             raise ValueError(f"keep={keep} branches, but {type(timm_body(model)).__name__} has only {self.total}.")
@@ -186,10 +187,11 @@ class EpsilonPruner:
         return {slot: value for slot, value in zip(found, responses.tolist(), strict=True) if not value < 0}
 
     def _remove(self, slots: list[str]) -> list[str]:
-        if not (slots and self.live_removal):
+        if not self.live_removal or self._stuck.issuperset(slots):
             return []
         before = set(self.model.parameters())
         removed = remove(self.model, slots)
+        self._stuck = set(slots).difference(removed)
         self._forget_lost(before)
         for slot in removed:
             del self._streaks[slot]

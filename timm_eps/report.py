@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +78,7 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     lines = [
         f"| {results['architecture']} | dense | pruned | |",
         "|---|---:|---:|---:|",
-        row("residual blocks", blocks, kept, str, f"−{blocks - kept}"),
+        row("residual branches", blocks, kept, str, f"−{blocks - kept}"),
         row("parameters", results["dense_params"], results["params"], "{:,}".format, gone("params")),
         row("multiply-adds an image", results["dense_macs"], results["macs"], "{:,}".format, gone("macs")),
     ]
@@ -116,7 +117,7 @@ def draw_blocks(
 
     position = {slot: index for index, slot in enumerate(slots)}
     gone = set(removed)
-    stages = [slot.rpartition(".blocks.")[0] for slot in slots]
+    stages = [_stage(slot) for slot in slots]
     borders = [index for index in range(1, len(slots)) if stages[index] != stages[index - 1]]
 
     figure = Figure(figsize=(11, 6.5 if history else 2.2), layout="constrained")
@@ -162,6 +163,12 @@ def draw_blocks(
             axis.axvline(border - 0.5, color="black", linewidth=0.8)
     ends = [0, *borders, len(slots)]
     last.set_xticks([(a + b - 1) / 2 for a, b in itertools.pairwise(ends)])
-    last.set_xticklabels([stages[a] or "blocks" for a in ends[:-1]])
-    last.set_xlabel("residual block, from the input to the output")
+    last.set_xticklabels([stages[a] for a in ends[:-1]])
+    last.set_xlabel("residual branch, from the input to the output")
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _stage(slot: str) -> str:
+    """``stages.1.blocks.4.drop_path`` -> ``stages.1``, ``layer2.0.drop_path`` -> ``layer2``."""
+    within = re.match(r"(.*)\.\d+\.", slot)
+    return (within[1] if within else slot).removesuffix(".blocks")

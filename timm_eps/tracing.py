@@ -93,7 +93,7 @@ def meta_copy(module: _Module) -> _Module:
 
 
 def random_copy(module: _Module) -> _Module:
-    """A copy on the CPU in evaluation mode with random numbers in place of its own: what holds for them is no accident."""
+    """A copy on the CPU in evaluation mode with random numbers in place of its own, for which nothing is accident."""
     generator = torch.Generator().manual_seed(0)
 
     def convert(tensor: Tensor) -> Tensor:

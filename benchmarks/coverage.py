@@ -1,0 +1,286 @@
+#!/usr/bin/env python
+"""Which timm architectures lose residual branches, how much goes, and whether it is exact: writes docs/coverage.md.
+
+    python benchmarks/coverage.py                # everything; takes about an hour on two cores and resumes
+    python benchmarks/coverage.py --only resnet  # the families whose module's name contains this; prints, writes nothing
+
+First every architecture of timm is built and traced without memory, to find its gates. Then, of each network class and
+set of residual blocks, the smallest one is taken: gates are added, a random half of them shut, and removed, with three
+seeds, and outputs compared bit by bit; the pruned network is built again by its twin's name; and one that lost half of
+its blocks, but no stage's first, is exported as a stock timm architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import random
+import tempfile
+import warnings
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import timm_eps
+from timm_eps.branches import block_path, evaluating, find_slots, gates, probe_batch
+from timm_eps.names import twin_name
+from timm_eps.surgery import closed_slots, removed_slots, same_outputs
+from timm_eps.tracing import meta_copy, trace
+
+ROOT = Path(__file__).parent.parent
+STORE = Path(__file__).with_suffix(".json")
+SEEDS = (0, 1, 2)
+# The smallest of these is too large to compute: a shorter and, where it must be, narrower one has the same blocks.
+SHORTENED: dict[str, dict[str, Any]] = {
+    "deepseek_vit_412m": {"depth": 4, "embed_dim": 128, "num_heads": 4, "img_size": 112},
+    "deepseek_vit_412m_enc": {"depth": 4, "img_size": 112},
+    "eva02_enormous_patch14_clip_224": {"depth": 4, "embed_dim": 128, "num_heads": 4, "img_size": 112},
+    "gemma4_vit_167m": {"depth": 4, "img_size": 112},
+    "gemma4_vit_167m_enc": {"depth": 4, "img_size": 112},
+    "qwen3_vit_88m": {"depth": 4, "img_size": 112},
+    "qwen3_vit_88m_enc": {"depth": 4, "img_size": 112},
+}
+
+
+def scan(name: str) -> dict[str, Any]:
+    """What can be told of an architecture without computing: its class, residual blocks, gates and refused slots."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    accepted, refused = find_slots(model)
+    return {
+        "module": timm.models.model_entrypoint(name).__module__.rpartition(".")[2],
+        "class": type(model).__name__,
+        "blocks": sorted({type(model.get_submodule(block_path(model, slot))).__name__ for slot in accepted}),
+        "gates": len(accepted),
+        "refused": dict(Counter(refused.values())),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def try_out(name: str) -> dict[str, Any]:
+    """Gate, prune, rebuild and export one architecture."""
+    arguments = SHORTENED.get(name, {})
+    torch.manual_seed(0)
+    model = timm.create_model(name, **arguments).eval()
+    for parameter in model.parameters():
+        if parameter.ndim <= 1:  # or branches whose last scale begins at zero would be gone whatever is done
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    batch = probe_batch(model)
+    with evaluating(model):
+        plain = model(batch)
+        keys = list(model.state_dict())
+        timm_eps.add_gates(model)
+        found: dict[str, Any] = {"open_equal": same_outputs(plain, model(batch)) and keys == list(model.state_dict())}
+    slots = list(gates(model))
+    found |= {"shut": [], "removed": [], "exact": [], "freed": [], "dead": [], "rebuilt": []}
+    for seed in SEEDS:
+        pruned = copy.deepcopy(model)
+        for slot in random.Random(seed).sample(slots, (len(slots) + 1) // 2):
+            gates(pruned)[slot].closed = True
+        shut = closed_slots(pruned)
+        before_count = count(pruned)
+        dead = dead_parameters(pruned)
+        with evaluating(pruned):
+            before = pruned(batch)
+            timm_eps.remove_closed(pruned)
+            found["exact"].append(same_outputs(before, pruned(batch)))
+        found["shut"].append(len(shut))
+        found["removed"].append(len(set(removed_slots(pruned)) & set(shut)))
+        found["dead"].append(dead / before_count)
+        found["freed"].append(1 - count(pruned) / before_count)
+        twin = timm.create_model(twin_name(name), removed=removed_slots(pruned), **arguments).eval()
+        twin.load_state_dict(pruned.state_dict())
+        with evaluating(twin):
+            found["rebuilt"].append(same_outputs(before, twin(batch)))
+    return found | try_export(model, name)
+
+
+def try_export(model: nn.Module, name: str) -> dict[str, Any]:
+    """Export with half of the blocks gone, none of them a stage's first; if that fails, with zeros for branches."""
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for slot in gates(model):
+        blocks[block_path(model, slot)].append(slot)
+    later = [path for path in blocks if path.rpartition(".")[2] != "0"] or list(blocks)
+    for path in random.Random(0).sample(later, (len(later) + 1) // 2):
+        for slot in blocks[path]:
+            gates(model)[slot].closed = True
+    batch = probe_batch(model)
+    with evaluating(model):
+        expected = model(batch)
+    answer: dict[str, Any] = {}
+    for how, zero_branches in (("export", False), ("export_with_zeros", True)):
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                timm_eps.export_timm(model, directory, zero_branches=zero_branches)
+            except ValueError as error:
+                answer[how] = str(error)
+                continue
+            stock = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+        with evaluating(stock):
+            assert same_outputs(expected, stock(batch)), f"{name} exported something else"
+        answer[how] = None
+        break
+    return answer
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def dead_parameters(model: nn.Module) -> int:
+    """Number of parameters that the output depends on with all gates open, and does not with the closed ones shut."""
+    net = meta_copy(model)
+    now = trace(net, probe_batch(net)).live
+    for gate in gates(net).values():
+        gate.closed = False
+    once = trace(net, probe_batch(net)).live
+    return sum(parameter.numel() for parameter in net.parameters() if id(parameter) in once - now)
+
+
+def representatives(scanned: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """The smallest architecture of each class and set of blocks that has a gate, and all that it stands for."""
+    groups: dict[tuple, list[str]] = defaultdict(list)
+    for name, seen in scanned.items():
+        if seen["gates"]:
+            groups[seen["class"], *seen["blocks"]].append(name)
+    return {min(names, key=lambda name: scanned[name]["parameters"]): names for names in groups.values()}
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def document(scanned: dict[str, dict[str, Any]], tried: dict[str, dict[str, Any]]) -> str:
+    """docs/coverage.md."""
+    standing = representatives(scanned)
+    rows = sorted(standing, key=lambda name: (scanned[name]["module"], scanned[name]["class"], name))
+    gated = [name for name, seen in scanned.items() if seen["gates"]]
+
+    def share(condition: Any) -> str:
+        good = sum(bool(condition(tried[name])) for name in rows)
+        return f"{good} of {len(rows)} ({100 * good / len(rows):.1f} %)"
+
+    def all_freed(found: dict[str, Any]) -> bool:
+        return all(abs(a - b) < 1e-9 for a, b in zip(found["freed"], found["dead"], strict=True))
+
+    lines = [
+        "# Coverage of timm",
+        "",
+        f"Written by `python benchmarks/coverage.py` with timm {timm.__version__} and torch {torch.__version__}, on a "
+        f"CPU. Of {len(scanned)} architectures in timm {len(gated)} have residual branches that a gate can close. They "
+        f"fall into {len(rows)} kinds by network class and types of residual block; the smallest of each kind was "
+        f"tried out with random weights and seeds {', '.join(map(str, SEEDS))}, and stands for the others.",
+        "",
+        "| of the kinds | |",
+        "|---|---:|",
+        f"| open gates: same output bit for bit, same keys | {share(lambda f: f['open_equal'])} |",
+        f"| random half shut, then removed: same output bit for bit, every seed | {share(lambda f: all(f['exact']))} |",
+        f"| every branch that was shut could be removed | {share(lambda f: f['shut'] == f['removed'])} |",
+        f"| all parameters that only fed these branches are freed | {share(all_freed)} |",
+        f"| built again by the twin's name, weights loaded strictly: same output | {share(lambda f: all(f['rebuilt']))} |",
+        f"| whole blocks gone: stock timm architecture without this package | {share(lambda f: f['export'] is None)} |",
+        f"| the same, or with zeros for branches | "
+        f"{share(lambda f: f['export'] is None or f.get('export_with_zeros', '') is None)} |",
+        "",
+        "Gates: found in the representative, and slots that got none. Removed and freed: branches, and share of all "
+        "parameters, with a random half shut, mean of the seeds; *of* the share that only fed these branches, where "
+        "that is more. Export: *yes*, or *zeros* where a block must stay in full with zeros for weights, with the "
+        "reason below.",
+        "",
+        "| module | class: blocks | smallest (and others) | gates | removed | freed | exact | export |",
+        "|---|---|---|---:|---:|---:|---|---|",
+    ]
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name in rows:
+        seen, found = scanned[name], tried[name]
+        export = "yes"
+        if found["export"] is not None:
+            export = "zeros" if found.get("export_with_zeros", "") is None else "no"
+            reasons[reason_of(found["export"])].append(name)
+        refused = sum(number for reason, number in seen["refused"].items())
+        freed = f"{100 * mean(found['freed']):.1f} %"
+        if not all_freed(found):
+            freed += f" of {100 * mean(found['dead']):.1f} %"
+        exact = "yes" if found["open_equal"] and all(found["exact"]) and all(found["rebuilt"]) else "**no**"
+        lines.append(
+            f"| {seen['module']} | {seen['class']}: {', '.join(seen['blocks'])} | `{name}` (+{len(standing[name]) - 1}) "
+            f"| {seen['gates']}{f', −{refused}' if refused else ''} "
+            f"| {sum(found['removed'])} of {sum(found['shut'])} | {freed} | {exact} | {export} |"
+        )
+    lines += ["", "## Why some cannot be exported without zeros", ""]
+    lines += [f"- {reason}: {', '.join(f'`{name}`' for name in names)}" for reason, names in sorted(reasons.items())]
+    lines += ["", "## Slots without a gate", ""]
+    slots: dict[str, Counter] = defaultdict(Counter)
+    for seen in scanned.values():
+        for reason, number in seen["refused"].items():
+            slots[reason][seen["module"]] += number
+    for reason, modules in sorted(slots.items()):
+        lines.append(f"- {reason}: {', '.join(f'{module} ({number})' for module, number in sorted(modules.items()))}")
+    lines += ["", "## Architectures without a gate", ""]
+    without: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, seen in scanned.items():
+        if not seen["gates"]:
+            without["; ".join(sorted(seen["refused"])) or "no stochastic-depth slot"][seen["module"]].append(name)
+    for reason, modules in sorted(without.items()):
+        listed = []
+        for module, names in sorted(modules.items()):
+            everything = sum(seen["module"] == module for seen in scanned.values())
+            listed.append(module if len(names) == everything else f"of {module}: {', '.join(f'`{n}`' for n in names)}")
+        lines.append(f"- {reason}: {'; '.join(listed)}")
+    return "\n".join(lines) + "\n"
+
+
+def reason_of(message: str) -> str:
+    """The kind of obstacle that an error of export_timm speaks of."""
+    for needle, reason in {
+        "is not an identity without": "what is left of a block without its branches is not an identity",
+        "depend on their position": "blocks depend on their position, so that the others cannot close ranks",
+        "no block would be left": "a stage would be left without a block",
+        "no such number of blocks": "timm's entrypoint takes no number of blocks, or not of these",
+    }.items():
+        if needle in message:
+            return reason
+    return message
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="part of a timm module's name")
+    only = parser.parse_args().only
+    warnings.simplefilter("ignore")
+    logging.getLogger("timm_eps").setLevel(logging.ERROR)
+    stored = {"timm": timm.__version__, "scanned": {}, "tried": {}}
+    if STORE.exists() and (old := json.loads(STORE.read_text()))["timm"] == timm.__version__:
+        stored = old
+    for name in timm.list_models(exclude_filters="eps_*"):
+        module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+        if name not in stored["scanned"] and (only is None or only in module):
+            stored["scanned"][name] = scan(name)
+            print(f"{name}: {stored['scanned'][name]['gates']} gates", flush=True)
+    store(stored, only)
+    for name in representatives(stored["scanned"]):
+        if only is None and name not in stored["tried"]:
+            stored["tried"][name] = try_out(name)
+            store(stored, only)
+        elif only is not None and only in stored["scanned"][name]["module"]:
+            stored["tried"][name] = try_out(name)
+        else:
+            continue
+        print(name, stored["tried"][name], flush=True)
+    if only is None:
+        (ROOT / "docs" / "coverage.md").write_text(document(stored["scanned"], stored["tried"]), encoding="utf-8")
+
+
+def store(found: dict[str, Any], only: str | None) -> None:
+    if only is None:
+        STORE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

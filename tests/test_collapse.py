@@ -1,0 +1,250 @@
+"""Removal in timm's families: exact, the same in whatever order, rebuilt from names alone, and nothing else breaks."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import timm
+import torch
+from conftest import close
+from timm.models import create_feature_extractor
+from torch import nn
+
+import timm_eps
+from timm_eps.branches import gates, probe_batch
+from timm_eps.collapse import ZeroBranch
+from timm_eps.surgery import replay_removed, same_outputs
+from timm_eps.tracing import meta_copy, trace
+
+# One each of what makes removal hard: post- and pre-activation, a learned shortcut, several branches a block, layer
+# scales, windows folded into the batch, one slot for two branches, slots in a sequence or inside a branch, channels
+# that a branch adds, blocks that take or return more than one tensor, code between modules that reads shapes.
+FAMILIES = {
+    "test_resnet": {},
+    "test_byobnet": {},
+    "test_nfnet": {},
+    "test_convnext": {},
+    "test_mambaout": {},
+    "test_vit": {},
+    "test_vit_relpos": {},
+    "test_maxvit": {},
+    "test_coatnet": {},
+    "resnetv2_18": {"channels": (16, 32, 64, 128)},
+    "res2next50": {"layers": (1, 2, 1, 1)},
+    "rexnetr_100": {},
+    "levit_128s": {},
+    "coat_tiny": {},
+    "edgenext_xx_small": {},
+    "mixer_s32_224": {},
+    "swiftformer_xs": {},
+    "tnt_s_patch16_224": {"depth": 3},
+    "vit_small_patch16_18x2_224": {"depth": 2, "embed_dim": 48, "num_heads": 3},
+    "vit_pwee_patch16_reg1_gap_256": {"depth": 3},
+    "xcit_nano_12_p16_224": {"depth": 3},
+    "efficientvim_m1": {},
+}
+LARGE = [
+    "coat_tiny",
+    "edgenext_xx_small",
+    "efficientvim_m1",
+    "levit_128s",
+    "rexnetr_100",
+    "swiftformer_xs",
+    "test_maxvit",
+]
+CASES = [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in FAMILIES]
+
+
+def gated(name: str, **kwargs) -> nn.Module:
+    """A small network none of whose branches is zero by its initialisation."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **kwargs).eval()
+    for parameter in model.parameters():
+        if parameter.ndim <= 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    timm_eps.add_gates(model)
+    return model
+
+
+def half_of(model: nn.Module, seed: int) -> list[str]:
+    slots = list(gates(model))
+    return random.Random(seed).sample(slots, (len(slots) + 1) // 2)
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    return {path: repr(module) for path, module in model.named_modules() if not list(module.children())}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_removed_equals_shut(name):
+    """Open gates change no bit and no key; removed branches change no bit either, and take all their weights along."""
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=3, **FAMILIES[name]).eval()
+    batch = probe_batch(plain)
+    before, keys = plain(batch), list(plain.state_dict())
+    timm_eps.add_gates(plain)
+    assert same_outputs(plain(batch), before)
+    assert list(plain.state_dict()) == keys
+
+    model = gated(name, **FAMILIES[name])
+    for seed in range(2):
+        pruned = copy.deepcopy(model)
+        chosen = half_of(pruned, seed)
+        close(pruned, *chosen)
+        net = meta_copy(pruned)
+        with torch.enable_grad():
+            live = trace(net, probe_batch(net)).live
+        needed = {key for key, parameter in net.named_parameters() if id(parameter) in live}
+        shut = pruned(batch)
+        assert set(timm_eps.remove_closed(pruned)) >= set(chosen)
+        assert same_outputs(pruned(batch), shut)
+        assert {key for key, _ in pruned.named_parameters()} == needed
+        assert pruned.state_dict().keys() <= set(keys)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_order_does_not_matter(name):
+    """One by one, all at once, from the list alone, on the meta device: the same network."""
+    model = gated(name, **FAMILIES[name])
+    chosen = half_of(model, 2)
+    at_once, one_by_one = copy.deepcopy(model), copy.deepcopy(model)
+    close(at_once, *chosen)
+    timm_eps.remove_closed(at_once)
+    for slot in chosen:
+        if slot in gates(one_by_one):
+            close(one_by_one, slot)
+            timm_eps.remove_closed(one_by_one)
+    assert one_by_one.removed == at_once.removed
+    assert kinds(one_by_one) == kinds(at_once)
+    rebuilt = timm.create_model(f"eps_{name}", num_classes=3, removed=at_once.removed[::-1], **FAMILIES[name]).eval()
+    rebuilt.load_state_dict(at_once.state_dict())
+    assert kinds(rebuilt) == kinds(at_once)
+    batch = probe_batch(model)
+    assert same_outputs(rebuilt(batch), at_once(batch))
+    with torch.device("meta"):
+        empty = timm.create_model(f"eps_{name}", num_classes=3, removed=at_once.removed, **FAMILIES[name])
+    assert empty.state_dict().keys() == at_once.state_dict().keys()
+
+
+def test_a_branch_goes_and_its_neighbour_stays():
+    model = gated("test_vit")
+    close(model, "blocks.1.drop_path1", "blocks.2.drop_path2")
+    before = model(probe_batch(model))
+    assert timm_eps.remove_closed(model) == ["blocks.1.drop_path1", "blocks.2.drop_path2"]
+    left = {key.split(".")[2] for key in model.state_dict() if key.startswith("blocks.1.")}
+    assert left == {"norm2", "mlp"}
+    assert {key.split(".")[2] for key in model.state_dict() if key.startswith("blocks.2.")} == {"norm1", "attn"}
+    assert torch.equal(model(probe_batch(model)), before)
+    close(model, "blocks.1.drop_path2")
+    assert timm_eps.remove_closed(model) == ["blocks.1.drop_path2"]
+    assert not isinstance(model.blocks[1], timm.models.vision_transformer.Block)
+
+
+def test_post_activation_blocks():
+    """A ReLU after a ReLU is nothing; a learned shortcut stays under its name, with the activation after it."""
+    model = gated("test_resnet")
+    model.act1 = nn.ReLU()
+    close(model, "layer1.0.drop_path", "layer2.0.drop_path")
+    timm_eps.remove_closed(model)
+    assert isinstance(model.layer1[0], nn.Identity | nn.Sequential)
+    assert [name for name, _ in model.layer2[0].named_children()] == ["downsample", "act2"]
+
+
+def test_gates_inside_a_removed_branch_go_with_it():
+    """Such a gate is no longer there, so it counts as removed; a list that lacks it cannot be replayed."""
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    model.blocks[1].mlp = timm.models.vision_transformer.Block(model.embed_dim, num_heads=2)
+    timm_eps.add_gates(model)
+    dense = copy.deepcopy(model)
+    close(model, "blocks.1.drop_path2")
+    before = model(probe_batch(model))
+    inside = ["blocks.1.mlp.drop_path1", "blocks.1.mlp.drop_path2"]
+    assert sorted(timm_eps.remove_closed(model)) == ["blocks.1.drop_path2", *inside]
+    assert torch.equal(model(probe_batch(model)), before)
+    with pytest.raises(ValueError, match=r"removed lacks 'blocks\.1\.mlp\.drop_path1', which stands inside a branch"):
+        replay_removed(copy.deepcopy(dense), ["blocks.1.drop_path2"])
+    replay_removed(dense, model.removed)
+    assert dense.state_dict().keys() == model.state_dict().keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["test_resnet", "test_byobnet", "resnetv2_18", "rexnetr_100", "test_convnext"])
+def test_other_resolutions(name):
+    """What was planned at one size of images holds at others."""
+    model = gated(name, **FAMILIES[name])
+    close(model, *half_of(model, 0))
+    images = [torch.randn(1, 3, size, size + 32) for size in (96, 224)]
+    before = [model(x) for x in images]
+    timm_eps.remove_closed(model)
+    assert all(torch.equal(model(x), y) for x, y in zip(images, before, strict=True))
+
+
+def pruned_twin(name: str, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    slots = list(gates(timm.create_model(f"eps_{name}", num_classes=3, **FAMILIES[name])))
+    half = slots[1::2]
+    return timm.create_model(f"eps_{name}", num_classes=3, removed=half, **FAMILIES[name], **kwargs).eval()
+
+
+INTERFACES = ["test_resnet", "test_convnext", "test_vit", "test_nfnet", "test_byobnet", "test_vit_relpos"]
+
+
+@pytest.mark.parametrize("name", INTERFACES)
+def test_interfaces_after_removal(name):
+    model = pruned_twin(name)
+    batch = probe_batch(model)
+    with torch.no_grad():
+        logits = model(batch)
+        assert torch.equal(model.forward_head(model.forward_features(batch)), logits)
+        final, intermediates = model.forward_intermediates(batch)
+        assert len(intermediates) > 1
+        assert torch.equal(final, model.forward_features(batch))
+        features = pruned_twin(name, features_only=True)
+        assert [f.shape[1] for f in features(batch)] == features.feature_info.channels()
+    model.set_grad_checkpointing()
+    checkpointed = model.train()(batch)
+    checkpointed.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.reset_classifier(7)
+    assert model.eval()(batch).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_vit", "test_nfnet"])
+def test_fx_export_and_compile_after_removal(name):
+    model = pruned_twin(name)
+    batch = probe_batch(model)
+    with torch.no_grad():
+        expected = model(batch)
+        exported = torch.export.export(model, (batch,)).module()
+        torch.testing.assert_close(exported(batch), expected)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(batch), expected)
+        if name != "test_vit":
+            nodes = timm.models.get_graph_node_names(model)[1]
+            traced = create_feature_extractor(model, [nodes[-1]])
+            torch.testing.assert_close(traced(batch)[nodes[-1]], expected)
+
+
+def test_training_goes_on_after_removal():
+    model = gated("test_vit")
+    optimizer = torch.optim.AdamW(timm_eps.param_groups(model, 0.1))
+    pruner = timm_eps.EpsilonPruner(model, optimizer, keep=6, patience=1)
+    for _ in range(4):
+        model.train()
+        optimizer.zero_grad()
+        model(probe_batch(model)).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+    assert len(gates(model)) == 6
+    listed = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    assert listed == set(model.parameters())
+
+
+def test_zero_branch_takes_the_sizes_it_was_given():
+    x = torch.ones(2, 3, 4)
+    assert ZeroBranch()(x).shape == ()
+    assert ZeroBranch((None, 5, None))(x).shape == (2, 5, 4)
+    assert ZeroBranch((None, None, None))(x.double()).dtype == torch.float64

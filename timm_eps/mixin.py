@@ -1,0 +1,38 @@
+"""Gates for a timm model class of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .surgery import add_gates, replay_removed
+
+__all__ = ["EpsilonMixin"]
+
+
+class EpsilonMixin(nn.Module):
+    """Adds gates, and the keyword ``removed``, to a timm model class that stands behind it::
+
+        class GatedResNet(EpsilonMixin, timm.models.ResNet):
+            pass
+
+        GatedResNet(timm.models.resnet.BasicBlock, (2, 2, 2, 2), num_classes=10)
+
+    Nothing else of the class changes: its ``forward``, its keys and its weights are timm's. For timm's registered
+    architectures there are twins, such as ``timm.create_model('eps_resnet18')``.
+
+    Args:
+        args: Those of the class behind.
+        removed: Slot paths of branches that are gone, as :func:`timm_eps.remove_closed` returns them.
+        kwargs: Those of the class behind.
+
+    Raises:
+        ValueError: The class has no residual branches, or ``removed`` names one that it does not have.
+    """
+
+    def __init__(self, *args: Any, removed: Iterable[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        add_gates(self)
+        replay_removed(self, removed)
