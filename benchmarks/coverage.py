@@ -2,7 +2,7 @@
 """Which timm architectures lose residual branches, how much goes, and whether it is exact: writes docs/coverage.md.
 
     python benchmarks/coverage.py                # everything; takes about an hour on two cores and resumes
-    python benchmarks/coverage.py --only resnet  # the families whose module's name contains this; prints, writes nothing
+    python benchmarks/coverage.py --only resnet  # modules whose name contains this; prints, writes nothing
 
 First every architecture of timm is built and traced without memory, to find its gates. Then, of each network class and
 set of residual blocks, the smallest one is taken: gates are added, a random half of them shut, and removed, with three
@@ -183,8 +183,10 @@ def document(scanned: dict[str, dict[str, Any]], tried: dict[str, dict[str, Any]
         f"| random half shut, then removed: same output bit for bit, every seed | {share(lambda f: all(f['exact']))} |",
         f"| every branch that was shut could be removed | {share(lambda f: f['shut'] == f['removed'])} |",
         f"| all parameters that only fed these branches are freed | {share(all_freed)} |",
-        f"| built again by the twin's name, weights loaded strictly: same output | {share(lambda f: all(f['rebuilt']))} |",
-        f"| whole blocks gone: stock timm architecture without this package | {share(lambda f: f['export'] is None)} |",
+        f"| built again by the twin's name, weights loaded strictly: same output | "
+        f"{share(lambda f: all(f['rebuilt']))} |",
+        f"| whole blocks gone: a stock timm architecture, without this package | "
+        f"{share(lambda f: f['export'] is None)} |",
         f"| the same, or with zeros for branches | "
         f"{share(lambda f: f['export'] is None or f.get('export_with_zeros', '') is None)} |",
         "",

@@ -163,7 +163,7 @@ def test_mixin():
 
 
 def test_weight_decay_empties_a_branch_only_where_it_reaches_the_last_norm():
-    """A norm undoes what decay does to the weights before it: the response of a shut branch falls with param_groups only."""
+    """A norm undoes what decay does to the weights before it: a shut branch's response falls with param_groups only."""
 
     def response_after(decay_last_norm: bool) -> float:
         torch.manual_seed(0)

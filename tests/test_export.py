@@ -38,9 +38,8 @@ SMALL = {
     "test_vit": {},
     "test_mambaout": {},
 }
-PUBLISHED = (
-    "resnet50 resnetv2_50 seresnext26d_32x4d convnext_atto vit_tiny_patch16_224 mambaout_femto tresnet_m".split()
-)
+PUBLISHED = ["resnet50", "resnetv2_50", "seresnext26d_32x4d", "convnext_atto", "vit_tiny_patch16_224"]
+PUBLISHED += ["mambaout_femto", "tresnet_m"]
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED]
 
 

@@ -175,10 +175,12 @@ class _Planner:
             return Edit(slot, lambda old: ZeroBranch())
         arriving = self.dense.calls_of(gate)[0].args[0].shape
         entering = inputs[0].shape if inputs else arriving
-        if len(entering) != len(arriving):
-            entering = arriving
-        shape = tuple(None if a == b else a for a, b in zip(arriving, entering, strict=True))
-        return Edit(slot, lambda old: ZeroBranch(shape))
+        differ = [dim for dim in range(len(arriving)) if entering[dim : dim + 1] != arriving[dim : dim + 1]]
+        # Of what a branch changes only the number of channels is the same for images of every size.
+        channels = arriving[differ[0]] if differ in ([1], [len(arriving) - 1]) and arriving[0] == entering[0] else None
+        return Edit(
+            slot, lambda old: ZeroBranch(tuple(channels if dim in differ else None for dim in range(len(arriving))))
+        )
 
     def stubs(self, path: str) -> list[Edit]:
         """Edits that remove, inside of ``path``, the largest modules and the single parameters that do not count."""
@@ -270,7 +272,7 @@ def _chain(block: nn.Module, call: Call) -> Callable[[nn.Module], nn.Module] | N
 def _is_rectified(x: Any) -> bool:
     """Whether a tensor comes straight from a ReLU, or from one through max pooling: another changes nothing."""
     node = x.grad_fn if isinstance(x, Tensor) else None
-    while node is not None and node.name().startswith(("MulBackward", "MaxPool")):  # the product is the trace's marker
+    while node is not None and node.name().startswith(("CloneBackward", "MaxPool")):  # the copy is the trace's
         node = node.next_functions[0][0]
     return node is not None and node.name().startswith("ReluBackward")
 

@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -92,14 +92,20 @@ def _revive(model: nn.Module) -> None:
 
     timm sets the last scale of many branches to zero, a norm's or a gain, or the last layer's weights.
     """
-    ends = {parameter for module in branch_ends(model) for parameter in module.parameters(recurse=False)}
+    last_layers = [module for module in branch_ends(model) if isinstance(module, nn.Linear | nn.Conv2d)]
     for name, parameter in branch_parameters(model).items():
-        if parameter.is_meta or name.endswith("bias") or parameter.any():
+        kind = name.rpartition(".")[2]
+        if (
+            parameter.is_meta
+            or not kind.startswith(("weight", "gain", "gamma", "scale", "skipinit"))
+            or parameter.any()
+        ):
             continue
+        layer: Any = model.get_submodule(name.rpartition(".")[0])
         if max(parameter.shape, default=1) == parameter.numel():
             nn.init.ones_(parameter)
-        elif parameter in ends:
-            cast(Any, model.get_submodule(name.rpartition(".")[0])).reset_parameters()
+        elif layer in last_layers:
+            layer.reset_parameters()
 
 
 def _features(
@@ -118,6 +124,7 @@ def _features(
         "feature_cls": type(plain) if wraps else "getter",
         "out_indices": plain.feature_info.out_indices,
         "flatten_sequential": any("." in info["module"] for info in plain.feature_info),
+        "no_rewrite": hasattr(plain, "body"),
     }
     return build_model_with_cfg(
         lambda **_: model,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .branches import UNUSED, branch_ends, evaluating, find_slots, gates, probe_batch, timm_body
 from .collapse import Plan, plan_collapse
@@ -156,16 +156,16 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
     with evaluating(body):
         batch = probe_batch(body)
         before = body(batch)
-        plans = plan_collapse(body, slots)
-        take_back = _carry_out(body, plans)
-        if not same_outputs(before, body(batch)):
+        while slots:
+            plans = plan_collapse(body, slots)
+            take_back = _carry_out(body, plans)
+            if same_outputs(before, body(batch)):
+                break
             take_back()
-            # One of them is to blame. The last plan goes with all the others only.
-            for plan in plans[:-1]:
-                take_back = _carry_out(body, [plan])
-                if not same_outputs(before, body(batch)):
-                    take_back()
-                    _logger.warning("%s stays, closed: the output changes without it.", ", ".join(plan.slots))
+            # The plan depends on all of its slots, so those that are to blame are left out and the others planned anew.
+            for plan in _to_blame(body, plans, batch, before):
+                _logger.warning("%s stays, closed: the output changes without it.", ", ".join(plan.slots))
+                slots = slots.difference(plan.slots)
     left = gates(body)
     gone = [slot for slot in found if slot not in left]
     _record(model, removed_slots(body) + gone)
@@ -192,6 +192,17 @@ def replay_removed(model: nn.Module, removed: Iterable[str]) -> None:
     if more := found.keys() - gates(body).keys() - slots:
         raise ValueError(f"removed lacks {min(more)!r}, which stands inside a branch that it names.")
     _record(model, {*removed_slots(body), *slots})
+
+
+def _to_blame(body: nn.Module, plans: list[Plan], batch: Tensor, before: Any) -> list[Plan]:
+    """The plans that change the output on their own; if there are none, all of them."""
+    blamed = []
+    for plan in plans:
+        take_back = _carry_out(body, [plan])
+        if not same_outputs(before, body(batch)):
+            blamed.append(plan)
+        take_back()
+    return blamed or plans
 
 
 def _carry_out(body: nn.Module, plans: Iterable[Plan]) -> Callable[[], None]:

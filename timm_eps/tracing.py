@@ -35,23 +35,22 @@ class Trace(NamedTuple):
     output: Any
     calls: list[Call]
     live: set[int]
+    by_module: dict[int, list[Call]]
 
     def calls_of(self, module: nn.Module) -> list[Call]:
         """The calls of one module."""
-        return [call for call in self.calls if call.module is module]
+        return self.by_module.get(id(module), [])
 
 
 def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Trace:
     """Run a module of a meta copy once, with the autograd graph."""
-    calls: list[tuple[Tensor, Call]] = []
+    calls: list[Call] = []
 
     def mark(called: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        # The marker enters the graph with the module's output, so that modules without parameters leave a trace too.
-        marker = torch.ones((), device="meta", requires_grad=True)
-        marked = converted(output, lambda tensor: tensor * marker.to(tensor.dtype))
+        marked = converted(output, _noted)
         # The containers are copied: a caller may append to a list that it passed.
         args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
-        calls.append((marker, Call(called, args, kwargs, marked)))
+        calls.append(Call(called, args, kwargs, marked))
         return marked
 
     hooks = [part.register_forward_hook(mark, with_kwargs=True) for part in module.modules()]
@@ -60,31 +59,39 @@ def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Trace:
     finally:
         for hook in hooks:
             hook.remove()
-    leaves = leads_to(output)
-    judged = [call._replace(counts=id(marker) in leaves) for marker, call in calls]
-    live = leaves - {id(marker) for marker, _ in calls} | {id(call.module) for call in judged if call.counts}
-    return Trace(output, judged, live)
+    graph = _graph_of(output)
+    judged = [call._replace(counts=any(x.grad_fn in graph for x in tensors(call.output))) for call in calls]
+    by_module: dict[int, list[Call]] = {}
+    for call in judged:
+        by_module.setdefault(id(call.module), []).append(call)
+    live = _leaves(graph) | {id(call.module) for call in judged if call.counts}
+    return Trace(output, judged, live, by_module)
+
+
+def _noted(tensor: Tensor) -> Tensor:
+    """A copy with a place of its own in the graph, for modules that return their input, and for those of constants."""
+    return (tensor if tensor.requires_grad else tensor.detach().requires_grad_()).clone()
 
 
 def leads_to(tree: Any) -> set[int]:
     """The ids of the leaf tensors that the autograd graph of a tree of tensors leads back to."""
-    leaves: set[int] = set()
-    seen: set[Any] = set()
-    pending: list[Any] = []
-    for tensor in tensors(tree):
-        if tensor.grad_fn is not None:
-            pending.append(tensor.grad_fn)
-        elif tensor.requires_grad:
-            leaves.add(id(tensor))
+    return _leaves(_graph_of(tree)) | {id(x) for x in tensors(tree) if x.requires_grad and x.is_leaf}
+
+
+def _graph_of(tree: Any) -> set[Any]:
+    """All nodes of the autograd graph of a tree of tensors."""
+    graph: set[Any] = set()
+    pending = [tensor.grad_fn for tensor in tensors(tree)]
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        pending.extend(parent for parent, _ in node.next_functions)
-    return leaves
+        if node is not None and node not in graph:
+            graph.add(node)
+            pending.extend(parent for parent, _ in node.next_functions)
+    return graph
+
+
+def _leaves(graph: set[Any]) -> set[int]:
+    return {id(node.variable) for node in graph if hasattr(node, "variable")}
 
 
 def meta_copy(module: _Module) -> _Module:
@@ -119,12 +126,14 @@ def fresh(tree: Any) -> tuple[Any, set[int]]:
 
 def converted(tree: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     """The tree with ``convert`` applied to its floating-point tensors."""
+    if _is_float(tree):  # by far the most frequent
+        return convert(tree)
     return tree_map(lambda leaf: convert(leaf) if _is_float(leaf) else leaf, tree)
 
 
 def tensors(tree: Any) -> list[Tensor]:
     """The floating-point tensors in nested tuples, lists and dicts."""
-    return [leaf for leaf in tree_leaves(tree) if _is_float(leaf)]
+    return [tree] if _is_float(tree) else [leaf for leaf in tree_leaves(tree) if _is_float(leaf)]
 
 
 def shapes(tree: Any) -> Any:
