@@ -92,19 +92,20 @@ def _revive(model: nn.Module) -> None:
 
     timm sets the last scale of many branches to zero, a norm's or a gain, or the last layer's weights.
     """
+    scales = ("weight", "gain", "gamma", "scale", "skipinit")
+    dead = {
+        parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.is_meta and name.rpartition(".")[2].startswith(scales) and not parameter.any()
+    }
+    if not dead:
+        return
     last_layers = [module for module in branch_ends(model) if isinstance(module, nn.Linear | nn.Conv2d)]
     for name, parameter in branch_parameters(model).items():
-        kind = name.rpartition(".")[2]
-        if (
-            parameter.is_meta
-            or not kind.startswith(("weight", "gain", "gamma", "scale", "skipinit"))
-            or parameter.any()
-        ):
-            continue
         layer: Any = model.get_submodule(name.rpartition(".")[0])
-        if max(parameter.shape, default=1) == parameter.numel():
+        if parameter in dead and max(parameter.shape, default=1) == parameter.numel():
             nn.init.ones_(parameter)
-        elif layer in last_layers:
+        elif parameter in dead and layer in last_layers:
             layer.reset_parameters()
 
 
@@ -120,11 +121,11 @@ def _features(
         plain: Any = entrypoint(pretrained_cfg=cfg, **kwargs, **wanted)
     # A few families build a network of their own instead of wrapping one; what the wrapper gets out is the same.
     wraps = isinstance(plain, FeatureDictNet | FeatureGraphNet | FeatureHookNet | FeatureListNet)
+    nested_names = any("." in info["module"] for info in plain.feature_info)
     feature_cfg = {
         "feature_cls": type(plain) if wraps else "getter",
         "out_indices": plain.feature_info.out_indices,
-        "flatten_sequential": any("." in info["module"] for info in plain.feature_info),
-        "no_rewrite": hasattr(plain, "body"),
+        "flatten_sequential": nested_names and not hasattr(plain, "body"),  # one that hooks may leave it as it is
     }
     return build_model_with_cfg(
         lambda **_: model,
