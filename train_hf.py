@@ -82,6 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     train("--momentum", type=float, default=0.9, help="of sgd")
     train("--weight_decay", type=float, default=5e-3)
     train("--lr_scheduler", choices=["cosine", "restarting"], default="cosine", help="restarting is the paper's")
+    train("--num_warmup_steps", type=at_least(0), default=0, help="with cosine: steps of rising rate first")
     train("--lr_decay_start", type=share, default=0.3, help="with cosine: share of the training at full rate first")
     three = {"type": at_least(1), "nargs": 3}
     train("--lr_milestones", **three, default=[82, 123, 300], help="with restarting: epochs at which the rate falls")
@@ -258,7 +259,9 @@ def train(
         scheduler = timm_eps.RestartingLR(optimizer, args.lr_milestones, args.lr_restart_milestones)
     else:
         decay = {"num_decay_steps": round(steps * (1 - args.lr_decay_start)), "decay_type": "cosine"}
-        scheduler = get_scheduler("warmup_stable_decay", optimizer, 0, steps, scheduler_specific_kwargs=decay)
+        scheduler = get_scheduler(
+            "warmup_stable_decay", optimizer, args.num_warmup_steps, steps, scheduler_specific_kwargs=decay
+        )
     pruner = None
     if with_gates:
         ramp = {} if args.keep is None else {"ramp_epochs": args.ramp_epochs}
@@ -450,7 +453,8 @@ def available_cores() -> int:
 def used_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the run depended on, without paths of this machine and what the scheduler at hand does not read."""
     unsaid = {"config", "output_dir", "compare_dense", "train_dir", "validation_dir"}
-    unsaid |= {"lr_milestones", "lr_restart_milestones"} if args.lr_scheduler == "cosine" else {"lr_decay_start"}
+    unsaid |= {"lr_milestones", "lr_restart_milestones"} if args.lr_scheduler == "cosine" else set()
+    unsaid |= {"lr_decay_start", "num_warmup_steps"} if args.lr_scheduler == "restarting" else set()
     if args.no_gates:
         unsaid |= {"epsilon_warmup_epochs", "ramp_epochs", "patience", "no_live_removal"}
     unsaid |= {name for name in ("dataset_name", "model_name_or_path") if hub_id(getattr(args, name)) is None}

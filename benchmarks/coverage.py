@@ -41,10 +41,10 @@ SHORTENED: dict[str, dict[str, Any]] = {
     "deepseek_vit_412m": {"depth": 4, "embed_dim": 128, "num_heads": 4, "img_size": 112},
     "deepseek_vit_412m_enc": {"depth": 4, "img_size": 112, "out_features": 256},
     "eva02_enormous_patch14_clip_224": {"depth": 4, "embed_dim": 128, "num_heads": 4, "img_size": 112},
-    "gemma4_vit_167m": {"depth": 4, "img_size": 112},
-    "gemma4_vit_167m_enc": {"depth": 4, "img_size": 112},
-    "qwen3_vit_88m": {"depth": 4, "img_size": 112},
-    "qwen3_vit_88m_enc": {"depth": 4, "img_size": 112},
+    "gemma4_vit_167m": {"depth": 4, "img_size": 144},
+    "gemma4_vit_167m_enc": {"depth": 4, "img_size": 144},
+    "qwen3_vit_88m": {"depth": 4, "img_size": 128},
+    "qwen3_vit_88m_enc": {"depth": 4, "img_size": 128},
 }
 
 
@@ -152,7 +152,7 @@ def representatives(scanned: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     groups: dict[tuple, list[str]] = defaultdict(list)
     for name, seen in scanned.items():
         if seen["gates"]:
-            groups[seen["class"], *seen["blocks"]].append(name)
+            groups[(seen["class"], *seen["blocks"])].append(name)
     return {min(names, key=lambda name: scanned[name]["parameters"]): names for names in groups.values()}
 
 

@@ -9,7 +9,7 @@ candidate is probed with a forward pass before it counts as a branch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,7 +90,8 @@ def probe_batch(body: nn.Module, batch_size: int = 2) -> Tensor:
     parameter = next(body.parameters())
     shape = (batch_size, *input_size(body))
     if parameter.device.type == "meta":
-        return torch.empty(shape, device="meta", dtype=parameter.dtype)
+        # Five images cost nothing here, and no code takes them for a pair, or for a number of channels.
+        return torch.empty((5, *shape[1:]), device="meta", dtype=parameter.dtype)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return images.to(parameter.device, parameter.dtype)
 
@@ -136,13 +137,13 @@ def branch_ends(body: nn.Module) -> list[nn.Module]:
 
 @torch.inference_mode(mode=False)
 @torch.enable_grad()
-def branch_parameters(body: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters, by name, on which the output depends through gated branches only."""
+def branch_parameters(body: nn.Module, slots: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters, by name, on which the output depends only through the branches of these slots."""
     net = meta_copy(body)
     own = dict(net.named_parameters())
     dense = trace(net, probe_batch(net)).live
-    for gate in gates(net).values():
-        gate.closed = True
+    for slot in slots:
+        gates(net)[slot].closed = True
     live = trace(net, probe_batch(net)).live
     return {name: parameter for name, parameter in body.named_parameters() if id(own[name]) in dense - live}
 

@@ -12,6 +12,7 @@ of a pruned network are some of those of the dense one, under the same names.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -80,6 +81,7 @@ class Edit(NamedTuple):
         parent_path, _, name = self.path.rpartition(".")
         parent = body.get_submodule(parent_path)
         if self.make is None:
+            order = list(parent._parameters)
             parameter: Any = parent._parameters.pop(name)
             # Its value no longer counts; that the block's code finds something to multiply by does.
             parent.register_buffer(name, parameter.detach().new_ones(()).expand(parameter.shape), persistent=False)
@@ -87,6 +89,8 @@ class Edit(NamedTuple):
             def undo() -> None:
                 delattr(parent, name)
                 parent.register_parameter(name, parameter)
+                for other in order:  # optimizers number parameters in their order
+                    parent._parameters[other] = parent._parameters.pop(other)
 
             return undo
         old = parent.get_submodule(name)
@@ -192,10 +196,10 @@ class _Planner:
                 continue
             parts = {id(part) for part in (*child.modules(), *child.parameters())}
             # One that is called and does not count may share a part with one that does.
-            if id(child) in self.lost or (parts & self.lost and not parts & self.live):
-                edits.append(Edit(prefix + name, _passing(self.dense.calls_of(child))))
-            else:
+            if not (id(child) in self.lost or (parts & self.lost and not parts & self.live)):
                 edits += self.stubs(prefix + name)
+            elif make := _passing(self.dense.calls_of(child)):
+                edits.append(Edit(prefix + name, make))
         return edits
 
     def accepted(self, edits: list[Edit], calls: list[Call]) -> list[Edit]:
@@ -219,10 +223,12 @@ def _same_shapes(call: Call) -> bool:
     return shapes(output) == shapes(call.output) and versions == [x._version for x in inputs]
 
 
-def _passing(calls: list[Call]) -> Callable[[nn.Module], nn.Module]:
-    """How to make a module into one that passes its input on, in place of a module that was called like this."""
+def _passing(calls: list[Call]) -> Callable[[nn.Module], nn.Module] | None:
+    """How to make a module that was called like this into one that passes its input on; None if it returns more."""
     take: Any = _taken(calls[0].args, calls[0].output) if calls else 0
     if take is None:
+        if not isinstance(calls[0].output, Tensor):
+            return None
         take = 0  # of another shape: the block must do with it, or keeps the module
     return lambda old: _like(old, nn.Identity() if take == 0 and _takes_one(old) else Passthrough(take))
 
@@ -237,6 +243,8 @@ def _taken(args: tuple, output: Any) -> int | tuple[int, ...] | None:
 
 def _chain(block: nn.Module, call: Call) -> Callable[[nn.Module], nn.Module] | None:
     """How to make a block without branches into the chain of what is left of it; None if it is no such chain."""
+    if any(name.startswith("forward_") for name in dir(type(block))):
+        return None  # others call it in other ways than by its forward
     name_of = {child: name for name, child in block.named_children()}
     rest = trace(block, *call.args, **call.kwargs)
     names = [
@@ -246,23 +254,32 @@ def _chain(block: nn.Module, call: Call) -> Callable[[nn.Module], nn.Module] | N
     ]
 
     def make(old: nn.Module, names: list[str] = names) -> nn.Module:
-        if not names:
-            return _passing([call])(old)
+        if not names and (passing := _passing([call])):
+            return passing(old)
         chain = nn.Sequential() if _takes_one(old) else Chain()
         for name in names:
             chain.add_module(name, old.get_submodule(name))
+        if names and getattr(chain[0], "inplace", False):
+            # It used to work on the block's sum; now it gets the block's input, which others may need as it is.
+            chain[0] = copy.copy(chain[0])
+            chain[0].inplace = False  # type: ignore[assignment]
         return _like(old, chain)
 
     # Any numbers in the weights will do, but for those that make a module an identity by accident.
     actual = random_copy(block)
     (args, kwargs), (same_args, same_kwargs) = (random_like((call.args, call.kwargs)) for _ in range(2))
-    with torch.no_grad(), torch.device("cpu"):  # whatever device the model is being built on
-        expected = actual(*args, **kwargs)
-        try:
+    untouched, _ = random_like((call.args, call.kwargs))
+    try:
+        with torch.no_grad(), torch.device("cpu"):  # whatever device the model is being built on
+            expected = actual(*args, **kwargs)
             left = make(actual)(*same_args, **same_kwargs)
-        except (TypeError, RuntimeError):
-            return None
-    if shapes(left) != shapes(expected) or not all(map(torch.equal, tensors(left), tensors(expected))):
+    except (TypeError, RuntimeError):
+        return None
+    pairs = [
+        *zip(tensors(left), tensors(expected), strict=False),
+        *zip(tensors(same_args), tensors(untouched), strict=True),
+    ]
+    if shapes(left) != shapes(expected) or not all(torch.equal(a, b) for a, b in pairs):
         return None
     if all(isinstance(block.get_submodule(name), nn.ReLU) for name in names) and _is_rectified(call.args[0]):
         return lambda old: make(old, [])

@@ -31,7 +31,7 @@ from timm.models import (
 )
 from torch import nn
 
-from .branches import branch_ends, branch_parameters
+from .branches import branch_ends, branch_parameters, evaluating, gates, probe_batch
 from .names import twin_name
 from .surgery import add_gates, replay_removed
 
@@ -92,21 +92,29 @@ def _revive(model: nn.Module) -> None:
 
     timm sets the last scale of many branches to zero, a norm's or a gain, or the last layer's weights.
     """
-    scales = ("weight", "gain", "gamma", "scale", "skipinit")
-    dead = {
-        parameter
-        for name, parameter in model.named_parameters()
-        if not parameter.is_meta and name.rpartition(".")[2].startswith(scales) and not parameter.any()
-    }
-    if not dead:
+    if not (scales := {p for name, p in model.named_parameters() if _is_zero_scale(name, p)}):
         return
+    silent: list[str] = []
+    hooks = [
+        gate.register_forward_pre_hook(lambda _, args, slot=slot: None if args[0].any() else silent.append(slot))
+        for slot, gate in gates(model).items()
+    ]
+    with evaluating(model):
+        model(probe_batch(model, 1))
+    for hook in hooks:
+        hook.remove()
     last_layers = [module for module in branch_ends(model) if isinstance(module, nn.Linear | nn.Conv2d)]
-    for name, parameter in branch_parameters(model).items():
+    for name, parameter in branch_parameters(model, silent).items():
         layer: Any = model.get_submodule(name.rpartition(".")[0])
-        if parameter in dead and max(parameter.shape, default=1) == parameter.numel():
+        if parameter in scales and max(parameter.shape, default=1) == parameter.numel():
             nn.init.ones_(parameter)
-        elif parameter in dead and layer in last_layers:
+        elif parameter in scales and layer in last_layers:
             layer.reset_parameters()
+
+
+def _is_zero_scale(name: str, parameter: nn.Parameter) -> bool:
+    kinds = ("weight", "gain", "gamma", "scale", "skipinit")
+    return not parameter.is_meta and name.rpartition(".")[2].startswith(kinds) and not parameter.any()
 
 
 def _features(

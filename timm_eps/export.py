@@ -135,6 +135,8 @@ def _rebuild(
             if same_outputs(body(batch), stock(batch)):
                 return stock, depth
         raise ValueError(f"with {depth or 'zeros'} it computes something else, its blocks depend on their position")
+    if not left_out:
+        raise ValueError("timm builds it with other weights")
     raise ValueError(f"timm builds it with no such number of blocks ({', '.join(_DEPTHS)} were tried)")
 
 

@@ -142,7 +142,8 @@ class EpsResNetModel(EpsResNetPreTrainedModel, TimmWrapperModel):
 
     def _drop_training_parts(self) -> None:
         super()._drop_training_parts()
-        self.timm_model.reset_classifier(0)
+        if hasattr(self.timm_model, "reset_classifier"):  # an encoder has none
+            self.timm_model.reset_classifier(0)
         self.config.num_labels = 0  # or timm would look for the classifier that is not there
 
 

@@ -41,6 +41,7 @@ _logger = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
+@torch.inference_mode(mode=False)  # what is made here will be trained
 def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
     """Put an :class:`~timm_eps.EpsilonGate` at the end of every residual branch of a timm model, in place.
 
@@ -135,6 +136,7 @@ def remove_closed(model: nn.Module) -> list[str]:
     return remove(model, closed_slots(model))
 
 
+@torch.inference_mode(mode=False)  # what is made here will be trained
 def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
     """Remove the branches of closed gates, proven, in place; see :func:`remove_closed`.
 
@@ -172,8 +174,9 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
     return gone
 
 
+@torch.inference_mode(mode=False)  # what is made here will be trained
 def replay_removed(model: nn.Module, removed: Iterable[str]) -> None:
-    """Give a newly built model the structure of a pruned one, in place. Needs no weights and computes nothing.
+    """Give a newly built model the structure of a pruned one, in place. Needs no weights, on any device.
 
     Args:
         model: The model with all its branches, or with those that are not in ``removed``.

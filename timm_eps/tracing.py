@@ -158,4 +158,11 @@ def _copy(module: _Module, convert: Callable[[Tensor], Tensor]) -> _Module:
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
                 new = convert(tensor.detach())
                 memo[id(tensor)] = nn.Parameter(new, _is_float(new)) if isinstance(tensor, nn.Parameter) else new
-    return copy.deepcopy(module, memo)
+    duplicate = copy.deepcopy(module, memo)
+    for part in duplicate.modules():
+        # A user's hooks are not for runs like these; torch's own compute weights.
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if not getattr(hook, "__module__", "").startswith("torch."):
+                    del hooks[key]
+    return duplicate
