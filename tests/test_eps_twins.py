@@ -203,3 +203,20 @@ def test_architectures_of_other_packages_are_not_gated():
         "assert timm.is_model('eps_resnet50')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_dead_branches_are_revived():
+    """GRN starts at zero and is an identity then: nothing that timm set is touched without need."""
+    torch.manual_seed(0)
+    plain = timm.create_model("convnextv2_atto", num_classes=3)
+    torch.manual_seed(0)
+    twin = timm.create_model("eps_convnextv2_atto", num_classes=3)
+    assert all(torch.equal(tensor, twin.state_dict()[key]) for key, tensor in plain.state_dict().items())
+
+
+def test_encoders_are_saved(tmp_path):
+    model = timm.create_model("eps_gemma4_vit_167m_enc", depth=1, img_size=96).eval()
+    close(model, next(iter(gates(model))))
+    timm_eps.save_pretrained(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert again.removed == [next(iter(gates(timm.create_model("eps_gemma4_vit_167m_enc", depth=1, img_size=96))))]
