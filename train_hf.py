@@ -258,6 +258,11 @@ def train(
     if args.lr_scheduler == "restarting":
         scheduler = timm_eps.RestartingLR(optimizer, args.lr_milestones, args.lr_restart_milestones)
     else:
+        if args.num_warmup_steps > steps * args.lr_decay_start:
+            raise ValueError(
+                f"--num_warmup_steps {args.num_warmup_steps} is more than the {steps * args.lr_decay_start:.0f} of "
+                f"{steps} steps after which the rate falls (--lr_decay_start {args.lr_decay_start})."
+            )
         decay = {"num_decay_steps": round(steps * (1 - args.lr_decay_start)), "decay_type": "cosine"}
         scheduler = get_scheduler(
             "warmup_stable_decay", optimizer, args.num_warmup_steps, steps, scheduler_specific_kwargs=decay

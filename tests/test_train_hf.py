@@ -294,3 +294,33 @@ def test_default_run(tmp_path):
     assert results["params"] <= 0.15 * results["dense_params"]
     assert results["eval_accuracy"] > 0.98
     assert max(results["eval_accuracy_by_epoch"][-10:]) - min(results["eval_accuracy_by_epoch"][-10:]) < 0.02
+
+
+@pytest.mark.parametrize("name", ["eps_test_resnet", "eps_test_vit"])
+def test_twins_of_timm_models_train_too(tmp_path, name):
+    """A post-activation ResNet and a ViT by their stored recipes, cut short."""
+    config = ["--config", str(ROOT / "hub_configs" / f"{name}.digits.json"), "--num_warmup_steps", "0"]
+    short = [*SHORT[2:], "--output_dir", str(tmp_path), "--keep", "5"]
+    results = train_hf.main([*config, *short])
+    assert results["architecture"] == name
+    assert 5 <= results["blocks_kept"] < results["blocks_total"], "responses still move after so few steps"
+    assert results["params"] < results["dense_params"]
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert again.removed == results["removed"]
+    assert (
+        f"keeps {results['blocks_kept']} of {results['blocks_total']} residual branches"
+        in (tmp_path / "README.md").read_text()
+    )
+    fewer = train_hf.main(
+        ["--model_name_or_path", str(tmp_path), "--keep", "3", *SHORT[2:], "--output_dir", str(tmp_path / "on")]
+    )
+    assert fewer["blocks_kept"] < results["blocks_kept"]
+
+
+def test_bad_arguments_for_timm(capsys):
+    for text, message in {"{": "must be JSON, got {", "[1]": "must be a JSON object, got"}.items():
+        with pytest.raises(SystemExit):
+            train_hf.parse_arguments(["--model_args", text])
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"--num_warmup_steps 50 is more than the 2 of 8 steps"):
+        train_hf.main([*SHORT, "--keep", "3", "--num_warmup_steps", "50"])
