@@ -56,9 +56,10 @@ def export_timm(model: nn.Module, directory: str | os.PathLike, *, zero_branches
     arguments = {name: value for name, value in config.model_args.items() if name != "removed"}
     options = {**arguments, "num_classes": body.num_classes}
     blocks = _removed_blocks(body)
-    whole = {path for path in blocks if isinstance(body.get_submodule(path), nn.Identity | Passthrough)}
+    empty = {path for path in blocks if isinstance(body.get_submodule(path), nn.Identity | Passthrough)}
+    whole = {path for path in empty if path.rpartition(".")[2].isdigit()}
     obstacles = [
-        f"{path} is not an identity without {', '.join(blocks[path])}"
+        f"{path} is {'no block of a row' if path in empty else 'not an identity'} without {', '.join(blocks[path])}"
         for path in sorted(blocks.keys() - whole, key=natural_order)
     ]
     attempts = [] if obstacles and not zero_branches else [(_left_out(body, whole, zero_branches), zero_branches)]
