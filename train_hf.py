@@ -458,8 +458,8 @@ def available_cores() -> int:
 def used_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the run depended on, without paths of this machine and what the scheduler at hand does not read."""
     unsaid = {"config", "output_dir", "compare_dense", "train_dir", "validation_dir"}
-    unsaid |= {"lr_milestones", "lr_restart_milestones"} if args.lr_scheduler == "cosine" else set()
-    unsaid |= {"lr_decay_start", "num_warmup_steps"} if args.lr_scheduler == "restarting" else set()
+    restart, decay = {"lr_milestones", "lr_restart_milestones"}, {"lr_decay_start", "num_warmup_steps"}
+    unsaid |= restart if args.lr_scheduler == "cosine" else decay
     if args.no_gates:
         unsaid |= {"epsilon_warmup_epochs", "ramp_epochs", "patience", "no_live_removal"}
     unsaid |= {name for name in ("dataset_name", "model_name_or_path") if hub_id(getattr(args, name)) is None}

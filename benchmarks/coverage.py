@@ -17,6 +17,7 @@ import copy
 import json
 import logging
 import random
+import statistics
 import tempfile
 import warnings
 from collections import Counter, defaultdict
@@ -28,10 +29,10 @@ import torch
 from torch import nn
 
 import timm_eps
-from timm_eps.branches import block_path, evaluating, find_slots, gates, probe_batch
+from timm_eps.branches import branch_parameters, evaluating, find_slots, gates, probe_batch, slots_by_block
 from timm_eps.names import twin_name
+from timm_eps.report import count_parameters
 from timm_eps.surgery import closed_slots, removed_slots, same_outputs
-from timm_eps.tracing import meta_copy, trace
 
 ROOT = Path(__file__).parent.parent
 STORE = Path(__file__).with_suffix(".json")
@@ -57,10 +58,10 @@ def scan(name: str) -> dict[str, Any]:
     return {
         "module": timm.models.model_entrypoint(name).__module__.rpartition(".")[2],
         "class": type(model).__name__,
-        "blocks": sorted({type(model.get_submodule(block_path(model, slot))).__name__ for slot in accepted}),
+        "blocks": sorted({type(model.get_submodule(path)).__name__ for path in slots_by_block(model, accepted)}),
         "gates": len(accepted),
         "refused": dict(Counter(refused.values())),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model),
     }
 
 
@@ -85,8 +86,8 @@ def try_out(name: str) -> dict[str, Any]:
         for slot in random.Random(seed).sample(slots, (len(slots) + 1) // 2):
             gates(pruned)[slot].closed = True
         shut = closed_slots(pruned)
-        before_count = count(pruned)
-        dead = dead_parameters(pruned)
+        before_count = count_parameters(pruned)
+        dead = sum(parameter.numel() for parameter in branch_parameters(pruned, shut).values())
         with evaluating(pruned):
             before = pruned(batch)
             timm_eps.remove_closed(pruned)
@@ -94,7 +95,7 @@ def try_out(name: str) -> dict[str, Any]:
         found["shut"].append(len(shut))
         found["removed"].append(len(set(removed_slots(pruned)) & set(shut)))
         found["dead"].append(dead / before_count)
-        found["freed"].append(1 - count(pruned) / before_count)
+        found["freed"].append(1 - count_parameters(pruned) / before_count)
         twin = timm.create_model(twin_name(name), removed=removed_slots(pruned), **arguments).eval()
         twin.load_state_dict(pruned.state_dict())
         with evaluating(twin):
@@ -104,9 +105,7 @@ def try_out(name: str) -> dict[str, Any]:
 
 def try_export(model: nn.Module, name: str) -> dict[str, Any]:
     """Export with half of the blocks gone, none of them a stage's first; if that fails, with zeros for branches."""
-    blocks: dict[str, list[str]] = defaultdict(list)
-    for slot in gates(model):
-        blocks[block_path(model, slot)].append(slot)
+    blocks = slots_by_block(model, gates(model))
     later = [path for path in blocks if path.rpartition(".")[2] != "0"] or list(blocks)
     for path in random.Random(0).sample(later, (len(later) + 1) // 2):
         for slot in blocks[path]:
@@ -134,20 +133,6 @@ def try_export(model: nn.Module, name: str) -> dict[str, Any]:
     return answer
 
 
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def dead_parameters(model: nn.Module) -> int:
-    """Number of parameters that the output depends on with all gates open, and does not with the closed ones shut."""
-    net = meta_copy(model)
-    now = trace(net, probe_batch(net)).live
-    for gate in gates(net).values():
-        gate.closed = False
-    once = trace(net, probe_batch(net)).live
-    return sum(parameter.numel() for parameter in net.parameters() if id(parameter) in once - now)
-
-
 def representatives(scanned: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """The smallest architecture of each class and set of blocks that has a gate, and all that it stands for."""
     groups: dict[tuple, list[str]] = defaultdict(list)
@@ -155,10 +140,6 @@ def representatives(scanned: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
         if seen["gates"]:
             groups[(seen["class"], *seen["blocks"])].append(name)
     return {min(names, key=lambda name: scanned[name]["parameters"]): names for names in groups.values()}
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def document(scanned: dict[str, dict[str, Any]], tried: dict[str, dict[str, Any]]) -> str:
@@ -211,9 +192,9 @@ def document(scanned: dict[str, dict[str, Any]], tried: dict[str, dict[str, Any]
             export = "zeros" if found.get("export_with_zeros", "") is None else "no"
             reasons[reason_of(found["export"])].append(name)
         refused = sum(number for reason, number in seen["refused"].items())
-        freed = f"{100 * mean(found['freed']):.1f} %"
+        freed = f"{100 * statistics.mean(found['freed']):.1f} %"
         if not all_freed(found):
-            freed += f" of {100 * mean(found['dead']):.1f} %"
+            freed += f" of {100 * statistics.mean(found['dead']):.1f} %"
         exact = "yes" if found["open_equal"] and all(found["exact"]) and all(found["rebuilt"]) else "**no**"
         kind = f"{seen['module']} | {seen['class']}: {', '.join(seen['blocks'])}"
         lines.append(

@@ -15,7 +15,7 @@ from torch import nn
 
 import timm_eps
 from timm_eps import EpsResNetForImageClassification
-from timm_eps.branches import block_path, gates, probe_batch
+from timm_eps.branches import gates, probe_batch, slots_by_block
 
 STOCK = """
 import sys, torch, timm
@@ -53,10 +53,7 @@ def trained(name: str, **kwargs) -> nn.Module:
 
 
 def blocks_of(model: nn.Module) -> dict[str, list[str]]:
-    blocks: dict[str, list[str]] = {}
-    for slot in gates(model):
-        blocks.setdefault(block_path(model, slot), []).append(slot)
-    return blocks
+    return slots_by_block(model, gates(model))
 
 
 def close_blocks(model: nn.Module, *paths: str) -> None:

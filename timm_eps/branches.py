@@ -18,7 +18,7 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from .gate import EpsilonGate
-from .tracing import Call, fresh, leads_to, meta_copy, shapes, tensors, trace
+from .tracing import Call, Trace, fresh, leads_to, meta_copy, shapes, tensors, trace
 
 __all__ = [
     "block_path",
@@ -29,7 +29,9 @@ __all__ = [
     "gates",
     "input_size",
     "probe_batch",
+    "slots_by_block",
     "timm_body",
+    "traces_open_and_shut",
 ]
 
 # Why a slot got no gate, where nobody would expect one: a block without a shortcut has it for nothing.
@@ -74,6 +76,14 @@ def block_path(body: nn.Module, slot: str) -> str:
     while type(body.get_submodule(path)) in (nn.Sequential, nn.ModuleList):
         path = path.rpartition(".")[0]
     return path
+
+
+def slots_by_block(body: nn.Module, slots: Iterable[str]) -> dict[str, list[str]]:
+    """The slots of each block, by the block's path."""
+    blocks: dict[str, list[str]] = {}
+    for slot in slots:
+        blocks.setdefault(block_path(body, slot), []).append(slot)
+    return blocks
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -141,11 +151,20 @@ def branch_parameters(body: nn.Module, slots: Iterable[str]) -> dict[str, nn.Par
     """The parameters, by name, on which the output depends only through the branches of these slots."""
     net = meta_copy(body)
     own = dict(net.named_parameters())
-    dense = trace(net, probe_batch(net)).live
+    dense, shut = traces_open_and_shut(net, probe_batch(net), slots)
+    lost = dense.live - shut.live
+    return {name: parameter for name, parameter in body.named_parameters() if id(own[name]) in lost}
+
+
+def traces_open_and_shut(net: nn.Module, batch: Tensor, slots: Iterable[str]) -> tuple[Trace, Trace]:
+    """Traces of a meta copy with all its gates open, and with those of some slots shut, which they are then."""
+    found = gates(net)
+    for gate in found.values():
+        gate.closed = False
+    dense = trace(net, batch)
     for slot in slots:
-        gates(net)[slot].closed = True
-    live = trace(net, probe_batch(net)).live
-    return {name: parameter for name, parameter in body.named_parameters() if id(own[name]) in dense - live}
+        found[slot].closed = True
+    return dense, trace(net, batch)
 
 
 class _Probe(nn.Module):
@@ -154,11 +173,19 @@ class _Probe(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Any] = []
-        self.answer: Callable[[Tensor], Tensor] = lambda x: x
+        self.answer: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Any) -> Any:
         self.seen.append(x)
-        return self.answer(x)
+        return x if self.answer is None else self.answer(x)
+
+    @contextmanager
+    def answering(self, answer: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        self.answer = answer
+        try:
+            yield
+        finally:
+            self.answer = None
 
 
 @torch.inference_mode(mode=False)  # a graph is needed, whatever the caller does without
@@ -210,9 +237,8 @@ def _reason_against(probe: _Probe, calls: list[Call]) -> str | None:
             return "it carries something else than one tensor"
         if any(leads_to(x) <= inputs for x in probe.seen):
             return "it acts on the block's input, not on a residual branch"
-        probe.answer = torch.zeros_like
-        outputs = tensors(trace(call.module, *args, **kwargs).output)
-        probe.answer = lambda x: x
+        with probe.answering(torch.zeros_like):
+            outputs = tensors(trace(call.module, *args, **kwargs).output)
         if not all(leads_to(output) & inputs for output in outputs):
             return "no shortcut stands beside it: shut, the signal would end here"
     return None
@@ -220,11 +246,8 @@ def _reason_against(probe: _Probe, calls: list[Call]) -> str | None:
 
 def _takes_single_zero(probe: _Probe, calls: list[Call]) -> bool:
     """Whether a block broadcasts what comes out of a slot, instead of adding to it in place or slicing it."""
-    probe.answer = lambda x: x.new_zeros(())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), probe.answering(lambda x: x.new_zeros(())):
             return all(shapes(call.module(*call.args, **call.kwargs)) == shapes(call.output) for call in calls)
     except (IndexError, RuntimeError, TypeError, ValueError):
         return False
-    finally:
-        probe.answer = lambda x: x

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .branches import block_path, gates, probe_batch
+from .branches import gates, probe_batch, slots_by_block, traces_open_and_shut
 from .gate import EpsilonGate
 from .tracing import Call, Trace, meta_copy, random_copy, random_like, shapes, tensors, trace
 
@@ -121,16 +121,9 @@ def plan_collapse(body: nn.Module, slots: set[str]) -> list[Plan]:
     originals = [*net.modules(), *net.parameters()]  # kept alive: what follows tells them by their ids
     batch = probe_batch(net)
     found = gates(net)
-    blocks: dict[str, list[str]] = {}
-    for slot, gate in found.items():
-        gate.closed = False
-        if slot in slots:
-            blocks.setdefault(block_path(net, slot), []).append(slot)
-    dense = trace(net, batch)
-    for slot in slots:
-        found[slot].closed = True
-    live = trace(net, batch).live
-    planner = _Planner(net, dense, dense.live - live, live)
+    blocks = slots_by_block(net, [slot for slot in found if slot in slots])
+    dense, shut = traces_open_and_shut(net, batch, slots)
+    planner = _Planner(net, dense, dense.live - shut.live, shut.live)
     plans = []
     for path, own in blocks.items():
         here = [slot for slot in own if _find(net, slot) is found[slot]]  # a block around it may have taken it along

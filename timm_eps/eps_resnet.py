@@ -188,7 +188,6 @@ class EpsResNet(nn.Module):
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         if removed:
-            self.pretrained_cfg = {"architecture": "", "input_size": (in_chans, 32, 32)}  # what a trace is made with
             replay_removed(self, removed)
         self.init_weights()
 

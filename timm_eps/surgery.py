@@ -124,7 +124,7 @@ def removed_slots(model: nn.Module) -> list[str]:
 def remove_closed(model: nn.Module) -> list[str]:
     """Remove every branch whose gate is ``closed``, in place, without changing any evaluation output.
 
-    A block goes when all its branches are closed and a probe proves that what replaces it computes the same.
+    It goes when a probe proves that the model computes the same without it; a block goes when all its branches do.
 
     Returns:
         The slot paths removed now.
