@@ -6,9 +6,11 @@
     accelerate launch train_hf.py --dataset_name uoft-cs/cifar10 --flip --output_dir outputs/cifar10
     accelerate launch train_hf.py --config hub_configs/eps_resnet110.digits.json --keep 0.3
     accelerate launch train_hf.py --architecture eps_resnet18 --image_size 32 --keep 0.5    # any twin of a timm model
+    accelerate launch train_hf.py --model_name_or_path me/first --dataset_name me/images --keep 0.5 --push_to_hub
 
 A JSON file given with --config holds arguments by name; a flag on the command line wins over it. What is written to
---output_dir: the model (timm and transformers load it), README.md (its card), blocks.png, all_results.json.
+--output_dir, and with --push_to_hub to the Hub: the model (timm and transformers load it), README.md (its card),
+blocks.png, all_results.json.
 """
 
 from __future__ import annotations
@@ -31,12 +33,16 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from huggingface_hub import create_repo
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification, get_scheduler, pipeline
 
 import timm_eps
 from timm_eps import EpsilonGate, EpsilonPruner, EpsResNetConfig, EpsResNetForImageClassification, data, report
+
+Images = data.ImageTensors | data.ImageFiles
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,6 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", help="JSON file with arguments by name; flags on the command line win over it")
     model = parser.add_argument_group("model").add_argument
     model("--architecture", help="a model this package registers with timm; default eps_resnet110")
+    model("--pretrained", action="store_true", help="begin with timm's weights; eps_resnet50.a1_in1k names a tag")
     model("--model_args", type=json_object, help='JSON with keyword arguments for timm, such as {"drop_rate": 0.1}')
     model("--model_name_or_path", help="a saved model, on the Hub or a directory, to go on from")
     model("--ignore_mismatched_sizes", action="store_true", help="new classifier where the saved one does not fit")
@@ -54,6 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     source("--dataset_config_name")
     source("--train_dir", help="a directory with one sub-directory of images a class")
     source("--validation_dir")
+    source("--train_split_name", default="train", help="or several, such as train+extra")
     source("--train_val_split", type=share, default=0.15, help="share to validate on if there is no such split")
     source("--image_column_name", help="found by type if not given")
     source("--label_column_name", help="found by type if not given")
@@ -61,8 +69,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     source("--max_eval_samples", type=at_least(1), help="draw this many")
     source("--image_size", type=at_least(4), help="side in pixels; default that of the architecture, digits 8")
     source("--fold", type=int, default=0, help="which fifth of the digits to validate on, 0 to 4")
-    source("--padding", type=at_least(0), help="random crops after padding by so many pixels; default size // 8")
+    source(
+        "--augmentation",
+        choices=["crop", "distort", "resized_crop"],
+        default="crop",
+        help="crop: after padding; distort: the paper's for SVHN; resized_crop: for large images, read when needed",
+    )
+    source("--padding", type=at_least(0), help="of crop and distort, pixels on each side; default size // 8")
+    source("--color_jitter", type=float, nargs=3, help="of resized_crop: brightness, contrast and saturation")
     source("--flip", action="store_true", help="mirror half the images; not for digits")
+    source("--crop_pct", type=share, help="share of the side that the centre crop for evaluation leaves")
+    source("--dataloader_num_workers", type=at_least(0), default=0, help="processes that read large images")
     gate = parser.add_argument_group("gates").add_argument
     gate("--keep", type=fraction_or_number, help="share (0.25) or number (14) of branches to keep; default 0.25")
     gate("--epsilon", type=float, help="the paper's fixed threshold instead of --keep")
@@ -80,17 +97,33 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     train("--optimizer", choices=["sgd", "adamw"], default="sgd", help="adamw: try a --learning_rate near 1e-3")
     train("--learning_rate", type=float, default=0.1)
     train("--momentum", type=float, default=0.9, help="of sgd")
+    train("--nesterov", action="store_true", help="of sgd")
     train("--weight_decay", type=float, default=5e-3)
-    train("--lr_scheduler", choices=["cosine", "restarting"], default="cosine", help="restarting is the paper's")
+    train(
+        "--lr_scheduler",
+        choices=["cosine", "multistep", "restarting"],
+        default="cosine",
+        help="restarting is the paper's for small images, multistep that for ImageNet",
+    )
     train("--num_warmup_steps", type=at_least(0), default=0, help="with cosine: steps of rising rate first")
     train("--lr_decay_start", type=share, default=0.3, help="with cosine: share of the training at full rate first")
-    three = {"type": at_least(1), "nargs": 3}
-    train("--lr_milestones", **three, default=[82, 123, 300], help="with restarting: epochs at which the rate falls")
-    train("--lr_restart_milestones", **three, default=[41, 61, 150], help="the same, counted from a restart")
+    epochs = {"type": at_least(1), "nargs": "+"}
+    train("--lr_milestones", **epochs, default=[82, 123, 300], help="not with cosine: epochs at which the rate falls")
+    train("--lr_restart_milestones", **epochs, default=[41, 61, 150], help="the same, counted from a restart")
+    train("--lr_factors", type=float, nargs="+", default=[1, 0.1, 0.01, 0.002], help="of the rate, between them")
     train("--num_threads", type=at_least(1), help="on the CPU; default: all cores this process may use")
     train("--seed", type=int, default=0)
     train("--compare_dense", action="store_true", help="train the same recipe with the gates off as well")
     parser.add_argument("--output_dir", help="default outputs/<architecture>-<data set>")
+    saving = parser.add_argument_group("saving and the Hub").add_argument
+    saving("--with_remote_code", action="store_true", help="add code to load a CIFAR network without this package")
+    saving("--with_onnx", action="store_true", help="add onnx/model.onnx")
+    saving("--license", default="apache-2.0", help="of the weights, for the card")
+    saving("--push_to_hub", action="store_true", help="push what is in --output_dir, in one commit")
+    saving("--hub_model_id", help="owner/name; default the name of --output_dir, under your own")
+    saving("--hub_token", help="default: the one that `hf auth login` stored")
+    saving("--hub_private_repo", action="store_true", help="if the repository is made now")
+    saving("--hub_revision", help="the branch to push to; default main")
 
     argv = sys.argv[1:] if argv is None else argv
     given = parser.parse_args(argv)
@@ -99,11 +132,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "epsilon": ["keep"],
         "no_gates": ["keep", "epsilon", "compare_dense"],
         "dataset_name": ["train_dir"],
-        "model_name_or_path": ["architecture", "image_size", "model_args"],
+        "model_name_or_path": ["architecture", "image_size", "model_args", "pretrained"],
     }.items():
         if getattr(args, flag) and (clash := next((name for name in excluded if getattr(args, name)), None)):
             parser.error(f"--{flag} and --{clash} exclude each other")
-    for flag, needed in {"dataset_config_name": "dataset_name", "validation_dir": "train_dir"}.items():
+    for flag, needed in {
+        "dataset_config_name": "dataset_name",
+        "validation_dir": "train_dir",
+        **dict.fromkeys(("hub_model_id", "hub_token", "hub_private_repo", "hub_revision"), "push_to_hub"),
+    }.items():
         if getattr(args, flag) and not getattr(args, needed):
             parser.error(f"--{flag} goes with --{needed}")
     if args.keep is None and args.epsilon is None and not args.no_gates:
@@ -175,7 +212,7 @@ def load_images(args: argparse.Namespace) -> tuple[datasets.DatasetDict, dict[st
     else:
         splits, eval_split = data.load_splits(
             args.dataset_name, args.dataset_config_name, args.train_dir, args.validation_dir, args.train_val_split,
-            args.label_column_name, args.seed,
+            args.label_column_name, args.seed, args.train_split_name,
         )  # fmt: skip
         name = hub_id(args.dataset_name)
         shown = name or Path(args.dataset_name or args.train_dir).name
@@ -209,13 +246,37 @@ def input_of(args: argparse.Namespace, classes: int) -> dict[str, Any]:
     else:
         if not timm.is_model(args.architecture):
             raise ValueError(f"--architecture {args.architecture!r} is unknown; timm.list_models('eps_*') lists them.")
-        pretrained_cfg = EpsResNetConfig(architecture=args.architecture).pretrained_cfg
+        pretrained_cfg = dict(EpsResNetConfig(architecture=args.architecture).pretrained_cfg)
         small = on_digits(args) and timm.models.is_model_in_modules(args.architecture, ["eps_resnet"])
         if size := args.image_size or (8 if small else None):
             pretrained_cfg |= {"input_size": (3, size, size), "pool_size": None}
+    if args.crop_pct:
+        pretrained_cfg["crop_pct"] = args.crop_pct
     if pretrained_cfg["input_size"][0] != 3:
         raise ValueError(f"The model reads {pretrained_cfg['input_size'][0]} channels; this script feeds RGB images.")
     return pretrained_cfg
+
+
+def load_splits(
+    args: argparse.Namespace, raw: datasets.DatasetDict, columns: tuple[str, str], pretrained_cfg: dict[str, Any]
+) -> dict[str, Images]:
+    """Both splits as the network reads them: small images decoded into memory, large ones when they are needed."""
+    if args.augmentation != "resized_crop":
+        return {name: data.ImageTensors.decode(raw[name], pretrained_cfg, *columns) for name in raw}
+    training = {"training": True, "flip": args.flip, "color_jitter": args.color_jitter}
+    return {
+        name: data.ImageFiles.of(raw[name], pretrained_cfg, *columns, **(training if name == "train" else {}))
+        for name in raw
+    }
+
+
+def normalization(args: argparse.Namespace, train: Images) -> dict[str, Any]:
+    """The paper's mean and deviation; they travel with the model. Weights keep those that they were trained with."""
+    if args.model_name_or_path or args.pretrained:
+        return {}
+    if isinstance(train, data.ImageFiles):
+        return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    return {"mean": data.channel_mean(train.images), "std": [128 / 255] * 3}
 
 
 def build_model(args: argparse.Namespace, pretrained_cfg: dict[str, Any], label_names: list[str]) -> nn.Module:
@@ -230,18 +291,19 @@ def build_model(args: argparse.Namespace, pretrained_cfg: dict[str, Any], label_
     model_args = args.model_args or {}
     if pretrained_cfg.get("fixed_input_size"):
         model_args = {"img_size": pretrained_cfg["input_size"][1:], **model_args}
+    fields = {"pretrained_cfg": pretrained_cfg, "side_loss_weight": args.side_loss_weight, **labels}
+    if args.pretrained:
+        model = timm.create_model(args.architecture, pretrained=True, num_classes=len(label_names), **model_args)
+        return EpsResNetForImageClassification.from_timm(model, **fields)
     return EpsResNetForImageClassification(
-        EpsResNetConfig(
-            architecture=args.architecture, model_args=model_args, pretrained_cfg=pretrained_cfg,
-            side_loss_weight=args.side_loss_weight, **labels,
-        )
-    )  # fmt: skip
+        EpsResNetConfig(architecture=args.architecture.partition(".")[0], model_args=model_args, **fields)
+    )
 
 
 def train(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    splits: dict[str, data.ImageTensors],
+    splits: dict[str, Images],
     pretrained_cfg: dict[str, Any],
     with_gates: bool,
 ) -> tuple[nn.Module, EpsilonPruner | None, dict[str, Any]]:
@@ -252,11 +314,15 @@ def train(
     if args.optimizer == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
     else:
-        optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
-    batches = data.loader(splits["train"], args.per_device_train_batch_size, shuffle=True, seed=args.seed)
+        sgd = {"momentum": args.momentum, "nesterov": args.nesterov}
+        optimizer = torch.optim.SGD(groups, lr=args.learning_rate, **sgd)
+    batches = data.loader(
+        splits["train"], args.per_device_train_batch_size, True, args.seed, args.dataloader_num_workers
+    )
     steps = math.ceil(len(batches) / args.gradient_accumulation_steps) * args.num_train_epochs
-    if args.lr_scheduler == "restarting":
-        scheduler = timm_eps.RestartingLR(optimizer, args.lr_milestones, args.lr_restart_milestones)
+    if args.lr_scheduler != "cosine":
+        restarts = args.lr_restart_milestones if args.lr_scheduler == "restarting" else args.lr_milestones
+        scheduler = timm_eps.RestartingLR(optimizer, args.lr_milestones, restarts, args.lr_factors)
     else:
         if args.num_warmup_steps > steps * args.lr_decay_start:
             raise ValueError(
@@ -276,7 +342,11 @@ def train(
         )  # fmt: skip
     network, prepared_optimizer, batches = accelerator.prepare(model, optimizer, batches)
     padding = pretrained_cfg["input_size"][-1] // 8 if args.padding is None else args.padding
-    augment = data.PadCropFlip(padding, args.flip)
+    augment = {
+        "crop": data.PadCropFlip(padding, args.flip),
+        "distort": data.Distort(padding),
+        "resized_crop": nn.Identity(),  # done as the images are read
+    }[args.augmentation]
     normalize = data.Normalize(pretrained_cfg).to(accelerator.device)
 
     accuracies, seconds = [], 0.0
@@ -302,10 +372,11 @@ def train(
                 )
             if pruner:
                 pruner.step()
-            if args.lr_scheduler == "restarting":
-                scheduler.step(pruner.discarded if pruner else None)
+            if args.lr_scheduler != "cosine":
+                restarts = pruner and args.lr_scheduler == "restarting"
+                scheduler.step(pruner.discarded if restarts else None)
             seconds += time.perf_counter() - start
-            accuracies.append(evaluate(model, splits["validation"], normalize, args.per_device_eval_batch_size))
+            accuracies.append(evaluate(model, splits["validation"], normalize, args))
             left = f", blocks {pruner.total - pruner.discarded}/{pruner.total}" if pruner else ""
             bar.set_postfix_str(f"loss {losses.item() / len(batches):.4f}, accuracy {accuracies[-1]:.4f}{left}")
     # Without the autocast that mixed precision wraps around forward: what is measured now is what will be loaded.
@@ -314,7 +385,7 @@ def train(
         model,
         pruner,
         {
-            "eval_accuracy": evaluate(model, splits["validation"], normalize, args.per_device_eval_batch_size),
+            "eval_accuracy": evaluate(model, splits["validation"], normalize, args),
             "eval_accuracy_by_epoch": accuracies,
             "train_seconds": seconds,
         },
@@ -322,11 +393,12 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: data.ImageTensors, normalize: data.Normalize, batch_size: int) -> float:
+def evaluate(model: nn.Module, split: Images, normalize: data.Normalize, args: argparse.Namespace) -> float:
     """Share of a split that is classified correctly."""
     model.eval()
     correct = 0
-    for images, labels in data.loader(split, batch_size, shuffle=False):
+    workers = args.dataloader_num_workers
+    for images, labels in data.loader(split, args.per_device_eval_batch_size, shuffle=False, num_workers=workers):
         logits = model(normalize(images.to(model.device))).logits
         correct += int((logits.argmax(-1).cpu() == labels).sum())
     return correct / len(split)
@@ -394,16 +466,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         # accelerate launch leaves a process one thread where it finds no accelerator.
         torch.set_num_threads(args.num_threads or available_cores())
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.output_dir).close()  # better to fail here than after the training
+    # Better to fail here than after the training.
+    tempfile.TemporaryFile(dir=args.output_dir).close()
+    repo_id = None
+    if args.push_to_hub:
+        wanted = args.hub_model_id or Path(args.output_dir).resolve().name
+        repo_id = create_repo(
+            wanted, private=args.hub_private_repo or None, token=args.hub_token, exist_ok=True
+        ).repo_id
 
     raw, about = load_images(args)
     columns = data.find_columns(raw["train"].features, args.image_column_name, args.label_column_name)
     pretrained_cfg = input_of(args, raw["train"].features[columns[1]].num_classes)
-    splits = {name: data.ImageTensors.decode(raw[name], pretrained_cfg, *columns) for name in ("train", "validation")}
+    splits = load_splits(args, raw, columns, pretrained_cfg)
     data.check_classes(**splits)
-    if not args.model_name_or_path:
-        # The paper's normalisation; it travels with the model. A saved model keeps the one it was trained with.
-        pretrained_cfg |= {"mean": data.channel_mean(splits["train"].images), "std": [128 / 255] * 3}
+    pretrained_cfg |= normalization(args, splits["train"])
 
     size = "x".join(str(n) for n in pretrained_cfg["input_size"])
     accelerator.print(
@@ -416,7 +493,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         _, _, dense = train(args, accelerator, splits, pretrained_cfg, with_gates=False)
         results |= {f"dense_{name}": value for name, value in dense.items()}
 
-    sample = data.Normalize(pretrained_cfg)(splits["validation"].images[:32]).to(accelerator.device)
+    sample = data.Normalize(pretrained_cfg)(splits["validation"].first(32)).to(accelerator.device)
     live = logits_of(model, sample)
     history = pruner.history if pruner else []
     timm_eps.remove_closed(model)
@@ -425,17 +502,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results |= {
         "architecture": model.config.architecture,
         "arguments": used_arguments(args),
-        "base_model": hub_id(args.model_name_or_path),
+        "base_model": base_model(args),
         "epsilon": max((record["epsilon"] for record in history), default=0.0),
         "train_images": len(splits["train"]),
         "eval_images": len(splits["validation"]),
+        "license": args.license,
         "seed": args.seed,
         "hardware": f"{torch.get_num_threads()} threads of {platform.machine()}"
         if accelerator.device.type == "cpu"
         else torch.cuda.get_device_name(accelerator.device),
         "versions": versions(),
     }
-    timm_eps.save_pretrained(model, args.output_dir, results=results, history=history)
+    saved = {
+        "results": results, "history": history, "remote_code": args.with_remote_code, "onnx": args.with_onnx,
+    }  # fmt: skip
+    timm_eps.save_pretrained(model, args.output_dir, repo_id=repo_id, **saved)
 
     gone = 100 * (1 - results["params"] / results["dense_params"])
     accelerator.print(
@@ -447,7 +528,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     pictures = [row.convert("RGB") for row in raw["validation"][:32][columns[0]]]
     accelerator.print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
     accelerator.print(check_reload(args.output_dir, live, sample, pictures) + ".")
+    if repo_id is not None:
+        commit = timm_eps.push_to_hub(
+            model, repo_id, token=args.hub_token, revision=args.hub_revision,
+            commit_message=f"Trained on {about['dataset']}, {results['blocks_kept']} blocks left", **saved,
+        )  # fmt: skip
+        accelerator.print(f"Pushed to {commit.repo_url} ({commit.oid[:7]}).")
     return results
+
+
+def base_model(args: argparse.Namespace) -> str | None:
+    """Where the weights came from that the training began with, by a name on the Hub."""
+    if args.pretrained:
+        return timm.get_pretrained_cfg(args.architecture).hf_hub_id
+    return hub_id(args.model_name_or_path)
 
 
 def available_cores() -> int:
@@ -457,9 +551,16 @@ def available_cores() -> int:
 
 def used_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the run depended on, without paths of this machine and what the scheduler at hand does not read."""
-    unsaid = {"config", "output_dir", "compare_dense", "train_dir", "validation_dir"}
-    restart, decay = {"lr_milestones", "lr_restart_milestones"}, {"lr_decay_start", "num_warmup_steps"}
-    unsaid |= restart if args.lr_scheduler == "cosine" else decay
+    unsaid = {"config", "output_dir", "compare_dense", "train_dir", "validation_dir", "license"}
+    unsaid |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision"}
+    steps, decay = {"lr_milestones", "lr_restart_milestones", "lr_factors"}, {"lr_decay_start", "num_warmup_steps"}
+    unsaid |= {"cosine": steps, "multistep": decay | {"lr_restart_milestones"}, "restarting": decay}[args.lr_scheduler]
+    if args.augmentation == "resized_crop":
+        unsaid |= {"padding"}
+    else:
+        unsaid |= {"color_jitter", "dataloader_num_workers"}
+    if args.train_split_name == "train":
+        unsaid |= {"train_split_name"}
     if args.no_gates:
         unsaid |= {"epsilon_warmup_epochs", "ramp_epochs", "patience", "no_live_removal"}
     unsaid |= {name for name in ("dataset_name", "model_name_or_path") if hub_id(getattr(args, name)) is None}

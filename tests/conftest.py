@@ -1,17 +1,38 @@
-"""Small networks and the state they should be in, for all tests. Nothing here or in the tests needs a network."""
+"""Small networks and the state they should be in, for all tests, and a Hub of their own.
+
+Nothing in the tests needs a network: who asks the Hub for something asks a server in this process.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: a request would be a mistake
+from loopback_hub import LoopbackHub
 
-import pytest
-import timm
-import torch
+_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
+_HUB = LoopbackHub().__enter__()
+os.environ.update(_HUB.environment(Path(_HOME.name)))  # before huggingface_hub is imported, which reads it once
 
-import timm_eps  # noqa: F401  registers the models
-from timm_eps.branches import gates
+import pytest  # noqa: E402
+import timm  # noqa: E402
+import torch  # noqa: E402
+
+import timm_eps  # noqa: E402, F401  registers the models
+from timm_eps.branches import gates  # noqa: E402
+
+
+@pytest.fixture
+def hub():
+    """The Hub that the real client talks to in all tests and in processes that they start; others' models are on it."""
+    yield _HUB
+    _HUB.fail_on = None
+
+
+def pytest_unconfigure():
+    _HUB.__exit__(None, None, None)
+    _HOME.cleanup()
 
 
 @pytest.fixture(autouse=True)

@@ -8,19 +8,22 @@ from . import eps_twins as _eps_twins  # noqa: F401
 from .configuration_eps_resnet import EpsResNetConfig
 from .export import export_timm
 from .gate import EpsilonGate
-from .hub import save_pretrained
+from .hub import push_to_hub, save_pretrained
 from .mixin import EpsilonMixin
-from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel
+from .modeling_eps_resnet import EpsResNetBackbone, EpsResNetForImageClassification, EpsResNetModel
 from .pruner import EpsilonPruner
 from .schedule import RestartingLR
 from .surgery import add_gates, param_groups, remove_closed
+from .trainer_callback import EpsilonCallback
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EpsResNetBackbone",
     "EpsResNetConfig",
     "EpsResNetForImageClassification",
     "EpsResNetModel",
+    "EpsilonCallback",
     "EpsilonGate",
     "EpsilonMixin",
     "EpsilonPruner",
@@ -28,6 +31,7 @@ __all__ = [
     "add_gates",
     "export_timm",
     "param_groups",
+    "push_to_hub",
     "remove_closed",
     "save_pretrained",
 ]

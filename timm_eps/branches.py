@@ -119,27 +119,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def branch_ends(body: nn.Module) -> list[nn.Module]:
-    """The modules whose output is what a gate receives: the last convolution, norm or scale of each branch."""
+def branch_ends(body: nn.Module) -> dict[str, list[nn.Module]]:
+    """For each gate the modules whose output it receives: the last convolution, norm or scale of its branch."""
     net = meta_copy(body)
     original = dict(zip(net.modules(), body.modules(), strict=True))
     producers: dict[int, list[nn.Module]] = {}
     outputs: list[Tensor] = []  # kept alive, so that no two of them share an id
-    ends: list[nn.Module] = []
+    ends: dict[str, list[nn.Module]] = {slot: [] for slot in gates(body)}
 
     def produced(module: nn.Module, args: tuple, output: object) -> None:
         if isinstance(output, Tensor):
             outputs.append(output)
             producers.setdefault(id(output), []).append(module)
 
-    def arrived(gate: nn.Module, args: tuple) -> None:
-        ends.extend(original[module] for module in producers.get(id(args[0]), []))
+    def notes(slot: str) -> Callable[[nn.Module, tuple], None]:
+        def arrived(gate: nn.Module, args: tuple) -> None:
+            ends[slot].extend(original[module] for module in producers.get(id(args[0]), []))
+
+        return arrived
 
     for module in net.modules():
-        if isinstance(module, EpsilonGate):
-            module.register_forward_pre_hook(arrived)
-        else:
+        if not isinstance(module, EpsilonGate):
             module.register_forward_hook(produced)
+    for slot, gate in gates(net).items():
+        gate.register_forward_pre_hook(notes(slot))
     with torch.no_grad():
         net(probe_batch(net))
     return ends

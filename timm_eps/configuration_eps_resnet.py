@@ -1,22 +1,28 @@
-"""Configuration of the transformers classes: timm's config.json plus what side supervision needs."""
+"""Configuration of the transformers classes: timm's config.json plus what side supervision and backbones need."""
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import field
+from functools import lru_cache
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import TimmWrapperConfig
+from transformers.backbone_utils import BackboneConfigMixin
 
-from .names import twin_name
+from .names import base_name, twin_name
 from .surgery import removed_slots
 
 __all__ = ["EpsResNetConfig"]
 
 
 @strict
-class EpsResNetConfig(TimmWrapperConfig):
-    """Configuration of :class:`EpsResNetModel` and :class:`EpsResNetForImageClassification`.
+class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
+    """Configuration of :class:`EpsResNetModel`, :class:`EpsResNetForImageClassification` and the backbone.
 
     One ``config.json`` serves timm and transformers. The structure of a pruned network is data in it:
     ``model_args["removed"]`` lists the slots of the branches that are gone.
@@ -29,6 +35,16 @@ class EpsResNetConfig(TimmWrapperConfig):
         side_loss_weight: Weight of the side head's cross-entropy in the training loss. 0 leaves the side head out. By
             default the paper's 0.1 for the CIFAR networks, and 0 for others, which have no place for one. Saved models
             carry 0, and a stored config without the field means 0.
+        closed: Slots whose gates are closed but whose branches are still there, in a checkpoint of a training that goes
+            on. A saved model has none.
+        out_features: Names, out of ``stage_names``, of the features that a backbone puts out; the last if None.
+        out_indices: The same by number. Names and numbers must agree if both are given.
+
+    Attributes:
+        stage_names (list[str]): What timm's ``feature_info`` lists: ``stem``, if there is one, ``stage1``, and so on.
+
+    Raises:
+        ValueError: ``side_loss_weight`` is negative or NaN, or ``out_features`` or ``out_indices`` are not to be had.
     """
 
     model_type = "eps_resnet"
@@ -36,6 +52,7 @@ class EpsResNetConfig(TimmWrapperConfig):
     architecture: str = "eps_resnet110"
     pretrained_cfg: dict[str, Any] | None = None
     side_loss_weight: float | None = None
+    closed: list[str] = field(default_factory=list)
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.side_loss_weight is None:
@@ -47,7 +64,41 @@ class EpsResNetConfig(TimmWrapperConfig):
         if not self.side_loss_weight >= 0:
             raise ValueError(f"side_loss_weight must be at least 0, got {self.side_loss_weight!r}.")
         self.model_args = dict(self.model_args or {})  # timm cannot read a null here
+        self._out_features = kwargs.pop("out_features", None)
+        self._out_indices = kwargs.pop("out_indices", None)
+        if self._out_features is not None or self._out_indices is not None:
+            self.set_output_features_output_indices(self._out_features, self._out_indices)
         super().__post_init__(**kwargs)
+
+    @property
+    def stage_names(self) -> list[str]:
+        modules = list(_features(self.architecture, json.dumps(self.model_args)))
+        has_stem = _unnumbered(modules[0]) != _unnumbered(modules[1])
+        stages = [f"stage{number + 1}" for number in range(len(modules) - has_stem)]
+        return ["stem", *stages] if has_stem else stages
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of stages."""
+        return len(self.stage_names) - self.stage_names.count("stem")
+
+    @property
+    def out_features(self) -> list[str]:
+        # Not in __post_init__: only a backbone needs to know its stages, and they are found by building the network.
+        return [self.stage_names[-1]] if self._out_features is None else self._out_features
+
+    @out_features.setter
+    def out_features(self, names: list[str]) -> None:
+        self.set_output_features_output_indices(out_features=names, out_indices=None)
+
+    @property
+    def out_indices(self) -> list[int]:
+        return [len(self.stage_names) - 1] if self._out_indices is None else self._out_indices
+
+    @out_indices.setter
+    def out_indices(self, indices: tuple[int, ...] | list[int] | None) -> None:
+        numbers = None if indices is None else list(indices)
+        self.set_output_features_output_indices(out_features=None, out_indices=numbers)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -64,7 +115,11 @@ class EpsResNetConfig(TimmWrapperConfig):
     def to_dict(self) -> dict[str, Any]:
         # A loaded configuration also carries the names it was stored with; those of the current labels count.
         labels: dict[Any, str] = self.id2label or {}  # type: ignore[assignment]
-        return {**super().to_dict(), "label_names": [labels[number] for number in sorted(labels)]}
+        fields = {**super().to_dict(), "label_names": [labels[number] for number in sorted(labels)]}
+        # As it reads once it was stored, where timm's tuples are lists.
+        fields["pretrained_cfg"] = json.loads(json.dumps(fields["pretrained_cfg"]))
+        unset = [name for name in ("closed", "out_features", "out_indices") if not fields[name]]
+        return {name: value for name, value in fields.items() if name not in unset}
 
     @classmethod
     def from_timm(cls, model: Any, **kwargs: Any) -> EpsResNetConfig:
@@ -101,6 +156,20 @@ class EpsResNetConfig(TimmWrapperConfig):
             num_labels=len(kwargs["id2label"]) if "id2label" in kwargs else model.num_classes,
         )
         return cls(**{**fields, **kwargs})
+
+
+@lru_cache
+def _features(architecture: str, model_args: str) -> tuple[str, ...]:
+    """The modules that timm lists as features of an architecture, built without memory."""
+    options = {name: value for name, value in json.loads(model_args).items() if name != "removed"}
+    name = base_name(architecture)
+    with torch.device("meta"):
+        model: Any = timm.create_model(name if timm.is_model(name) else architecture, **options)
+    return tuple(info["module"] for info in model.feature_info)
+
+
+def _unnumbered(module: str) -> str:
+    return re.sub(r"[.\d]", "", module)
 
 
 # Where weights came from is not true of weights that were trained on; the others stand at the root of config.json.

@@ -1,12 +1,14 @@
-"""Images from ``datasets`` into tensors: columns found by their type, images decoded once, augmented by the batch.
+"""Images from ``datasets`` into tensors: columns found by their type, augmented in the way of their size.
 
-Small images are cheap to hold and dear to decode, so a split becomes one uint8 tensor (N, C, H, W). The geometry is
-that of timm's own evaluation transform for the model, which is what image processors and pipelines apply later: what
-is measured here is what they will compute.
+Small images are cheap to hold and dear to decode, so a split becomes one uint8 tensor (N, C, H, W), augmented by the
+batch. Large ones are decoded when they are needed and go through timm's own transforms. For evaluation the geometry is
+in both cases that of timm's evaluation transform for the model, which is what image processors and pipelines apply
+later: what is measured here is what they will compute.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 __all__ = [
+    "Distort",
+    "ImageFiles",
     "ImageTensors",
     "Normalize",
     "PadCropFlip",
@@ -72,13 +76,63 @@ class ImageTensors(Dataset):
         Raises:
             ValueError: See :func:`find_columns`; or a label is outside the label column's classes.
         """
+        files = ImageFiles.of(dataset, pretrained_cfg, image_column, label_column)
+        images = torch.empty((len(files), *_geometry(pretrained_cfg)["input_size"]), dtype=torch.uint8)
+        for index in range(len(files)):
+            images[index] = files[index][0]
+        return cls(images, files.labels, files.label_names)
+
+    def first(self, count: int) -> Tensor:
+        """The first images, uint8 (count, C, H, W)."""
+        return self.images[:count]
+
+
+@dataclass
+class ImageFiles(Dataset):
+    """A split whose images are decoded when they are asked for: uint8 (C, H, W), and the label."""
+
+    rows: datasets.Dataset
+    image_column: str
+    mode: str
+    transform: Callable[[Any], Tensor]
+    labels: Tensor
+    label_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.transform(self.rows[index][self.image_column].convert(self.mode)), self.labels[index]
+
+    @classmethod
+    def of(
+        cls,
+        dataset: datasets.Dataset,
+        pretrained_cfg: dict[str, Any],
+        image_column: str | None = None,
+        label_column: str | None = None,
+        *,
+        training: bool = False,
+        flip: bool = False,
+        color_jitter: Sequence[float] | None = None,
+    ) -> ImageFiles:
+        """Images through timm's transform for the model.
+
+        Args:
+            dataset: A split with an image and a class label column.
+            pretrained_cfg: timm's description of the input: ``input_size`` (C, H, W), ``interpolation``, ``crop_pct``.
+            image_column: Its image column; found by type if None.
+            label_column: Its label column; found by type if None.
+            training: Random crops of 8 to 100 % of the area, resized, instead of the centre.
+            flip: With ``training``: whether to mirror half the images.
+            color_jitter: With ``training``: largest relative change of brightness, contrast and saturation.
+
+        Raises:
+            ValueError: See :func:`find_columns`; or a label is outside the label column's classes.
+        """
         image_column, label_column = find_columns(dataset.features, image_column, label_column)
-        geometry = resolve_data_config(pretrained_cfg=pretrained_cfg)
-        transform = create_transform(**geometry, is_training=False, normalize=False)
-        mode = "L" if geometry["input_size"][0] == 1 else "RGB"
-        images = torch.empty((len(dataset), *geometry["input_size"]), dtype=torch.uint8)
-        for index, row in enumerate(dataset.select_columns(image_column)):
-            images[index] = transform(row[image_column].convert(mode))
+        geometry = _geometry(pretrained_cfg)
+        augmentation = {"is_training": True, "hflip": 0.5 * flip, "color_jitter": color_jitter} if training else {}
         names = list(dataset.features[label_column].names)
         given = dataset[label_column]
         labels = torch.tensor([-1 if label is None else label for label in given], dtype=torch.int64)
@@ -87,7 +141,22 @@ class ImageTensors(Dataset):
                 f"Column {label_column!r} holds labels from {labels.min()} to {labels.max()}, "
                 f"but its classes are 0 to {len(names) - 1}. A split without labels cannot be used."
             )
-        return cls(images, labels, names)
+        return cls(
+            rows=dataset.select_columns(image_column),
+            image_column=image_column,
+            mode="L" if geometry["input_size"][0] == 1 else "RGB",
+            transform=create_transform(**geometry, normalize=False, **augmentation),
+            labels=labels,
+            label_names=names,
+        )
+
+    def first(self, count: int) -> Tensor:
+        """The first images, uint8 (count, C, H, W)."""
+        return torch.stack([self[index][0] for index in range(min(count, len(self)))])
+
+
+def _geometry(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
+    return resolve_data_config(pretrained_cfg=pretrained_cfg)
 
 
 class PadCropFlip(nn.Module):
@@ -115,6 +184,57 @@ class PadCropFlip(nn.Module):
         return padded.permute(0, 2, 3, 1)[tuple(i.to(images.device) for i in index)].permute(0, 3, 1, 2)
 
 
+class Distort(nn.Module):
+    """The augmentation of the SVHN recipe on a uint8 batch: brightness, contrast, a smooth deformation, a random crop.
+
+    (B, C, H, W) -> (B, C, H, W), drawn for each image on its own, on the CPU, from torch's global generator. Brightness
+    changes by up to 10 of 255, contrast by up to a fifth. The deformation moves four anchors in the padded image by up
+    to 3 pixels (of 40), and what is around them by less, as a Gaussian of the distance.
+
+    Args:
+        padding: Pixels on each side.
+
+    Source: https://github.com/yuxwind/epsilonResnet, the SVHN script.
+    """
+
+    ANCHORS = (0.2, 0.8)  # in both directions, as a share of the side
+    VARIANCE = 0.2  # in squares of the side
+    LARGEST_SHIFT = 3 / 40  # of the side
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+
+    def forward(self, images: Tensor) -> Tensor:
+        batch, _, height, width = images.shape
+        x = F.pad(images, (self.padding,) * 4).float()
+        brightness, contrast = (_symmetric(batch, 1, 1, 1).to(x.device) for _ in range(2))
+        x = (x + 10 * brightness).clamp(0, 255)
+        mean = x.mean((2, 3), keepdim=True)
+        x = ((x - mean) * (1 + 0.2 * contrast) + mean).clamp(0, 255)
+        # Where each pixel of the crop lies in the padded image, and where it reads, both from 0 to 1.
+        sides = height + 2 * self.padding, width + 2 * self.padding
+        rows, columns = (
+            (torch.randint(2 * self.padding + 1, (batch, 1)) + torch.arange(n) + 0.5) / side
+            for n, side in zip((height, width), sides, strict=True)
+        )
+        near_row, near_column = (
+            torch.exp(-((place[:, :, None] - torch.tensor(self.ANCHORS)) ** 2) / self.VARIANCE)
+            for place in (rows, columns)
+        )
+        shifts = self.LARGEST_SHIFT * _symmetric(batch, 2, 2, 2)
+        moved = torch.einsum("bhr,bwc,bdrc->bhwd", near_row, near_column, shifts)
+        place = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=3)
+        grid = (2 * (place + moved) - 1).to(x.device)
+        x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+        return x.round().clamp(0, 255).to(images.dtype)
+
+
+def _symmetric(*shape: int) -> Tensor:
+    """Uniform from -1 to 1."""
+    return 2 * torch.rand(shape) - 1
+
+
 class Normalize(nn.Module):
     """uint8 images (B, C, H, W) to what the network reads, float32, bit for bit as timm's evaluation transform.
 
@@ -139,16 +259,28 @@ def channel_mean(images: Tensor) -> list[float]:
     return (images.double().mean((0, 2, 3)) / 255).tolist()
 
 
-def loader(split: ImageTensors, batch_size: int, shuffle: bool, seed: int = 0) -> DataLoader:
-    """Batches of (images uint8 (B, C, H, W), labels (B,)); the order depends on ``seed`` alone."""
+def loader(
+    split: ImageTensors | ImageFiles, batch_size: int, shuffle: bool, seed: int = 0, num_workers: int = 0
+) -> DataLoader:
+    """Batches of (images uint8 (B, C, H, W), labels (B,)); the order depends on ``seed`` alone.
+
+    Args:
+        split: The images.
+        batch_size: Of all batches but the last.
+        shuffle: For training; then a last batch of one image is left out.
+        seed: Of the order.
+        num_workers: Processes that decode files; 0 decodes in this one. Images in memory need none.
+    """
+    in_memory = isinstance(split, ImageTensors)
     return DataLoader(
         split,
+        num_workers=0 if in_memory else num_workers,
         batch_size=batch_size,
         shuffle=shuffle,
         # One image has no variance: batch norm on 1x1 features refuses it. Only such a rest is left out.
         drop_last=shuffle and len(split) > batch_size and len(split) % batch_size == 1,
         generator=torch.Generator().manual_seed(seed),
-        collate_fn=_as_it_is,
+        collate_fn=_as_it_is if in_memory else None,
     )
 
 
@@ -233,6 +365,7 @@ def load_splits(
     train_val_split: float = 0.15,
     label_column: str | None = None,
     seed: int = 0,
+    train_split_name: str = "train",
 ) -> tuple[datasets.DatasetDict, str]:
     """Training and validation images from the Hub or from folders.
 
@@ -245,12 +378,13 @@ def load_splits(
             validation or test split.
         label_column: The label column; found by type if None.
         seed: Of that split.
+        train_split_name: The split to train on, or several joined by ``+``, such as ``train+extra``.
 
     Returns:
         Splits ``train`` and ``validation``, and which images the latter are.
 
     Raises:
-        ValueError: Nothing to load is named, or there is no training split.
+        ValueError: Nothing to load is named, or a split to train on is not there.
     """
     if dataset_name is not None:
         splits = datasets.load_dataset(dataset_name, dataset_config_name)
@@ -259,18 +393,20 @@ def load_splits(
         splits = datasets.load_dataset("imagefolder", data_files={k: v for k, v in folders.items() if v})
     else:
         raise ValueError("Name the images: --dataset_name, or --train_dir with --validation_dir.")
-    if "train" not in splits:
-        raise ValueError(f"The data set has no split 'train', only {sorted(splits)}.")
+    names = train_split_name.split("+")
+    if missing := [name for name in names if name not in splits]:
+        raise ValueError(f"The data set has no split {missing[0]!r}, only {sorted(splits)}.")
+    train = datasets.concatenate_datasets([splits[name] for name in names])
     for name in ("validation", "test"):
-        if name in splits:
-            return datasets.DatasetDict({"train": splits["train"], "validation": splits[name]}), name
-    _, label = find_columns(splits["train"].features, label_column=label_column)
-    halves = splits["train"].train_test_split(train_val_split, stratify_by_column=label, seed=seed)
-    name = f"{100 * train_val_split:g} % of train"
-    return datasets.DatasetDict({"train": halves["train"], "validation": halves["test"]}), name
+        if name in splits and name not in names:
+            return datasets.DatasetDict({"train": train, "validation": splits[name]}), name
+    _, label = find_columns(train.features, label_column=label_column)
+    halves = train.train_test_split(train_val_split, stratify_by_column=label, seed=seed)
+    share = f"{100 * train_val_split:g} % of {train_split_name}"
+    return datasets.DatasetDict({"train": halves["train"], "validation": halves["test"]}), share
 
 
-def check_classes(train: ImageTensors, validation: ImageTensors) -> None:
+def check_classes(train: ImageTensors | ImageFiles, validation: ImageTensors | ImageFiles) -> None:
     """Raise ValueError if the splits number classes differently, or one to validate on was never trained."""
     if train.label_names != validation.label_names:
         raise ValueError(

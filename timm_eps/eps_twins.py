@@ -103,7 +103,7 @@ def _revive(model: nn.Module) -> None:
         model(probe_batch(model, 1))
     for hook in hooks:
         hook.remove()
-    last_layers = [module for module in branch_ends(model) if isinstance(module, nn.Linear | nn.Conv2d)]
+    last_layers = {m for ends in branch_ends(model).values() for m in ends if isinstance(m, nn.Linear | nn.Conv2d)}
     for name, parameter in branch_parameters(model, silent).items():
         layer: Any = model.get_submodule(name.rpartition(".")[0])
         if parameter in scales and max(parameter.shape, default=1) == parameter.numel():

@@ -85,7 +85,6 @@ class EpsilonGate(nn.Module):
     """
 
     threshold: Tensor
-    response: Tensor
 
     # TorchScript compiles properties unless told not to; a script has no use for setting ε.
     __jit_unused_properties__: ClassVar = ["epsilon"]
@@ -99,7 +98,9 @@ class EpsilonGate(nn.Module):
         # and compiled anew at every change of ε. The float beside it restores the buffer after construction on the
         # meta device, where buffers hold nothing.
         self.register_buffer("threshold", torch.zeros(()), persistent=False)
-        self.register_buffer("response", torch.full((), NOT_SEEN), persistent=False)
+        # No buffer: DistributedDataParallel gives every process the buffers of the first one before each step, and
+        # what the others have seen would be lost.
+        self.response = torch.full((), NOT_SEEN)
         self._epsilon = 0.0
         self.epsilon = epsilon
 
@@ -114,6 +115,8 @@ class EpsilonGate(nn.Module):
 
     def reset_response(self) -> None:
         """Forget the responses seen so far."""
+        if self.response.device != self.threshold.device:
+            self.response = torch.empty_like(self.response, device=self.threshold.device)
         self.response.fill_(NOT_SEEN)
 
     def init_non_persistent_buffers(self) -> None:
@@ -124,6 +127,8 @@ class EpsilonGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             response = max_response(x)
+            if self.response.device != x.device:
+                self.response = self.response.to(x.device)
             self.response.copy_(torch.maximum(self.response, response.to(self.response.dtype)))
             x = _gated(x, response, self.threshold)
         elif self.closed:

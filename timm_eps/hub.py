@@ -1,7 +1,8 @@
-"""A trained model on disk: one directory for timm, transformers and people.
+"""A trained model on disk and on the Hub: one directory for timm, transformers and people.
 
 ``config.json`` and ``model.safetensors`` are written by transformers' own machinery, the card by huggingface_hub's.
-Everything is written beside its destination first and moved into place when it is whole.
+Everything is written beside its destination first and moved into place when it is whole; what goes to the Hub goes
+there in one commit.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,18 +19,43 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import timm
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+)
 from torch import nn
 
+from . import standalone
 from .branches import gates, timm_body
+from .configuration_eps_resnet import EpsResNetConfig
+from .eps_resnet import EpsResNet
 from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel, EpsResNetPreTrainedModel
+from .names import base_name
+from .onnx_export import write_onnx
 from .report import comparison_table, draw_blocks
 from .surgery import check_gated, closed_slots, natural_order, removed_slots
 
-__all__ = ["RESULT_KEYS", "render_card", "save_pretrained", "staged"]
+__all__ = ["RESULT_KEYS", "push_to_hub", "render_card", "save_pretrained", "staged"]
 
 _logger = logging.getLogger(__name__)
 PICTURE = "blocks.png"
+RESULTS = "all_results.json"
+ONNX = "onnx/model.onnx"
+# standalone.py under the name that it has beside a config.json, and the classes in it.
+REMOTE_CODE = "modeling_eps_resnet.py"
+_OPTIONAL = (PICTURE, RESULTS, ONNX, REMOTE_CODE)
+_AUTO_MAP = {
+    "AutoBackbone": "EpsResNetBackbone",
+    "AutoConfig": "EpsResNetConfig",
+    "AutoModel": "EpsResNetModel",
+    "AutoModelForImageClassification": "EpsResNetForImageClassification",
+}
 # What a card with results states; further keys are kept in all_results.json as they are.
 RESULT_KEYS = (
     "architecture", "arguments", "blocks_kept", "blocks_total", "dataset", "dense_macs", "dense_params",
@@ -44,12 +71,15 @@ def save_pretrained(
     results: Mapping[str, Any] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
     repo_id: str | None = None,
+    remote_code: bool = False,
+    onnx: bool = False,
 ) -> None:
     """Save a model so that timm and transformers load it with equal logits.
 
     Written are ``model.safetensors``, ``config.json``, the card ``README.md``, the picture ``blocks.png`` (with
     matplotlib installed) and, with ``results``, ``all_results.json``. What is saved is what the model evaluates to:
-    closed branches and the side head are left out. The model itself is unchanged.
+    closed branches and the side head are left out. The model itself is unchanged. Of these files and the optional
+    ones, those that an earlier save left and this one does not write are deleted: they would speak of another model.
 
     All files are written to the side first, so that a save that fails or is killed while it writes leaves the previous
     one whole. Then they are renamed one by one, configuration and weights last and right after each other; should a
@@ -59,23 +89,32 @@ def save_pretrained(
         model: A timm model of this package or one of its transformers classes.
         directory: Made if it is not there.
         label_names: Names of the classes, in the order of the logits.
-        results: Values of ``all_results.json``; they fill the card. :data:`RESULT_KEYS` are needed. Without them an
-            ``all_results.json`` from an earlier save is deleted: it would speak of another model.
+        results: Values of ``all_results.json``; they fill the card. :data:`RESULT_KEYS` are needed.
         history: :attr:`EpsilonPruner.history`, for the picture.
         repo_id: How the card names the model; by default the directory's name.
+        remote_code: Add the code of the CIFAR networks, so that transformers loads the model without this package,
+            with ``trust_remote_code=True``.
+        onnx: Add ``onnx/model.onnx``, ``pixel_values`` to ``logits``.
 
     Raises:
-        ValueError: The model cannot be built again from a name and arguments, the names do not fit the classes, or
-            ``results`` lacks a key.
+        ValueError: The model cannot be built again from a name and arguments, the names do not fit the classes,
+            ``results`` lacks a key, or ``remote_code`` is asked for a network that is none of the CIFAR networks.
+        ImportError: ``onnx`` without onnx and onnxscript.
         OSError: The directory cannot be written.
     """
     check_gated(model)
+    if remote_code:
+        _check_remote_code(timm_body(model))
     wrapper = _as_transformers(model, label_names)
     body = timm_body(wrapper)
     gone = sorted([*removed_slots(body), *closed_slots(body)], key=natural_order)
     slots = sorted([*removed_slots(body), *gates(body)], key=natural_order)
     with staged(directory) as staging:
         wrapper.save_pretrained(staging)
+        if remote_code:
+            _add_remote_code(staging)
+        if onnx:
+            write_onnx(body, staging / ONNX)
         if find_spec("matplotlib") is not None:
             title = f"{wrapper.config.architecture}: {len(slots) - len(gone)} of {len(slots)} residual branches stayed"
             draw_blocks(slots, gone, history, staging / PICTURE, title)
@@ -88,12 +127,15 @@ def save_pretrained(
             blocks_kept=len(slots) - len(gone),
             results=results,
             picture=PICTURE if (staging / PICTURE).exists() else None,
+            remote_code=remote_code,
+            onnx=ONNX if onnx else None,
         )
         card.save(staging / "README.md")
         if results is not None:
-            (staging / "all_results.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
-    if results is None:
-        (Path(directory) / "all_results.json").unlink(missing_ok=True)
+            (staging / RESULTS).write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+        stale = [name for name in _OPTIONAL if not (staging / name).exists()]
+    for name in stale:
+        (Path(directory) / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -106,8 +148,82 @@ def staged(directory: str | os.PathLike) -> Iterator[Path]:
         yield staging
         # The pair that must fit together goes last, one rename right after the other.
         pair = ("model.safetensors", "config.json")
-        for name in sorted(os.listdir(staging), key=lambda name: (name in pair, name)):
-            os.replace(staging / name, directory / name)
+        written = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+        for path in sorted(written, key=lambda path: (str(path) in pair, path)):
+            (directory / path).parent.mkdir(exist_ok=True)
+            os.replace(staging / path, directory / path)
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload model",
+    **saving: Any,
+) -> CommitInfo:
+    """Push a model to the Hub, in one commit: what :func:`save_pretrained` writes, the card included.
+
+    The weights go up first and the commit last, so a push that fails in between publishes nothing, and the next one
+    does not send again what has arrived.
+
+    Args:
+        model: A timm model of this package or one of its transformers classes.
+        repo_id: Name on the Hub, ``owner/name``, or ``name`` for one of the user's own. Made if it is not there.
+        private: Whether a repository that is made here is private; by default as the owner's settings have it.
+        token: Of the Hub; by default the one that ``hf auth login`` stored.
+        revision: The branch to push to; made if it is not there, from the main branch.
+        commit_message: Title of the commit.
+        saving: ``label_names``, ``results``, ``history``, ``remote_code`` and ``onnx``, as for :func:`save_pretrained`.
+
+    Raises:
+        ValueError: See :func:`save_pretrained`.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refused: the token is not valid or may not write there.
+    """
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as name:
+        # What is wrong with the model shows before anything is made on the Hub; the card needs the name in full.
+        owner = "" if "/" in repo_id else f"{api.whoami()['name']}/"
+        save_pretrained(model, name, repo_id=owner + repo_id, **saving)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+        paths = {path.relative_to(name).as_posix(): path for path in Path(name).rglob("*") if path.is_file()}
+        stale = set(_OPTIONAL).intersection(api.list_repo_files(url.repo_id, revision=revision)) - paths.keys()
+        # Not upload_folder: it may send a folder in several commits.
+        return api.create_commit(
+            url.repo_id,
+            [
+                *(CommitOperationAdd(path_in_repo, path) for path_in_repo, path in sorted(paths.items())),
+                *(CommitOperationDelete(path_in_repo) for path_in_repo in sorted(stale)),
+            ],
+            commit_message=commit_message,
+            revision=revision,
+        )
+
+
+def _check_remote_code(body: nn.Module) -> None:
+    if not isinstance(body, EpsResNet):
+        raise ValueError(
+            f"remote_code is for the CIFAR networks; {type(body).__name__} is timm's own class. "
+            "timm_eps.export_timm writes such a network for machines without this package."
+        )
+    known = EpsResNetConfig.from_timm(body)
+    # Raises if it cannot build the network.
+    _ = standalone.EpsResNetConfig(architecture=known.architecture, model_args=known.model_args).network
+
+
+def _add_remote_code(directory: Path) -> None:
+    """Put the CIFAR networks' code beside a config.json, and say there that it is to be used."""
+    shutil.copyfile(standalone.__file__, directory / REMOTE_CODE)
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"] = {name: f"{REMOTE_CODE.removesuffix('.py')}.{entry}" for name, entry in _AUTO_MAP.items()}
+    # Found by the model's type where this package is installed, by this name where it is not.
+    config["image_processor_type"] = "TimmWrapperImageProcessor"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _as_transformers(model: nn.Module, label_names: Sequence[str] | None) -> EpsResNetPreTrainedModel:
@@ -133,6 +249,8 @@ def render_card(
     blocks_kept: int,
     results: Mapping[str, Any] | None = None,
     picture: str | None = None,
+    remote_code: bool = False,
+    onnx: str | None = None,
 ) -> ModelCard:
     """The model card, from the run's own values.
 
@@ -143,6 +261,8 @@ def render_card(
         blocks_kept: Those that stayed.
         results: Values of ``all_results.json``; without them the card states the structure only.
         picture: File name of the picture, if there is one.
+        remote_code: Whether the code to load the model without this package is beside it.
+        onnx: Path of the ONNX file, if there is one.
 
     Raises:
         ValueError: ``results`` lacks one of :data:`RESULT_KEYS`.
@@ -151,7 +271,7 @@ def render_card(
     if results and (missing := [key for key in RESULT_KEYS if key not in results]):
         raise ValueError(f"results lacks {', '.join(missing)}; timm_eps.hub.RESULT_KEYS lists what a card states.")
     data = ModelCardData(
-        license="apache-2.0",
+        license=results.get("license", "apache-2.0"),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "transformers", "eps-resnet", "pruned"],
@@ -183,6 +303,9 @@ def render_card(
         blocks_total=blocks_total,
         blocks_kept=blocks_kept,
         picture=picture,
+        remote_code=remote_code,
+        onnx=onnx,
+        is_twin=timm.is_model(base_name(architecture)),
         results=results,
         summary=_summary(architecture, blocks_total, blocks_kept, results),
         table=comparison_table(results) if results else "",

@@ -6,15 +6,18 @@ save and load, and the classification loss has the paper's side term.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import timm
 import torch
 from timm.layers import BatchNormAct2d, ClassifierHead
 from torch import Tensor, nn
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -24,35 +27,50 @@ from transformers import (
     TimmWrapperModel,
     TimmWrapperPreTrainedModel,
 )
+from transformers.backbone_utils import BackboneMixin
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
+from .branches import gates
 from .configuration_eps_resnet import EpsResNetConfig
 from .eps_resnet import EpsResNet, init_weights
-from .surgery import collapsed_copy, removed_slots
+from .surgery import closed_slots, collapsed_copy, removed_slots
 
-__all__ = ["EpsResNetForImageClassification", "EpsResNetModel", "EpsResNetPreTrainedModel", "unshared"]
+__all__ = [
+    "EpsResNetBackbone",
+    "EpsResNetForImageClassification",
+    "EpsResNetModel",
+    "EpsResNetPreTrainedModel",
+    "unshared",
+]
 
 
 def _key_conversions() -> list[WeightConverter | WeightRenaming]:
-    """Checkpoints hold timm's keys; the wrapper's begin with ``timm_model.``."""
-    return [PrefixChange(prefix_to_add="timm_model")]
+    """Checkpoints hold timm's keys; the wrapper's begin with ``timm_model.``, but for the side head's."""
+    return [WeightRenaming(r"^(?!timm_model\.|side_head\.)(.+)", r"timm_model.\1")]
 
 
 class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
-    """What the ε-ResNet classes share: initialisation, loading and saving."""
+    """What the ε-ResNet classes share: initialisation, loading and saving.
+
+    Attributes:
+        keeps_training_parts (bool): Save the model as it trains, with closed branches and the side head, not what it
+            evaluates to. For checkpoints to resume from, which transformers loads and timm does not.
+    """
 
     config_class = EpsResNetConfig
     config: EpsResNetConfig
     timm_model: Any
+    _weight_conversions: list[WeightConverter | WeightRenaming]
+    keeps_training_parts = False
     _no_split_modules = ["PreActBasic"]  # noqa: RUF012  the parent's declaration
 
     def post_init(self) -> None:
-        # Where nothing was loaded transformers would otherwise save the wrapper's keys, which timm cannot read.
-        self._weight_conversions = _key_conversions()
         # Known from the config alone when loading: a probe or an image processor must see this model's input.
         self.timm_model.pretrained_cfg = {**self.timm_model.pretrained_cfg, **(self.config.pretrained_cfg or {})}
+        for slot in self.config.closed:
+            gates(self)[slot].closed = True
         if not any(parameter.is_meta for parameter in self.timm_model.parameters()):
             for module in self.timm_model.modules():
                 module._is_hf_initialized = True  # by timm, each architecture in its way
@@ -78,9 +96,12 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Takes this class's own keys, and timm's for the network alone."""
-        own = any(key.startswith("timm_model.") for key in state_dict)
-        return nn.Module.load_state_dict(self if own else self.timm_model, state_dict, *args, **kwargs)
+        """Takes this class's own keys, those of its files, and timm's for the network alone."""
+        if any(key.startswith("side_head.") for key in state_dict):
+            own = ("timm_model.", "side_head.")
+            state_dict = {key if key.startswith(own) else f"timm_model.{key}": v for key, v in state_dict.items()}
+        whole = any(key.startswith("timm_model.") for key in state_dict)
+        return nn.Module.load_state_dict(self if whole else self.timm_model, state_dict, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -96,17 +117,25 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
 
         Arguments are those of :meth:`transformers.PreTrainedModel.save_pretrained`.
         """
-        inference = collapsed_copy(self)
-        inference._drop_training_parts()
-        if removed := removed_slots(inference):  # the network knows best, also if it was pruned on its own
-            inference.config.model_args = {**(inference.config.model_args or {}), "removed": removed}
+        if self.keeps_training_parts:
+            written = copy.copy(self)
+            written.config = copy.deepcopy(self.config)
+            written.config.closed = closed_slots(self)
+        else:
+            written = collapsed_copy(self)
+            written.config.closed = []
+            written._drop_training_parts()
+        # By itself transformers saves the keys it loaded, which may have been the wrapper's; timm reads its own alone.
+        written._weight_conversions = _key_conversions()
+        if removed := removed_slots(written):  # the network knows best, also if it was pruned on its own
+            written.config.model_args = {**(written.config.model_args or {}), "removed": removed}
         if state_dict is not None:
-            wanted = inference.state_dict().keys()
+            wanted = written.state_dict().keys()
             if missing := sorted(wanted - state_dict.keys()):
                 raise ValueError(f"state_dict lacks {missing[0]!r} and {len(missing) - 1} more keys of the model.")
             state_dict = {key: state_dict[key] for key in wanted}
-        state_dict = unshared(inference.state_dict() if state_dict is None else state_dict)
-        super(EpsResNetPreTrainedModel, inference).save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        state_dict = unshared(written.state_dict() if state_dict is None else state_dict)
+        super(EpsResNetPreTrainedModel, written).save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
     def _drop_training_parts(self) -> None:
         self.config.side_loss_weight = 0.0
@@ -132,12 +161,12 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         return wrapper
 
 
-class EpsResNetModel(EpsResNetPreTrainedModel, TimmWrapperModel):
-    """ε-ResNet without a classifier: ``last_hidden_state`` (B, C, H, W) and ``pooler_output`` (B, C)."""
+class _Headless(EpsResNetPreTrainedModel):
+    """What has no classifier."""
 
     def post_init(self) -> None:
         # A classifier's checkpoint loads here as it is meant to: silently without its last layer.
-        self._keys_to_ignore_on_load_unexpected = [re.escape(name) for name in _classifiers(self)]
+        self._keys_to_ignore_on_load_unexpected = [re.escape(name) for name in (*_classifiers(self), "side_head")]
         super().post_init()
 
     def _drop_training_parts(self) -> None:
@@ -145,6 +174,60 @@ class EpsResNetModel(EpsResNetPreTrainedModel, TimmWrapperModel):
         if hasattr(self.timm_model, "reset_classifier"):  # an encoder has none
             self.timm_model.reset_classifier(0)
         self.config.num_labels = 0  # or timm would look for the classifier that is not there
+
+
+class EpsResNetModel(_Headless, TimmWrapperModel):
+    """ε-ResNet without a classifier: ``last_hidden_state`` (B, C, H, W) and ``pooler_output`` (B, C)."""
+
+
+class EpsResNetBackbone(BackboneMixin, _Headless):
+    """ε-ResNet as a backbone for detection and segmentation heads.
+
+    ``feature_maps`` are those of the stages that ``config.out_features`` or ``config.out_indices`` name, (B, C, H, W)
+    each, by default the last stage's; ``channels`` has their numbers of channels.
+
+    Of a whole model with this backbone in it, prune ``model.backbone``, and remove what is closed before the whole is
+    saved: its file says what is removed, not what is closed.
+
+    Raises:
+        ValueError: timm has no ``forward_intermediates`` for the architecture.
+    """
+
+    has_attentions = False
+
+    def __init__(self, config: EpsResNetConfig) -> None:
+        # The mixin reads the choice as it stands in the configuration, where it may have been left open.
+        config.set_output_features_output_indices(config.out_features, config.out_indices)
+        super().__init__(config)
+        self.timm_model = timm.create_model(config.architecture, num_classes=0, **(config.model_args or {}))
+        if not hasattr(self.timm_model, "forward_intermediates"):
+            raise ValueError(f"{config.architecture!r} cannot be a backbone: timm gives no features of its stages.")
+        self.num_features = [info["num_chs"] for info in self.timm_model.feature_info]
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BackboneOutput | tuple[Any, ...]:
+        """Images (B, C, H, W) to feature maps; ``hidden_states`` are those of all stages."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        wanted = list(self.out_indices)
+        stages = self.timm_model.forward_intermediates(
+            pixel_values.to(self.device, self.dtype),
+            indices=None if output_hidden_states else wanted,
+            stop_early=True,
+            intermediates_only=True,
+        )
+        output = BackboneOutput(
+            feature_maps=tuple(stages[index] for index in wanted) if output_hidden_states else tuple(stages),
+            hidden_states=tuple(stages) if output_hidden_states else None,
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForImageClassification):
@@ -241,6 +324,7 @@ def _check_blocks(model: EpsResNetPreTrainedModel, info: Mapping[str, Iterable[s
 AutoConfig.register(EpsResNetConfig.model_type, EpsResNetConfig, exist_ok=True)
 AutoModel.register(EpsResNetConfig, EpsResNetModel, exist_ok=True)
 AutoModelForImageClassification.register(EpsResNetConfig, EpsResNetForImageClassification, exist_ok=True)
+AutoBackbone.register(EpsResNetConfig, EpsResNetBackbone, exist_ok=True)
 AutoImageProcessor.register(
     EpsResNetConfig,
     image_processor_classes={"pil": TimmWrapperImageProcessor, "torchvision": TimmWrapperImageProcessor},

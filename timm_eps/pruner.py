@@ -179,7 +179,10 @@ class EpsilonPruner:
         found = gates(self.model)
         if not found:
             return {}
-        responses = torch.stack([gate.response.float() for gate in found.values()])
+        device = next(
+            iter(found.values())
+        ).threshold.device  # a gate that has not run yet may have its response elsewhere
+        responses = torch.stack([gate.response.float().to(device) for gate in found.values()])
         if dist.is_available() and dist.is_initialized():
             # MAX does not carry NaN on every backend; infinity keeps a gate open just as well.
             responses = torch.nan_to_num(responses, nan=torch.inf, posinf=torch.inf)

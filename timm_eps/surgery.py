@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from .tracing import tensors
 
 __all__ = [
     "add_gates",
+    "bounding_parameters",
     "check_gated",
     "closed_slots",
     "collapsed_copy",
@@ -35,6 +36,7 @@ __all__ = [
     "removed_slots",
     "replay_removed",
     "same_outputs",
+    "slots_without_weights",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -99,16 +101,33 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}.")
     check_gated(model)
-    body = timm_body(model)
-    # A layer scale is a module at the end of the branch, or a parameter that the block itself holds.
-    ends = [*branch_ends(body), *(body.get_submodule(slot.rpartition(".")[0]) for slot in gates(body))]
-    bounding = {id(parameter) for end in ends for parameter in end.parameters(recurse=False)}
+    bounding = bounding_parameters(model)
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 or id(parameter) in bounding else spared).append(parameter)
+            (decayed if parameter.ndim > 1 or parameter in bounding else spared).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+
+
+def bounding_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that stand last in a branch, and so bound its response: of a convolution, a norm or a scale."""
+    body = timm_body(model)
+    ends = [module for modules in branch_ends(body).values() for module in modules]
+    # A layer scale is a module at the end of the branch, or a parameter that the block itself holds.
+    ends += [body.get_submodule(slot.rpartition(".")[0]) for slot in gates(body)]
+    return {parameter for end in ends for parameter in end.parameters(recurse=False)}
+
+
+def slots_without_weights(body: nn.Module, keys: Collection[str]) -> list[str]:
+    """The slots of which a state dict with these keys lacks the last layer: those that its network had lost."""
+    names = {parameter: name for name, parameter in body.named_parameters()}
+    missing = []
+    for slot, modules in branch_ends(body).items():
+        last = [names[parameter] for module in modules for parameter in module.parameters(recurse=False)]
+        if last and not any(name in keys for name in last):
+            missing.append(slot)
+    return missing
 
 
 def closed_slots(model: nn.Module) -> list[str]:

@@ -1,0 +1,47 @@
+"""DistributedDataParallel around a model that loses parameters while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["on_first_forward", "wrap_again"]
+
+
+def wrap_again(wrapper: DistributedDataParallel) -> None:
+    """Let a wrapper forget the parameters that its model has lost; every process must call this.
+
+    A wrapper waits in each backward pass for the gradients of the parameters that it began with. Whoever holds it, an
+    optimizer's owner or a trainer, goes on holding it: it is initialised anew in place. A communication hook has to be
+    registered again.
+    """
+    options: dict[str, Any] = {
+        name: getattr(wrapper, name)
+        for name in ("device_ids", "output_device", "dim", "process_group", "find_unused_parameters",
+                     "gradient_as_bucket_view", "static_graph")
+    }  # fmt: skip
+    # torch has given the option another name.
+    renamed = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if hasattr(wrapper, name))
+    options[renamed] = getattr(wrapper, renamed)
+    model, mode = wrapper.module, wrapper.training
+    wrapper.__init__(model, **options)  # type: ignore[misc]
+    wrapper.train(mode)
+
+
+def on_first_forward(model: nn.Module, found: Callable[[DistributedDataParallel], None]) -> Callable[[], None]:
+    """Call ``found`` with the wrapper of a model when it first runs; returns what gives up waiting.
+
+    For those who are handed the model but not its wrapper, such as callbacks.
+    """
+
+    def look(module: nn.Module, args: Any) -> None:
+        if isinstance(module, DistributedDataParallel) and module.module is model:
+            handle.remove()
+            found(module)
+
+    handle = register_module_forward_pre_hook(look)
+    return handle.remove

@@ -1,0 +1,191 @@
+"""The pruner inside ``transformers.Trainer``.
+
+A callback is handed the model, the optimizer and the state, but neither the checkpoint that a run resumes from nor the
+wrapper for distributed training. Where Trainer loads a checkpoint the smaller structure is read off the names of the
+weights, and checked against the pruner's state as soon as that is at hand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+from .distributed import on_first_forward, wrap_again
+from .modeling_eps_resnet import EpsResNetPreTrainedModel
+from .pruner import EpsilonPruner
+from .surgery import bounding_parameters, removed_slots, replay_removed, slots_without_weights
+
+__all__ = ["EpsilonCallback"]
+
+_logger = logging.get_logger(__name__)
+
+
+class EpsilonCallback(TrainerCallback, ExportableState):
+    """Makes the network that a :class:`transformers.Trainer` trains shallower, epoch by epoch.
+
+    ::
+
+        model = EpsResNetForImageClassification(EpsResNetConfig(architecture="eps_resnet110", num_labels=10))
+        callback = EpsilonCallback(keep=0.25, warmup_epochs=8, ramp_epochs=25)
+        trainer = Trainer(model, TrainingArguments("out", weight_decay=5e-3), ..., callbacks=[callback])
+        trainer.train()
+
+    At the end of each epoch it takes the step of an :class:`~timm_eps.EpsilonPruner`: blocks go, ``model.config`` and
+    the optimizer follow. Checkpoints hold the model as it trains, with closed branches and the side head, and
+    ``trainer.train(resume_from_checkpoint=True)`` goes on from them exactly, whether the model that Trainer was given
+    has all its blocks or was loaded from the checkpoint. After the training ``trainer.save_model()`` writes what the
+    model evaluates to, as everywhere. The gates need ``weight_decay``: set it in the TrainingArguments. Trainer spares
+    biases and some norms from it; of these the callback decays those that bound a branch's response, decoupled from
+    the gradient.
+
+    Under DistributedDataParallel every process takes the same decisions, on the responses of all.
+
+    Args:
+        epsilon: The paper's threshold. Exclusive with ``keep``.
+        keep: Fraction (float) or number (int) of branches to keep.
+        warmup_epochs: Epochs with every gate open first.
+        ramp_epochs: With ``keep``: epochs from the first closed branch to the full budget.
+        patience: Epochs in a row that a branch must stay closed before it is removed.
+        live_removal: Remove during training. Without it closed branches stay until the model is saved.
+
+    Attributes:
+        pruner (EpsilonPruner | None): There from the beginning of the training on.
+
+    Raises:
+        ValueError: When the training begins: the model is not one of this package's transformers classes, the
+            arguments do not fit it, the run is resumed from a checkpoint of another network or one without the
+            pruner's state, ``load_best_model_at_end`` is set, or the parameters are sharded (FSDP, DeepSpeed).
+    """
+
+    def __init__(
+        self,
+        *,
+        epsilon: float | None = None,
+        keep: float | int | None = None,
+        warmup_epochs: int = 0,
+        ramp_epochs: int = 0,
+        patience: int = 3,
+        live_removal: bool = True,
+    ) -> None:
+        self.arguments: dict[str, Any] = {
+            "epsilon": epsilon,
+            "keep": keep,
+            "warmup_epochs": warmup_epochs,
+            "ramp_epochs": ramp_epochs,
+            "patience": patience,
+            "live_removal": live_removal,
+        }
+        self.pruner: EpsilonPruner | None = None
+        self._wrapper: DistributedDataParallel | None = None
+        self._undecayed: set[nn.Parameter] = set()
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer keeps in a checkpoint's ``trainer_state.json``."""
+        return {"args": self.arguments, "attributes": {"saved": self.pruner.state_dict() if self.pruner else None}}
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model = _checked(kwargs["model"])
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end puts weights back that are not of the structure the network has by then, and "
+                "the best epoch is likely one before blocks went. Leave it out; to give the network time to heal, let "
+                "warmup_epochs + ramp_epochs end well before num_train_epochs."
+            )
+        _follow_loaded_structure(model)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = _checked(kwargs["model"])
+        if args.fsdp or args.deepspeed:
+            raise ValueError("Blocks cannot be taken out of sharded parameters; train without fsdp and deepspeed.")
+        if not args.weight_decay:
+            _logger.warning("weight_decay is 0 in the TrainingArguments: nothing empties the branches that close.")
+        self.pruner = EpsilonPruner(model, kwargs["optimizer"], **self.arguments)
+        if state.global_step:
+            self.pruner.load_state_dict(_saved_state(state, model))
+        model.keeps_training_parts = True
+        bounding = bounding_parameters(model)
+        self._undecayed = {
+            parameter
+            for group in kwargs["optimizer"].param_groups
+            if not group.get("weight_decay")
+            for parameter in group["params"]
+            if parameter in bounding
+        }
+        if args.world_size > 1:
+            on_first_forward(model, self._note_wrapper)
+
+    def _note_wrapper(self, wrapper: DistributedDataParallel) -> None:
+        self._wrapper = wrapper
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        with torch.no_grad():
+            for group in kwargs["optimizer"].param_groups:
+                for parameter in self._undecayed.intersection(group["params"]):
+                    parameter.mul_(1 - group["lr"] * args.weight_decay)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.pruner is not None, "the training has begun"
+        discarded = self.pruner.discarded
+        removed = self.pruner.step()
+        if removed and self._wrapper is not None:
+            wrap_again(self._wrapper)
+        if args.torch_compile and self.pruner.discarded != discarded:
+            torch.compiler.reset()  # or torch stops compiling after a number of structures
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.pruner is not None and "loss" in kwargs["logs"]:
+            kwargs["logs"] |= {"epsilon": self.pruner.epsilon, "blocks": self.pruner.total - self.pruner.discarded}
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["model"].keeps_training_parts = False
+
+
+def _checked(model: nn.Module) -> EpsResNetPreTrainedModel:
+    if not isinstance(model, EpsResNetPreTrainedModel):
+        raise ValueError(
+            f"EpsilonCallback needs a model that saves its structure, not {type(model).__name__}: "
+            "EpsResNetForImageClassification.from_timm(model) wraps a timm model of this package."
+        )
+    return model
+
+
+def _follow_loaded_structure(model: EpsResNetPreTrainedModel) -> None:
+    """Let the model lose the branches that weights loaded into it lack: Trainer resumes with those of a checkpoint."""
+
+    def follow(body: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        keys = {key.removeprefix(prefix) for key in state_dict}
+        if missing := slots_without_weights(body, keys):
+            replay_removed(model, missing)
+
+    model.timm_model.register_load_state_dict_pre_hook(follow)
+
+
+def _saved_state(state: TrainerState, model: EpsResNetPreTrainedModel) -> dict[str, Any]:
+    """The pruner's state in the checkpoint that Trainer has just loaded the weights from."""
+    callbacks: Any = state.stateful_callbacks  # by name, when they were read from a checkpoint
+    stored = callbacks.get(EpsilonCallback.__name__)
+    if not isinstance(stored, dict) or not (saved := stored["attributes"]["saved"]):
+        raise ValueError(
+            f"The checkpoint of step {state.global_step} holds no state of an EpsilonCallback, so it is not known "
+            "which branches were about to go. Load its model with from_pretrained and train anew from there."
+        )
+    if removed_slots(model) != saved["removed"]:
+        raise ValueError(
+            f"The weights of the checkpoint of step {state.global_step} lack {len(removed_slots(model))} branches, but "
+            f"its pruner had removed {len(saved['removed'])}; the two are not of one run."
+        )
+    return saved
