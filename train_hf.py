@@ -99,6 +99,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     train("--momentum", type=float, default=0.9, help="of sgd")
     train("--nesterov", action="store_true", help="of sgd")
     train("--weight_decay", type=float, default=5e-3)
+    train("--weight_decay_drop", type=float, nargs=2, metavar=("STEPS", "FACTOR"), help="multiply it every so often")
     train(
         "--lr_scheduler",
         choices=["cosine", "multistep", "restarting"],
@@ -349,7 +350,7 @@ def train(
     }[args.augmentation]
     normalize = data.Normalize(pretrained_cfg).to(accelerator.device)
 
-    accuracies, seconds = [], 0.0
+    accuracies, seconds, taken = [], 0.0, 0
     for epoch in range(args.num_train_epochs):
         start = time.perf_counter()
         network.train()
@@ -362,8 +363,13 @@ def train(
                     accelerator.backward(loss)
                     prepared_optimizer.step()
                     prepared_optimizer.zero_grad()
-                if accelerator.sync_gradients and args.lr_scheduler == "cosine":
-                    scheduler.step()
+                if accelerator.sync_gradients:
+                    taken += 1
+                    if args.lr_scheduler == "cosine":
+                        scheduler.step()
+                    if args.weight_decay_drop and taken % args.weight_decay_drop[0] == 0:
+                        for group in optimizer.param_groups:
+                            group["weight_decay"] *= args.weight_decay_drop[1]
                 losses += loss.detach()
                 bar.update()
             if not torch.isfinite(losses):

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from loopback_hub import LoopbackHub
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # as many processes as cores are at work already
+
 _HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 _HUB = LoopbackHub().__enter__()
 os.environ.update(_HUB.environment(Path(_HOME.name)))  # before huggingface_hub is imported, which reads it once

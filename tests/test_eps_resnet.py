@@ -196,10 +196,6 @@ def test_intermediates(removed):
     assert torch.equal(only[1], taken[3])
     stopped, _ = model.forward_intermediates(x, indices=[1], stop_early=True)
     assert torch.equal(stopped, taken[1])
-    also, intermediates, side = model.forward_side(x)
-    assert torch.equal(also, features)
-    assert all(torch.equal(a, b) for a, b in zip(intermediates, taken, strict=True))
-    assert side.shape == (2, model.side_features, 16, 16)
 
 
 @pytest.mark.parametrize("indices", [5, 0, -1, [4], [-5], []])

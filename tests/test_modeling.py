@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 import timm_eps
 from timm_eps import EpsResNetConfig, EpsResNetForImageClassification, EpsResNetModel
 from timm_eps.branches import gates
+from timm_eps.side_supervision import half_depth
 
 
 def tiny_config(**fields) -> EpsResNetConfig:
@@ -38,9 +40,10 @@ def labels() -> torch.Tensor:
 
 
 def test_training_loss_has_the_side_term(model, images, labels):
-    features, _, side = model.timm_model.forward_side(images)
-    main = F.cross_entropy(model.timm_model.forward_head(features), labels)
-    beside = F.cross_entropy(model.side_head(side), labels)
+    tapped = []
+    model.timm_model.stages[1].blocks[1].register_forward_hook(lambda m, args, output: tapped.append(output))
+    main = F.cross_entropy(model.timm_model(images), labels)
+    beside = F.cross_entropy(model.side_head(tapped[0]), labels)
     output = model(images, labels=labels)
     torch.testing.assert_close(output.loss, main + 0.1 * beside)
     assert output.logits.shape == (4, 5)
@@ -52,10 +55,35 @@ def test_side_head_is_the_papers(model):
     """BN-ReLU, global average pool and a linear layer, after block n // 2 of the middle stage."""
     norm, head = model.side_head
     assert norm.num_features == head.fc.in_features == 32
-    tapped = []
-    model.timm_model.stages[1].blocks[1].register_forward_hook(lambda m, args, output: tapped.append(output))
-    _, _, side = model.timm_model.forward_side(torch.randn(2, 3, 8, 8))
-    assert side is tapped[0]
+    assert half_depth(timm.create_model("eps_resnet110")) == "stages.1.blocks.9"
+    assert half_depth(timm.create_model("eps_resnetv2_101")) == "stages.2.blocks.8", "block 16 of 33"
+
+
+def test_side_supervision_of_a_twin(images, labels):
+    config = EpsResNetConfig(architecture="eps_resnetv2_50", num_labels=5, side_loss_weight=0.1)
+    model = EpsResNetForImageClassification(config).train()
+    images = torch.randn(4, 3, 64, 64)
+    output = model(images, labels=labels)
+    output.loss.backward()
+    assert output.loss > F.cross_entropy(output.logits, labels)
+    assert model.side_head[1].fc.weight.grad.any()
+    with pytest.raises(ValueError, match="no feature maps at half depth"):
+        EpsResNetForImageClassification(EpsResNetConfig(architecture="eps_test_vit", side_loss_weight=0.1))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_side_supervision_outlives_its_block(model, images, labels, checkpointing):
+    """The block that the side head reads may go: then it reads what is left there, in the model and its copies."""
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model(images, labels=labels).loss.backward()
+    close(model, "stages.1.blocks.1.drop_path")
+    timm_eps.remove_closed(model)
+    copy.deepcopy(model)
+    losses = [net.train()(images, labels=labels).loss for net in (model, copy.deepcopy(model))]
+    torch.testing.assert_close(*losses)
+    losses[1].backward()
+    assert losses[0] > F.cross_entropy(model(images).logits, labels)
 
 
 def test_side_supervision_trains_all(model, images, labels):

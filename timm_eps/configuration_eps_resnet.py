@@ -118,8 +118,10 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         fields = {**super().to_dict(), "label_names": [labels[number] for number in sorted(labels)]}
         # As it reads once it was stored, where timm's tuples are lists.
         fields["pretrained_cfg"] = json.loads(json.dumps(fields["pretrained_cfg"]))
-        unset = [name for name in ("closed", "out_features", "out_indices") if not fields[name]]
-        return {name: value for name, value in fields.items() if name not in unset}
+        left_out = {name for name in ("closed", "out_features", "out_indices") if not fields[name]}
+        # A repository with code of its own says so here, but that code is not part of the model.
+        left_out |= {"auto_map", "image_processor_type"}
+        return {name: value for name, value in fields.items() if name not in left_out}
 
     @classmethod
     def from_timm(cls, model: Any, **kwargs: Any) -> EpsResNetConfig:

@@ -101,14 +101,6 @@ class Stage(nn.Module):
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
-    @torch.jit.ignore
-    def forward_halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What comes out of the middle block, and of the last."""
-        middle = len(self.blocks) // 2 + 1
-        run = checkpoint_seq if self.grad_checkpointing else lambda blocks, x: blocks(x)
-        half = run(self.blocks[:middle], x)
-        return half, run(self.blocks[middle:], half)
-
 
 class EpsResNet(nn.Module):
     """Pre-activation CIFAR ResNet whose residual branches end in gates.
@@ -265,38 +257,6 @@ class EpsResNet(nn.Module):
         if not stop_early or last == len(self.stages):
             x = self.norm(x)
         return x, intermediates
-
-    @torch.jit.ignore
-    def forward_side(
-        self, x: Tensor, indices: int | Sequence[int] | None = None
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """One forward pass with all that side supervision needs.
-
-        Args:
-            x: Images (B, C, H, W).
-            indices: Which intermediates, as for :meth:`forward_intermediates`.
-
-        Returns:
-            The features of :meth:`forward_features`, the intermediates, and the activation (B, 32, H / 2, W / 2)
-            after block n // 2 of the middle stage, which the paper's side head reads.
-        """
-        x = self.stem(x)
-        outputs = [x]
-        side = x
-        stage: Any
-        for index, stage in enumerate(self.stages):
-            if index == len(self.stages) // 2:
-                side, x = stage.forward_halves(x)
-            else:
-                x = stage(x)
-            outputs.append(x)
-        return self.norm(x), [outputs[i] for i in sorted(_wanted_indices(len(outputs), indices))], side
-
-    @property
-    @torch.jit.unused
-    def side_features(self) -> int:
-        """Number of channels that the side head reads."""
-        return self.feature_info[1 + len(self.stages) // 2]["num_chs"]
 
     def prune_intermediate_layers(
         self,

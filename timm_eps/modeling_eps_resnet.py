@@ -14,7 +14,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import BatchNormAct2d, ClassifierHead
 from torch import Tensor, nn
 from transformers import (
     AutoBackbone,
@@ -34,7 +33,8 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
 from .branches import gates
 from .configuration_eps_resnet import EpsResNetConfig
-from .eps_resnet import EpsResNet, init_weights
+from .eps_resnet import init_weights
+from .side_supervision import Tap, half_depth, new_side_head
 from .surgery import closed_slots, collapsed_copy, removed_slots
 
 __all__ = [
@@ -156,7 +156,8 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
             wrapper: Any = cls(config)
         wrapper.timm_model = model
         if getattr(wrapper, "side_head", None) is not None:
-            wrapper.side_head = wrapper._new_side_head()
+            wrapper.follow_structure()
+            wrapper.side_head = new_side_head(model)
             wrapper.side_head.apply(wrapper._init_weights)
         return wrapper
 
@@ -234,27 +235,26 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
     """ε-ResNet with a classifier, and in training with the paper's side supervision.
 
     The training loss is ``cross-entropy + side_loss_weight * side cross-entropy`` (paper, section 4); the side head
-    (BN-ReLU, global average pool, linear) reads the activation after block n / 2 of the middle stage. In evaluation
-    the loss is the cross-entropy alone. The side head is never saved.
+    (BN-ReLU, global average pool, linear) reads the network at half depth. In evaluation the loss is the cross-entropy
+    alone. The side head is never saved, but in checkpoints of a training that goes on.
     """
 
     side_head: nn.Module | None
 
     def post_init(self) -> None:
         # The parent's __init__ calls this when the network is there and before weights are initialised.
-        self.side_head = self._new_side_head()
+        self.side_head = new_side_head(self.timm_model) if self.config.side_loss_weight else None
+        self._tap = Tap(half_depth(self.timm_model))
+        self.follow_structure()
         super().post_init()
 
-    def _new_side_head(self) -> nn.Module | None:
-        if self.config.side_loss_weight == 0:
-            return None
-        if not isinstance(self.timm_model, EpsResNet):
-            raise ValueError(
-                f"{self.config.architecture!r} has no place for a side head; set side_loss_weight to 0, "
-                f"not {self.config.side_loss_weight!r}."
-            )
-        width = self.timm_model.side_features
-        return nn.Sequential(BatchNormAct2d(width), ClassifierHead(width, self.timm_model.num_classes))
+    def follow_structure(self) -> None:
+        """Let the side head read what is at half depth now; whoever changes the structure calls this.
+
+        Not left to the forward pass: torch cannot compile that a hook is registered.
+        """
+        if self.side_head is not None:
+            self._tap.connect(self.timm_model)
 
     def forward(  # type: ignore[override]
         self,
@@ -273,18 +273,14 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
                 return_dict=return_dict,
                 **kwargs,
             )
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        indices = output_hidden_states if isinstance(output_hidden_states, list | tuple) else None
-        features, intermediates, side = self.timm_model.forward_side(
-            pixel_values.to(self.device, self.dtype), indices=indices
-        )
-        logits = self.timm_model.forward_head(features)
-        loss = self.loss_function(labels, logits, self.config)
-        loss = loss + self.config.side_loss_weight * self.loss_function(labels, self.side_head(side), self.config)
-        output = ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=intermediates if output_hidden_states else None
-        )
+        if not torch.compiler.is_compiling():
+            self.follow_structure()  # the network inside may have been pruned on its own
+        with self._tap:
+            output: Any = super().forward(
+                pixel_values, labels=labels, output_hidden_states=output_hidden_states, return_dict=True, **kwargs
+            )
+        side, self._tap.output = self._tap.output, None
+        output.loss += self.config.side_loss_weight * self.loss_function(labels, self.side_head(side), self.config)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _drop_training_parts(self) -> None:

@@ -264,6 +264,8 @@ def _record(model: nn.Module, removed: Iterable[str]) -> None:
     body._model_args = {**getattr(body, "_model_args", {}), "removed": body.removed}
     if config := getattr(model, "config", None):
         config.model_args = {**(config.model_args or {}), "removed": body.removed}
+    if follow := getattr(model, "follow_structure", None):
+        follow()
 
 
 def natural_order(path: str) -> list[tuple[int, str]]:

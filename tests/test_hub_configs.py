@@ -1,0 +1,122 @@
+"""The recipes in hub_configs/: each is read, builds its network, and takes a step on data of its data set's schema."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import HfApi
+from PIL import Image
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_hf  # noqa: E402
+from timm_eps import data  # noqa: E402
+from timm_eps.names import base_name  # noqa: E402
+
+CONFIGS = sorted(path.name for path in (ROOT / "hub_configs").glob("*.json"))
+# Data set, its configuration, columns with classes, splits, side in pixels: as the Hub describes them.
+SCHEMAS = {
+    "uoft-cs/cifar10": ("plain_text", {"img": None, "label": 10}, ["train", "test"], 32),
+    "uoft-cs/cifar100": ("cifar100", {"img": None, "fine_label": 100, "coarse_label": 20}, ["train", "test"], 32),
+    "ufldl-stanford/svhn": ("cropped_digits", {"image": None, "label": 10}, ["train", "test", "extra"], 32),
+    "ILSVRC/imagenet-1k": ("default", {"image": None, "label": 1000}, ["train", "validation", "test"], 80),
+    "ethz/food101": ("default", {"image": None, "label": 101}, ["train", "validation"], 80),
+}
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The data sets on the loopback Hub, of noise."""
+    for repo_id, (config, columns, splits, side) in SCHEMAS.items():
+        features = datasets.Features(
+            {
+                name: datasets.Image() if classes is None else datasets.ClassLabel(num_classes=classes)
+                for name, classes in columns.items()
+            }
+        )
+        for number, split in enumerate(splits):
+            rng = np.random.default_rng(number)
+            unlabelled = repo_id == "ILSVRC/imagenet-1k" and split == "test"
+            rows = [
+                {
+                    name: Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+                    if classes is None
+                    else (-1 if unlabelled else index % 2)
+                    for name, classes in columns.items()
+                }
+                for index in range(8)
+            ]
+            columnwise = {name: [row[name] for row in rows] for name in columns}
+            datasets.Dataset.from_dict(columnwise, features).push_to_hub(repo_id, config, split=split)
+
+
+def parse(name: str, *flags: str):
+    return train_hf.parse_arguments(["--config", str(ROOT / "hub_configs" / name), *flags])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_is_a_published_pair(name):
+    """<architecture>.<data set>.json, and nothing in it that is not used."""
+    args = parse(name)
+    architecture, dataset, _ = name.split(".", 2)
+    assert args.architecture.partition(".")[0] == architecture
+    assert dataset.partition("-epsilon")[0] == (args.dataset_name or "digits").rpartition("/")[2]
+    assert args.output_dir == f"outputs/{name.removesuffix('.json')}".replace(f"{architecture}.", f"{architecture}-")
+    stored = json.loads((ROOT / "hub_configs" / name).read_text())
+    unused = stored.keys() - train_hf.used_arguments(args).keys() - {"license", "output_dir"}
+    assert not {key for key in unused if stored[key] not in (0, False)}
+    assert timm.is_model(architecture)
+
+
+def test_the_papers_runs_are_there():
+    pairs = {(name.split(".")[0], name.split(".")[1].partition("-")[0], parse(name).epsilon) for name in CONFIGS}
+    for depth in (110, 200, 500, 752):
+        assert {(f"eps_resnet{depth}", "cifar10", 2.5), (f"eps_resnet{depth}", "cifar100", 2.5)} <= pairs
+    for depth in (110, 200, 302):
+        assert (f"eps_resnet{depth}", "svhn", 1.5) in pairs
+    for depth, epsilon in ((101, 2.0), (101, 2.1), (152, 1.8)):
+        assert (f"eps_resnetv2_{depth}", "imagenet", epsilon) in pairs
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_takes_a_step(name, published, tmp_path):
+    args = parse(
+        name, *("--max_train_samples", "4", "--max_eval_samples", "2", "--num_train_epochs", "1"),
+        *("--per_device_train_batch_size", "4", "--num_warmup_steps", "0", "--dataloader_num_workers", "0"),
+        *(() if (size := parse(name).image_size) is None or size < 200 else ("--image_size", "64")),
+    )  # fmt: skip
+    if args.pretrained:
+        put_weights(args.architecture, tmp_path)
+    raw, about = train_hf.load_images(args)
+    columns = data.find_columns(raw["train"].features, args.image_column_name, args.label_column_name)
+    pretrained_cfg = train_hf.input_of(args, raw["train"].features[columns[1]].num_classes)
+    splits = train_hf.load_splits(args, raw, columns, pretrained_cfg)
+    pretrained_cfg |= train_hf.normalization(args, splits["train"])
+    model, pruner, results = train_hf.train(
+        args, train_hf.Accelerator(), splits, pretrained_cfg, with_gates=not args.no_gates
+    )
+    assert about["dataset_id"] == args.dataset_name
+    assert model.config.num_labels == len(splits["train"].label_names)
+    assert pruner.epoch == 1
+    assert 0 <= results["eval_accuracy"] <= 1
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def put_weights(architecture: str, directory: Path) -> None:
+    """Weights of these names where timm looks for those that it published."""
+    name, tag = architecture.split(".")
+    model = timm.create_model(base_name(name))
+    save_file(model.state_dict(), directory / "model.safetensors")
+    api = HfApi()
+    repo_id = f"timm/{base_name(name)}.{tag}"
+    api.create_repo(repo_id, exist_ok=True)
+    api.upload_folder(repo_id=repo_id, folder_path=directory)

@@ -1,0 +1,532 @@
+"""Blocks go while ``transformers.Trainer`` trains: resuming, checkpoints, weight decay, and two processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging as hf_logging
+
+import timm_eps
+from timm_eps import EpsilonCallback, EpsResNetConfig, EpsResNetForImageClassification
+from timm_eps.branches import gates
+from timm_eps.surgery import closed_slots, removed_slots
+
+BUDGET = dict(keep=4, warmup_epochs=1, ramp_epochs=2, patience=2)
+SOON = dict(keep=4, patience=1)
+SGD = dict(optim="sgd", learning_rate=1e-2)
+OPTIMIZERS = {"sgd": SGD, "adamw": dict(learning_rate=1e-3)}
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, number: int = 40) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.randn(number, 3, 8, 8, generator=generator)
+        self.labels = torch.randint(3, (number,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+
+
+class Spy(TrainerCallback):
+    """What the model was whenever it was saved, by step."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+        self.seen: dict[int, SimpleNamespace] = {}
+
+    def on_save(self, args, state, control, model, **kwargs):
+        self.seen[state.global_step] = SimpleNamespace(
+            logits=logits(model, self.images),
+            features=features(model, self.images),
+            closed=closed_slots(model),
+            removed=removed_slots(model),
+            side_head={key: value.clone() for key, value in model.side_head.state_dict().items()},
+        )
+
+
+@torch.no_grad()
+def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    mode = model.training
+    result = model.eval()(pixel_values=images).logits
+    model.train(mode)
+    return result
+
+
+@torch.no_grad()
+def features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    mode = model.training
+    result = model.eval().timm_model.forward_features(images)
+    model.train(mode)
+    return result
+
+
+def fresh_model(**fields) -> EpsResNetForImageClassification:
+    torch.manual_seed(0)
+    config = {"architecture": "eps_resnet20", "num_labels": 3, **fields}
+    return EpsResNetForImageClassification(EpsResNetConfig(**config))
+
+
+def make_trainer(out, model=None, callbacks=(), budget=BUDGET, number=40, **options) -> Trainer:
+    """A trainer whose first callback, if there is a budget, prunes."""
+    defaults = dict(
+        num_train_epochs=6,
+        per_device_train_batch_size=8,
+        weight_decay=5e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    pruning = [EpsilonCallback(**budget)] if budget else []
+    trainer = Trainer(
+        fresh_model() if model is None else model,
+        TrainingArguments(str(out), **{**defaults, **options}),
+        train_dataset=Images(number),
+        eval_dataset=Images(8),
+        callbacks=[*pruning, *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def pruning_callback(trainer: Trainer) -> EpsilonCallback:
+    (found,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, EpsilonCallback)]
+    return found
+
+
+def logged(trainer: Trainer) -> list[tuple]:
+    names = ("step", "loss", "grad_norm", "learning_rate", "epsilon", "blocks")
+    return [tuple(entry[name] for name in names) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same_weights(model: nn.Module, other: nn.Module) -> None:
+    some, others = model.state_dict(), other.state_dict()
+    assert some.keys() == others.keys()
+    assert [key for key in some if not torch.equal(some[key], others[key])] == []
+
+
+def assert_optimizer_fits(trainer: Trainer) -> None:
+    held = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == set(trainer.model.parameters())
+    assert trainer.optimizer.state.keys() <= set(held)
+
+
+@contextmanager
+def warnings_logged(caplog) -> Iterator[list[str]]:
+    """Collects the texts of all warnings of transformers and this package."""
+    texts: list[str] = []
+    caplog.clear()
+    hf_logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.WARNING):
+            yield texts
+    finally:
+        hf_logging.disable_propagation()
+        texts += [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_progress_bars():
+    hf_logging.disable_progress_bar()
+    yield
+    hf_logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Uninterrupted runs, made when first asked for: (trainer, spy, directory)."""
+    runs: dict[tuple[str, str], tuple[Trainer, Spy, Path]] = {}
+
+    def run(optimizer: str = "sgd", save_strategy: str = "epoch") -> tuple[Trainer, Spy, Path]:
+        key = (optimizer, save_strategy)
+        if key not in runs:
+            out = tmp_path_factory.mktemp("-".join(key))
+            spy = Spy(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2)))
+            options = dict(save_strategy=save_strategy, save_steps=6, **OPTIMIZERS[optimizer])
+            trainer = make_trainer(out, callbacks=[spy], **options)
+            trainer.train()
+            runs[key] = trainer, spy, out
+        return runs[key]
+
+    return run
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_blocks_go_while_trainer_trains(trained, optimizer):
+    trainer, spy, _ = trained(optimizer)
+    pruner = pruning_callback(trainer).pruner
+    removals = [step for step in range(5, 35, 5) if pruner.history[step // 5 - 1]["removed"]]
+    assert len(removals) >= 2
+    assert removals[-1] < 30, "it trained on after the last removal"
+    removed = removed_slots(trainer.model)
+    assert len(removed) == sum(len(record["removed"]) for record in pruner.history)
+    assert trainer.model.config.model_args["removed"] == trainer.model.timm_model.removed == removed
+    assert gates(trainer.model).keys().isdisjoint(removed)
+    for step, seen in spy.seen.items():
+        assert sorted(seen.removed) == sorted(slot for one in pruner.history[: step // 5] for slot in one["removed"])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizer_holds_the_models_parameters_alone(trained, optimizer):
+    assert_optimizer_fits(trained(optimizer)[0])
+    assert optimizer == "sgd" or trained(optimizer)[0].optimizer.state
+
+
+def test_logs_carry_epsilon_and_blocks(trained):
+    trainer, _, _ = trained()
+    history = pruning_callback(trainer).pruner.history
+    assert len(logged(trainer)) == 30
+    left = 9
+    for step, _, _, _, epsilon, blocks in logged(trainer):
+        record = history[(step - 1) // 5]
+        assert epsilon == record["epsilon"]
+        assert blocks == left
+        if step % 5 == 0:
+            gone = sum(len(one["removed"]) for one in history[: step // 5])
+            left = 9 - gone - len(set(record["closed"]) - set(record["removed"]))
+
+
+def test_saved_after_the_training_every_loader_gives_the_live_logits(trained, tmp_path, caplog):
+    trainer, spy, _ = trained()
+    assert closed_slots(trainer.model), "there is something left to take out"
+    live = logits(trainer.model, spy.images)
+    trainer.save_model(tmp_path)
+    with warnings_logged(caplog) as warned:
+        by_auto = AutoModelForImageClassification.from_pretrained(tmp_path)
+        by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert warned == []
+    assert torch.equal(logits(by_auto, spy.images), live)
+    with torch.no_grad():
+        assert torch.equal(by_timm(spy.images), live)
+    assert "closed" not in json.loads((tmp_path / "config.json").read_text())
+    assert set(removed_slots(by_auto)) == {*removed_slots(trainer.model), *closed_slots(trainer.model)}
+
+
+def state_at(spy: Spy, step: int) -> str:
+    seen = spy.seen[step]
+    return ("removed" if seen.removed else "") + ("closed" if seen.closed else "")
+
+
+@pytest.mark.parametrize("start", ["full model", "model of the checkpoint"])
+@pytest.mark.parametrize(
+    ("save_strategy", "step", "state"),
+    [("epoch", 5, ""), ("epoch", 10, "closed"), ("epoch", 25, "removed"), ("steps", 12, "closed"), ("steps", 18, "removed")],
+)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resumed_run_is_the_uninterrupted_one(trained, tmp_path, optimizer, save_strategy, step, state, start, caplog):
+    whole, spy, out = trained(optimizer, save_strategy)
+    assert state_at(spy, step).startswith(state)
+    assert whole.model.side_head is not None
+    checkpoint = f"{out}/checkpoint-{step}"
+    torch.manual_seed(99)
+    model = (
+        EpsResNetForImageClassification(EpsResNetConfig(architecture="eps_resnet20", num_labels=3))
+        if start == "full model"
+        else AutoModelForImageClassification.from_pretrained(checkpoint)
+    )
+    resumed = make_trainer(tmp_path, model, **OPTIMIZERS[optimizer])
+    with warnings_logged(caplog) as warned:
+        resumed.train(resume_from_checkpoint=checkpoint)
+    assert not [text for text in warned if "keys" in text]
+    assert logged(resumed) == logged(whole)
+    assert_same_weights(resumed.model, whole.model)
+    assert removed_slots(resumed.model) == removed_slots(whole.model)
+    assert closed_slots(resumed.model) == closed_slots(whole.model)
+    assert pruning_callback(resumed).pruner.history == pruning_callback(whole).pruner.history
+    assert_optimizer_fits(resumed)
+
+
+@pytest.mark.parametrize("step", [10, 15])
+def test_resumed_with_the_callbacks_state_restored(trained, tmp_path, step):
+    """Trainer then puts a new callback in the place of the one that it was given."""
+    whole, _, out = trained()
+    resumed = make_trainer(tmp_path, restore_callback_states_from_checkpoint=True, **SGD)
+    given = pruning_callback(resumed)
+    resumed.train(resume_from_checkpoint=f"{out}/checkpoint-{step}")
+    assert pruning_callback(resumed) is not given
+    assert logged(resumed) == logged(whole)
+    assert_same_weights(resumed.model, whole.model)
+
+
+def test_resumed_twice_saves_as_the_uninterrupted_run(trained, tmp_path):
+    whole, _, out = trained()
+    for directory, since in ((tmp_path / "1", out / "checkpoint-10"), (tmp_path / "2", tmp_path / "1/checkpoint-15")):
+        resumed = make_trainer(directory, save_strategy="epoch", **SGD)
+        resumed.train(resume_from_checkpoint=str(since))
+    for name in ("model.safetensors", "config.json"):
+        last = "checkpoint-30"
+        assert (tmp_path / "2" / last / name).read_bytes() == (out / last / name).read_bytes()
+    assert logged(resumed) == logged(whole)
+
+
+def test_a_second_training_goes_on_pruning(tmp_path):
+    trainer = make_trainer(tmp_path, budget=SOON, num_train_epochs=2, number=16, **SGD)
+    trainer.train()
+    first = removed_slots(trainer.model)
+    assert first
+    pruning_callback(trainer).arguments["keep"] = 1
+    trainer.train()
+    assert set(first) < set(removed_slots(trainer.model))
+    assert pruning_callback(trainer).pruner.total == 9
+    assert_optimizer_fits(trainer)
+
+
+@pytest.mark.parametrize("step", [5, 10, 15, 25])
+def test_a_checkpoint_evaluates_to_the_live_model_of_its_time(trained, step, caplog):
+    _, spy, out = trained()
+    seen = spy.seen[step]
+    checkpoint = out / f"checkpoint-{step}"
+    with warnings_logged(caplog) as warned:
+        classifier = AutoModelForImageClassification.from_pretrained(checkpoint)
+        headless = AutoModel.from_pretrained(checkpoint)
+        AutoBackbone.from_pretrained(checkpoint)
+    assert warned == []
+    assert torch.equal(logits(classifier, spy.images), seen.logits)
+    with torch.no_grad():
+        assert torch.equal(headless.eval()(spy.images).last_hidden_state, seen.features)
+    for model in (classifier, headless):
+        assert (closed_slots(model), removed_slots(model)) == (seen.closed, seen.removed)
+
+
+def test_a_checkpoint_is_the_training_form(trained):
+    _, spy, out = trained()
+    assert spy.seen[10].closed
+    assert AutoConfig.from_pretrained(out / "checkpoint-10").closed == spy.seen[10].closed
+    stored = safetensors.torch.load_file(out / "checkpoint-10" / "model.safetensors")
+    assert {f"side_head.{key}" for key in spy.seen[10].side_head} <= stored.keys()
+    loaded = AutoModelForImageClassification.from_pretrained(out / "checkpoint-10")
+    for key, value in loaded.side_head.state_dict().items():
+        assert torch.equal(value, spy.seen[10].side_head[key])
+
+
+@pytest.mark.parametrize("step", [10, 15])
+def test_a_checkpoint_saved_again_is_the_inference_form(trained, tmp_path, step):
+    _, spy, out = trained()
+    seen = spy.seen[step]
+    loaded = AutoModelForImageClassification.from_pretrained(out / f"checkpoint-{step}")
+    loaded.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "closed" not in config
+    assert config["side_loss_weight"] == 0
+    assert set(config["model_args"]["removed"]) == {*seen.closed, *seen.removed}
+    assert not [key for key in safetensors.torch.load_file(tmp_path / "model.safetensors") if "side_head" in key]
+    with torch.no_grad():
+        assert torch.equal(
+            timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(spy.images), seen.logits
+        )
+
+
+def post_activation_trainer(tmp_path, model, **options) -> Trainer:
+    """All branches shut from the first batch on, so that nothing but weight decay acts in them; none is removed."""
+    shut = dict(epsilon=1e6, live_removal=False)
+    return make_trainer(
+        tmp_path, model, (), shut, 16, num_train_epochs=2, lr_scheduler_type="constant", weight_decay=0.1, **options
+    )
+
+
+def from_timm() -> EpsResNetForImageClassification:
+    return EpsResNetForImageClassification.from_timm(timm.create_model("eps_test_resnet", num_classes=3))
+
+
+def from_config() -> EpsResNetForImageClassification:
+    return fresh_model(architecture="eps_test_resnet")
+
+
+@pytest.mark.parametrize("make", [from_timm, from_config])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_biases_that_bound_a_branch_decay_by_the_factor_of_weight_decay(tmp_path, make, optimizer):
+    model = make()
+    bounding = timm_eps.surgery.bounding_parameters(model)
+    parameters = dict(model.named_parameters())
+    biases = {name: parameter for name, parameter in parameters.items() if "bn" in name and name.endswith("bias")}
+    last = {name for name, parameter in biases.items() if parameter in bounding}
+    inner = {name for name in biases if name.startswith("timm_model.layer") and name not in last}
+    assert last
+    assert inner
+    with torch.no_grad():
+        for parameter in biases.values():
+            parameter.uniform_(0.5, 1.5)
+    before = {name: parameter.clone() for name, parameter in biases.items()}
+    options = OPTIMIZERS[optimizer]
+    trainer = post_activation_trainer(tmp_path, model, **options)
+    trainer.train()
+    spared = set(trainer.optimizer.param_groups[1]["params"])
+    assert {parameters[name] for name in last} <= spared, "Trainer itself decays them"
+    factor = 1 - options["learning_rate"] * 0.1
+    for name in last:
+        expected = before[name].clone()
+        for _ in range(trainer.state.global_step):
+            expected *= factor
+        assert torch.equal(parameters[name], expected), name
+    assert [name for name in inner if not torch.equal(parameters[name], before[name])] == []
+
+
+def test_what_trainer_decays_is_not_decayed_twice(tmp_path):
+    """By SGD, whose weight decay differs from the callback's in the last bits only."""
+    model = from_timm()
+    bounding = timm_eps.surgery.bounding_parameters(model)
+    scales = {n: p for n, p in model.named_parameters() if p in bounding and not n.endswith("bias")}
+    assert scales
+    with torch.no_grad():
+        for parameter in scales.values():
+            parameter.uniform_(0.5, 1.5)
+    before = {name: parameter.clone() for name, parameter in scales.items()}
+    trainer = post_activation_trainer(tmp_path, model, **SGD)
+    trainer.train()
+    for name, parameter in scales.items():
+        expected = before[name] * (1 - SGD["learning_rate"] * 0.1) ** trainer.state.global_step
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=0)
+
+
+def test_load_best_model_at_end_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="load_best_model_at_end puts weights back"):
+        make_trainer(tmp_path, load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch")
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 3), lambda: timm.create_model("eps_resnet20")])
+def test_a_model_that_does_not_save_its_structure_is_refused(tmp_path, make):
+    with pytest.raises(ValueError, match=r"not (Linear|EpsResNet): .*from_timm\(model\) wraps a timm model"):
+        make_trainer(tmp_path, make())
+
+
+@pytest.mark.parametrize("budget", [dict(epsilon=1.0, keep=4), dict(patience=2)])
+def test_both_or_neither_of_epsilon_and_keep(tmp_path, budget):
+    trainer = make_trainer(tmp_path, budget=budget, max_steps=1)
+    with pytest.raises(ValueError, match="exactly one of epsilon and keep"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-3])
+def test_no_weight_decay_warns(tmp_path, weight_decay, caplog):
+    trainer = make_trainer(tmp_path, max_steps=1, weight_decay=weight_decay, **SGD)
+    with warnings_logged(caplog) as warned:
+        trainer.train()
+    assert any("weight_decay is 0" in text for text in warned) == (weight_decay == 0)
+
+
+@pytest.mark.parametrize("sharding", [dict(fsdp=True, deepspeed=None), dict(fsdp=None, deepspeed="config.json")])
+def test_sharded_parameters_are_refused(sharding):
+    callback = EpsilonCallback(keep=4)
+    with pytest.raises(ValueError, match="train without fsdp and deepspeed"):
+        callback.on_train_begin(SimpleNamespace(**sharding), None, None, model=fresh_model())
+
+
+@pytest.fixture(scope="module")
+def plain_checkpoint(tmp_path_factory) -> Path:
+    """Of a training without the callback."""
+    out = tmp_path_factory.mktemp("plain")
+    make_trainer(out, budget=None, max_steps=2, save_strategy="steps", save_steps=2, **SGD).train()
+    return out / "checkpoint-2"
+
+
+def test_a_checkpoint_made_without_the_callback_is_refused(tmp_path, plain_checkpoint):
+    for weight in (0.0, 0.1):
+        trainer = make_trainer(tmp_path, fresh_model(side_loss_weight=weight), **SGD)
+        with pytest.raises(ValueError, match="step 2 holds no state of an EpsilonCallback"):
+            trainer.train(resume_from_checkpoint=str(plain_checkpoint))
+
+
+def test_weights_and_pruner_of_different_runs_are_refused(trained, tmp_path):
+    _, spy, out = trained()
+    mixed = tmp_path / "checkpoint-10"
+    shutil.copytree(out / "checkpoint-10", mixed)
+    shutil.copy(out / "checkpoint-25" / "trainer_state.json", mixed)
+    with pytest.raises(ValueError, match=f"lack 0 branches, but its pruner had removed {len(spy.seen[25].removed)}"):
+        make_trainer(tmp_path, **SGD).train(resume_from_checkpoint=str(mixed))
+
+
+def test_a_checkpoint_of_a_shallower_network_is_refused(trained, tmp_path):
+    _, _, out = trained()
+    with pytest.raises(ValueError, match="not of one run"):
+        make_trainer(tmp_path, fresh_model(architecture="eps_resnet32"), **SGD).train(
+            resume_from_checkpoint=str(out / "checkpoint-10")
+        )
+
+
+def test_a_model_that_lost_more_than_the_checkpoint_is_refused(trained, tmp_path):
+    _, _, out = trained()
+    model = AutoModelForImageClassification.from_pretrained(out / "checkpoint-25")
+    with pytest.raises(ValueError, match=r"already lost|not of one run|lack \d+ branches"):
+        make_trainer(tmp_path, model, **SGD).train(resume_from_checkpoint=str(out / "checkpoint-10"))
+
+
+def test_an_optimizer_of_ones_own_resumes(trained, tmp_path):
+    """Trainer was given it when the model still had all its blocks."""
+
+    def run(directory, **options) -> Trainer:
+        model = fresh_model()
+        optimizer = torch.optim.SGD(timm_eps.param_groups(model, 5e-3), lr=1e-2, momentum=0.9)
+        arguments = TrainingArguments(str(directory), num_train_epochs=5, **{**COMMON, **options})
+        callback = EpsilonCallback(keep=4, patience=1)
+        trainer = Trainer(
+            model, arguments, train_dataset=Images(16), callbacks=[callback], optimizers=(optimizer, None)
+        )
+        return trainer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(gradient_accumulation_steps=2),
+        dict(bf16=True),
+        dict(gradient_checkpointing=True),
+        dict(eval_strategy="epoch", save_strategy="epoch", save_total_limit=1),
+        dict(torch_compile=True, torch_compile_backend="eager"),
+        dict(torch_compile=True, torch_compile_backend="aot_eager"),
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_goes_with_trainers_options(tmp_path, options):
+    trainer = make_trainer(tmp_path, budget=SOON, num_train_epochs=4, number=24, **SGD, **options)
+    trainer.train()
+    records = pruning_callback(trainer).pruner.history
+    assert any(record["removed"] for record in records[:-1]), "it trained on after a removal"
+    assert all(math.isfinite(entry[1]) for entry in logged(trainer))
+    assert_optimizer_fits(trainer)
+    trainer.save_model(tmp_path / "end")
+    images = Images().images[:4]
+    live = logits(trainer.model, images)
+    assert torch.equal(logits(AutoModelForImageClassification.from_pretrained(tmp_path / "end"), images), live)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[dict]:
+    """What the two processes of ``trainer_two_processes.py`` report, by rank."""
+    out = tmp_path_factory.mktemp("two")
+    here = Path(__file__).parent
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(here / "trainer_two_processes.py")]
+    run = subprocess.run([sys.executable, *command, str(out)], env=env, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
