@@ -40,7 +40,15 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification, get_scheduler, pipeline
 
 import timm_eps
-from timm_eps import EpsilonGate, EpsilonPruner, EpsResNetConfig, EpsResNetForImageClassification, data, report
+from timm_eps import (
+    EpsilonGate,
+    EpsilonPruner,
+    EpsResNetConfig,
+    EpsResNetForImageClassification,
+    data,
+    onnx_export,
+    report,
+)
 
 Images = data.ImageTensors | data.ImageFiles
 
@@ -133,7 +141,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "epsilon": ["keep"],
         "no_gates": ["keep", "epsilon", "compare_dense"],
         "dataset_name": ["train_dir"],
-        "model_name_or_path": ["architecture", "image_size", "model_args", "pretrained"],
+        "model_name_or_path": ["architecture", "crop_pct", "image_size", "model_args", "pretrained"],
     }.items():
         if getattr(args, flag) and (clash := next((name for name in excluded if getattr(args, name)), None)):
             parser.error(f"--{flag} and --{clash} exclude each other")
@@ -144,6 +152,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     }.items():
         if getattr(args, flag) and not getattr(args, needed):
             parser.error(f"--{flag} goes with --{needed}")
+    for flag, option, fitting in (
+        ("color_jitter", "augmentation", ["resized_crop"]),
+        ("flip", "augmentation", ["crop", "resized_crop"]),
+        ("nesterov", "optimizer", ["sgd"]),
+    ):
+        if getattr(args, flag) and getattr(args, option) not in fitting:
+            parser.error(f"--{flag} goes with --{option} {' or '.join(fitting)}")
     if args.keep is None and args.epsilon is None and not args.no_gates:
         args.keep = 0.25
     if args.model_name_or_path is None and args.architecture is None:
@@ -232,25 +247,36 @@ def hub_id(name: str | None) -> str | None:
     return None if name is None or Path(name).exists() else name
 
 
-def input_of(args: argparse.Namespace, classes: int) -> dict[str, Any]:
-    """timm's description of the input: that of the saved model, or of the architecture at the wanted size."""
+def starting_config(args: argparse.Namespace) -> EpsResNetConfig:
+    """The configuration of what the training begins with: the saved model, or the architecture."""
     if args.model_name_or_path:
         config = AutoConfig.from_pretrained(args.model_name_or_path)
         if not isinstance(config, EpsResNetConfig):
             raise ValueError(f"--model_name_or_path {args.model_name_or_path} is a {config.model_type}, no eps_resnet.")
+    else:
+        if not timm.is_model(args.architecture):
+            raise ValueError(f"--architecture {args.architecture!r} is unknown; timm.list_models('eps_*') lists them.")
+        config = EpsResNetConfig(architecture=args.architecture)
+    if args.with_remote_code and not is_cifar_network(config.architecture):
+        raise ValueError(f"--with_remote_code is for the paper's CIFAR networks, {config.architecture} is none.")
+    return config
+
+
+def is_cifar_network(architecture: str) -> bool:
+    return timm.models.is_model_in_modules(architecture, ["eps_resnet"])
+
+
+def input_of(args: argparse.Namespace, config: EpsResNetConfig, classes: int) -> dict[str, Any]:
+    """timm's description of the input: that of the saved model, or of the architecture at the wanted size."""
+    pretrained_cfg = dict(config.pretrained_cfg)
+    if args.model_name_or_path:
         if config.num_labels != classes and not args.ignore_mismatched_sizes:
             raise ValueError(
                 f"The saved model tells {config.num_labels} classes apart, the data set has {classes}; "
                 "--ignore_mismatched_sizes gives it a new classifier."
             )
-        pretrained_cfg = dict(config.pretrained_cfg)
-    else:
-        if not timm.is_model(args.architecture):
-            raise ValueError(f"--architecture {args.architecture!r} is unknown; timm.list_models('eps_*') lists them.")
-        pretrained_cfg = dict(EpsResNetConfig(architecture=args.architecture).pretrained_cfg)
-        small = on_digits(args) and timm.models.is_model_in_modules(args.architecture, ["eps_resnet"])
-        if size := args.image_size or (8 if small else None):
-            pretrained_cfg |= {"input_size": (3, size, size), "pool_size": None}
+    elif size := args.image_size or (8 if on_digits(args) and is_cifar_network(config.architecture) else None):
+        pretrained_cfg |= {"input_size": (3, size, size), "pool_size": None}
     if args.crop_pct:
         pretrained_cfg["crop_pct"] = args.crop_pct
     if pretrained_cfg["input_size"][0] != 3:
@@ -474,6 +500,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     # Better to fail here than after the training.
     tempfile.TemporaryFile(dir=args.output_dir).close()
+    if args.with_onnx:
+        onnx_export.check_installed()
     repo_id = None
     if args.push_to_hub:
         wanted = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -481,9 +509,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             wanted, private=args.hub_private_repo or None, token=args.hub_token, exist_ok=True
         ).repo_id
 
+    config = starting_config(args)
     raw, about = load_images(args)
     columns = data.find_columns(raw["train"].features, args.image_column_name, args.label_column_name)
-    pretrained_cfg = input_of(args, raw["train"].features[columns[1]].num_classes)
+    pretrained_cfg = input_of(args, config, raw["train"].features[columns[1]].num_classes)
     splits = load_splits(args, raw, columns, pretrained_cfg)
     data.check_classes(**splits)
     pretrained_cfg |= normalization(args, splits["train"])
@@ -535,10 +564,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     accelerator.print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
     accelerator.print(check_reload(args.output_dir, live, sample, pictures) + ".")
     if repo_id is not None:
-        commit = timm_eps.push_to_hub(
-            model, repo_id, token=args.hub_token, revision=args.hub_revision,
-            commit_message=f"Trained on {about['dataset']}, {results['blocks_kept']} blocks left", **saved,
-        )  # fmt: skip
+        try:
+            commit = timm_eps.push_to_hub(
+                model, repo_id, token=args.hub_token, revision=args.hub_revision,
+                commit_message=f"Trained on {about['dataset']}, {results['blocks_kept']} blocks left", **saved,
+            )  # fmt: skip
+        except (OSError, RuntimeError) as error:  # huggingface_hub raises the latter when an upload fails
+            raise OSError(
+                f"What is saved in {args.output_dir} could not be pushed to {repo_id}: {error}. Nothing of it is "
+                f"there; to try again: hf upload {repo_id} {args.output_dir}"
+            ) from error
         accelerator.print(f"Pushed to {commit.repo_url} ({commit.oid[:7]}).")
     return results
 
@@ -565,8 +600,9 @@ def used_arguments(args: argparse.Namespace) -> dict[str, Any]:
         unsaid |= {"padding"}
     else:
         unsaid |= {"color_jitter", "dataloader_num_workers"}
-    if args.train_split_name == "train":
-        unsaid |= {"train_split_name"}
+    unsaid |= {
+        name for name, plain in (("train_split_name", "train"), ("augmentation", "crop")) if vars(args)[name] == plain
+    }
     if args.no_gates:
         unsaid |= {"epsilon_warmup_epochs", "ramp_epochs", "patience", "no_live_removal"}
     unsaid |= {name for name in ("dataset_name", "model_name_or_path") if hub_id(getattr(args, name)) is None}
@@ -584,5 +620,5 @@ def versions() -> dict[str, str]:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"train_hf.py: error: {error}") from error
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"train_hf.py: error: {' '.join(str(error).split())}") from error

@@ -21,13 +21,14 @@ sys.path.insert(0, str(ROOT))
 
 import train_hf  # noqa: E402
 
+TIME = "training time"
 COLUMNS = {
     # heading: (value of one run, form, unit)
     "accuracy, gates off": (lambda run: 100 * run["dense_eval_accuracy"], "{:.2f}", " %"),
     "accuracy, pruned": (lambda run: 100 * run["eval_accuracy"], "{:.2f}", " %"),
     "blocks left": (lambda run: run["blocks_kept"], "{:.1f}", ""),
     "parameters gone": (lambda run: 100 * (1 - run["params"] / run["dense_params"]), "{:.1f}", " %"),
-    "training time": (lambda run: run["train_seconds"] / run["dense_train_seconds"], "{:.2f}", "×"),
+    TIME: (lambda run: run["train_seconds"] / run["dense_train_seconds"], "{:.2f}", "×"),
     "swing, last 10 epochs": (lambda run: 100 * swing(run["eval_accuracy_by_epoch"][-10:]), "{:.2f}", " points"),
 }
 
@@ -37,12 +38,13 @@ def swing(values: list[float]) -> float:
 
 
 def row(name: str, runs: list[dict]) -> str:
-    """Mean of each column over some runs, and the standard deviation if there are several."""
+    """Mean and standard deviation of each column over some runs; of times, which a busy machine distorts, a median."""
     cells = []
-    for value, form, unit in COLUMNS.values():
+    for heading, (value, form, unit) in COLUMNS.items():
         values = [value(run) for run in runs]
-        spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
-        cells.append(f"{form.format(statistics.mean(values))}{spread}{unit}")
+        middle = statistics.median if heading == TIME else statistics.mean
+        spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 and heading != TIME else ""
+        cells.append(f"{form.format(middle(values))}{spread}{unit}")
     return f"| {name} | {' | '.join(cells)} |"
 
 
@@ -81,8 +83,8 @@ def main() -> None:
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     text = (
         f"`{first['architecture']}` on {first['dataset']}, {len(args.folds)} stratified folds, {first['hardware']}; "
-        f"{versions}. Mean ± standard deviation; training time is that of the pruned run over that of the dense one "
-        f"after it.\n\n{tables(runs)}\n"
+        f"{versions}. Mean ± standard deviation; training time is the median of that of the pruned run over that of "
+        f"the dense one after it.\n\n{tables(runs)}\n"
     )
     Path(f"{args.output}.md").write_text(text)
     print(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from timm_eps.data import (
+    Distort,
+    ImageFiles,
     ImageTensors,
     Normalize,
     PadCropFlip,
@@ -234,3 +237,64 @@ def test_no_training_split(tmp_path):
     make_dataset(4).to_parquet(tmp_path / "test.parquet")
     with pytest.raises(ValueError, match=r"no split 'train', only \['test'\]"):
         load_splits(dataset_name=str(tmp_path))
+
+
+def test_distort_moves_and_recolours_each_image_on_its_own():
+    square = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    square[:, :, 12:20, 12:20] = 200
+    distorted = Distort(4)(square)
+    assert distorted.shape == square.shape
+    assert distorted.dtype == torch.uint8
+    bright = (distorted[:, 0] > 100).flatten(1)
+    assert len({tuple(row.tolist()) for row in bright}) > 50, "place and form differ"
+    assert 40 < bright.sum(1).min() <= bright.sum(1).max() < 110, "of 64 pixels: larger or smaller, never gone"
+    assert len(distorted.amax((1, 2, 3)).unique()) > 10, "brightness differs"
+    torch.manual_seed(1)
+    first = Distort(4)(square)
+    torch.manual_seed(1)
+    assert torch.equal(Distort(4)(square), first)
+
+
+def test_distort_without_deformation_crops_whole_pixels(monkeypatch):
+    monkeypatch.setattr(Distort, "LARGEST_SHIFT", 0.0)
+    square = torch.zeros(32, 3, 16, 16, dtype=torch.uint8)
+    square[:, :, 6:10, 6:10] = 200
+    assert ((Distort(2)(square)[:, 0] > 100).sum((1, 2)) == 16).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_files_are_read_through_timms_transforms(workers):
+    rows = make_dataset(size=(20, 30))
+    cfg = {**SIZE, "crop_pct": 0.875}
+    files, held = ImageFiles.of(rows, cfg), ImageTensors.decode(rows, cfg)
+    batches = list(loader(files, 5, shuffle=False, num_workers=workers))
+    assert torch.equal(torch.cat([images for images, _ in batches]), held.images)
+    assert torch.equal(torch.cat([labels for _, labels in batches]), held.labels)
+    assert torch.equal(files.first(3), held.first(3))
+    assert len(files) == 12
+    assert files.label_names == ["a", "b", "c"]
+
+
+def test_training_files_are_random_crops():
+    files = ImageFiles.of(make_dataset(size=(20, 30)), SIZE, training=True, flip=True, color_jitter=[0.1, 0.1, 0.1])
+    image, label = files[0]
+    assert image.shape == (3, 8, 8)
+    assert image.dtype == torch.uint8
+    assert not torch.equal(image, files[0][0])
+    assert label == 0
+
+
+def test_several_splits_to_train_on(tmp_path):
+    parts = {"train": make_dataset(6), "extra": make_dataset(4), "test": make_dataset(3)}
+    for name, part in parts.items():
+        part.to_parquet(tmp_path / f"{name}-00000-of-00001.parquet")
+    files = {name: str(tmp_path / f"{name}-*.parquet") for name in parts}
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        + "".join(f"  - split: {name}\n    path: {Path(path).name}\n" for name, path in files.items())
+        + "---\n"
+    )
+    splits, tested = load_splits(str(tmp_path), train_split_name="train+extra")
+    assert (len(splits["train"]), len(splits["validation"]), tested) == (10, 3, "test")
+    with pytest.raises(ValueError, match=r"no split 'more', only \['extra', 'test', 'train'\]"):
+        load_splits(str(tmp_path), train_split_name="train+more")

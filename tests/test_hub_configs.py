@@ -98,7 +98,8 @@ def test_takes_a_step(name, published, tmp_path):
         put_weights(args.architecture, tmp_path)
     raw, about = train_hf.load_images(args)
     columns = data.find_columns(raw["train"].features, args.image_column_name, args.label_column_name)
-    pretrained_cfg = train_hf.input_of(args, raw["train"].features[columns[1]].num_classes)
+    config = train_hf.starting_config(args)
+    pretrained_cfg = train_hf.input_of(args, config, raw["train"].features[columns[1]].num_classes)
     splits = train_hf.load_splits(args, raw, columns, pretrained_cfg)
     pretrained_cfg |= train_hf.normalization(args, splits["train"])
     model, pruner, results = train_hf.train(

@@ -107,6 +107,10 @@ def test_config_file_and_flags(tmp_path):
         (["--lr_decay_start", "30"], "--lr_decay_start: must be between 0 and 1, got 30"),
         (["--image_size", "0"], "--image_size: must be at least 4, got 0"),
         (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
+        (["--hub_model_id", "me/x"], "--hub_model_id goes with --push_to_hub"),
+        (["--flip", "--augmentation", "distort"], "--flip goes with --augmentation crop or resized_crop"),
+        (["--color_jitter", "0.1", "0.1", "0.1"], "--color_jitter goes with --augmentation resized_crop"),
+        (["--nesterov", "--optimizer", "adamw"], "--nesterov goes with --optimizer sgd"),
     ],
 )
 def test_flags_that_make_no_sense(arguments, message, capsys):
@@ -324,3 +328,43 @@ def test_bad_arguments_for_timm(capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"--num_warmup_steps 50 is more than the 2 of 8 steps"):
         train_hf.main([*SHORT, "--keep", "3", "--num_warmup_steps", "50"])
+
+
+def test_large_images_are_read_when_needed(tmp_path):
+    make_dataset(12, size=(20, 24)).to_parquet(tmp_path / "data/train-00000-of-00001.parquet")
+    make_dataset(6, size=(20, 24)).to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
+    results = run(
+        tmp_path, *("--dataset_name", str(tmp_path / "data"), "--augmentation", "resized_crop", "--flip"),
+        *("--image_size", "16", "--crop_pct", "0.8", "--lr_scheduler", "multistep", "--lr_milestones", "1", "2"),
+        *("--lr_factors", "1", "0.1", "0.01", "--weight_decay_drop", "2", "0.5", "--nesterov"),
+    )  # fmt: skip
+    assert results["blocks_kept"] == 3
+    stored = json.loads((tmp_path / "out/config.json").read_text())["pretrained_cfg"]
+    assert stored["crop_pct"] == 0.8
+    assert stored["mean"] == list(train_hf.IMAGENET_DEFAULT_MEAN)
+    assert results["arguments"]["augmentation"] == "resized_crop"
+    assert "padding" not in results["arguments"]
+
+
+def test_rate_and_decay_fall_as_told(tmp_path, monkeypatch):
+    """Three epochs of two steps: the rate falls after each, the decay after every second step."""
+    seen = []
+
+    class Recording(torch.optim.SGD):
+        def step(self, *args, **kwargs):
+            seen.append((self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]))
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "SGD", Recording)
+    run(
+        tmp_path, *("--num_train_epochs", "3", "--lr_scheduler", "multistep", "--lr_milestones", "1", "2"),
+        *("--lr_factors", "1", "0.5", "0.25", "--learning_rate", "0.1", "--weight_decay", "0.01"),
+        *("--weight_decay_drop", "2", "0.5"),
+    )  # fmt: skip
+    expected = [(0.1, 0.01)] * 2 + [(0.05, 0.005)] * 2 + [(0.025, 0.0025)] * 2
+    assert seen == [pytest.approx(pair) for pair in expected]
+
+
+def test_code_for_a_twin_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="--with_remote_code is for the paper's CIFAR networks, eps_test_resnet is"):
+        train_hf.main(["--architecture", "eps_test_resnet", "--with_remote_code", "--output_dir", str(tmp_path)])

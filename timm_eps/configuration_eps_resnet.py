@@ -44,7 +44,8 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         stage_names (list[str]): What timm's ``feature_info`` lists: ``stem``, if there is one, ``stage1``, and so on.
 
     Raises:
-        ValueError: ``side_loss_weight`` is negative or NaN, or ``out_features`` or ``out_indices`` are not to be had.
+        ValueError: ``architecture`` is none of this package's, ``side_loss_weight`` is negative or NaN, or
+            ``out_features`` or ``out_indices`` are not to be had.
     """
 
     model_type = "eps_resnet"
@@ -55,6 +56,10 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
     closed: list[str] = field(default_factory=list)
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.architecture != twin_name(self.architecture):
+            raise ValueError(
+                f"architecture {self.architecture!r} has no gates; its twin is {twin_name(self.architecture)!r}."
+            )
         if self.side_loss_weight is None:
             is_cifar_network = timm.models.is_model_in_modules(self.architecture, ["eps_resnet"])
             self.side_loss_weight = 0.1 if is_cifar_network else 0.0

@@ -132,7 +132,9 @@ class ImageFiles(Dataset):
         """
         image_column, label_column = find_columns(dataset.features, image_column, label_column)
         geometry = _geometry(pretrained_cfg)
-        augmentation = {"is_training": True, "hflip": 0.5 * flip, "color_jitter": color_jitter} if training else {}
+        augmentation: dict[str, Any] = (
+            {"is_training": True, "hflip": 0.5 * flip, "color_jitter": color_jitter} if training else {}
+        )
         names = list(dataset.features[label_column].names)
         given = dataset[label_column]
         labels = torch.tensor([-1 if label is None else label for label in given], dtype=torch.int64)

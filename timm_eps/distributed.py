@@ -22,8 +22,10 @@ def wrap_again(wrapper: DistributedDataParallel) -> None:
     options: dict[str, Any] = {
         name: getattr(wrapper, name)
         for name in ("device_ids", "output_device", "dim", "process_group", "find_unused_parameters",
-                     "gradient_as_bucket_view", "static_graph")
+                     "gradient_as_bucket_view", "static_graph", "mixed_precision")
     }  # fmt: skip
+    if not wrapper.bucket_bytes_cap_default:
+        options["bucket_cap_mb"] = wrapper.bucket_bytes_cap / 2**20
     # torch has given the option another name.
     renamed = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if hasattr(wrapper, name))
     options[renamed] = getattr(wrapper, renamed)

@@ -181,6 +181,7 @@ def push_to_hub(
     Raises:
         ValueError: See :func:`save_pretrained`.
         huggingface_hub.errors.HfHubHTTPError: The Hub refused: the token is not valid or may not write there.
+        RuntimeError: An upload failed.
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as name:

@@ -10,6 +10,7 @@ import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -30,6 +31,7 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .branches import gates
 from .configuration_eps_resnet import EpsResNetConfig
@@ -55,15 +57,16 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
     """What the ε-ResNet classes share: initialisation, loading and saving.
 
     Attributes:
-        keeps_training_parts (bool): Save the model as it trains, with closed branches and the side head, not what it
-            evaluates to. For checkpoints to resume from, which transformers loads and timm does not.
+        keeps_training_parts (bool | str): Save the model as it trains, with closed branches and the side head, not what
+            it evaluates to: True, or ``"in checkpoints"``, only into directories that are called as Trainer's
+            checkpoints. To resume from; transformers loads what is saved so, timm does not.
     """
 
     config_class = EpsResNetConfig
     config: EpsResNetConfig
     timm_model: Any
     _weight_conversions: list[WeightConverter | WeightRenaming]
-    keeps_training_parts = False
+    keeps_training_parts: bool | str = False
     _no_split_modules = ["PreActBasic"]  # noqa: RUF012  the parent's declaration
 
     def post_init(self) -> None:
@@ -117,7 +120,8 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
 
         Arguments are those of :meth:`transformers.PreTrainedModel.save_pretrained`.
         """
-        if self.keeps_training_parts:
+        is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name)
+        if self.keeps_training_parts is True or (self.keeps_training_parts and is_checkpoint):
             written = copy.copy(self)
             written.config = copy.deepcopy(self.config)
             written.config.closed = closed_slots(self)
@@ -243,9 +247,11 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
 
     def post_init(self) -> None:
         # The parent's __init__ calls this when the network is there and before weights are initialised.
-        self.side_head = new_side_head(self.timm_model) if self.config.side_loss_weight else None
-        self._tap = Tap(half_depth(self.timm_model))
-        self.follow_structure()
+        self.side_head = None
+        if self.config.side_loss_weight:
+            self.side_head = new_side_head(self.timm_model)
+            self._tap = Tap(half_depth(self.timm_model))
+            self.follow_structure()
         super().post_init()
 
     def follow_structure(self) -> None:

@@ -11,7 +11,13 @@ from torch import nn
 from .branches import probe_batch, timm_body
 from .surgery import collapsed_copy
 
-__all__ = ["write_onnx"]
+__all__ = ["check_installed", "write_onnx"]
+
+
+def check_installed() -> None:
+    """Raise ImportError if what torch exports with is missing."""
+    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
+        raise ImportError(f"ONNX files need {' and '.join(missing)}: pip install onnx onnxscript")
 
 
 def write_onnx(model: nn.Module, path: str | os.PathLike) -> None:
@@ -24,8 +30,7 @@ def write_onnx(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         ImportError: onnx or onnxscript, which torch exports with, are not installed.
     """
-    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
-        raise ImportError(f"ONNX files need {' and '.join(missing)}: pip install onnx onnxscript")
+    check_installed()
     body = timm_body(collapsed_copy(model)).cpu().float()
     os.makedirs(os.path.dirname(path), exist_ok=True)
     torch.onnx.export(

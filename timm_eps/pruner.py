@@ -107,17 +107,21 @@ class EpsilonPruner:
         found = gates(self.model)
         responses = self._collect_responses()
         for slot, response in responses.items():
-            gate = found[slot]
             # In the gate's own precision, or a response right at ε would be judged differently than in training.
             # NaN is not below ε: a diverged branch stays open.
-            gate.closed = response < gate.threshold.item()
-            self._streaks[slot] = self._streaks[slot] + 1 if gate.closed else 0
-        closed = [slot for slot, gate in found.items() if gate.closed]
-        # When all responses fall at once, more branches close than the budget asks for. Those open again under the
-        # next, lower ε, so they must not be removed.
+            is_below = response < found[slot].threshold.item()
+            self._streaks[slot] = self._streaks[slot] + 1 if is_below else 0
+        # When all responses fall at once, more branches are below ε than the budget asks for. Those that it does not
+        # ask for stay open: ε will be lower in the next epoch.
         allowed = self.schedule.to_close(self.epoch, self.total) - (self.total - len(found))
-        patient = [slot for slot in responses if self._streaks[slot] >= self.patience]
-        removed = self._remove(sorted(patient, key=responses.__getitem__)[: max(allowed, 0)])
+        below = sorted(
+            (slot for slot in responses if self._streaks[slot]),
+            key=lambda slot: (self._streaks[slot] < self.patience, responses[slot]),
+        )
+        for slot in responses:
+            found[slot].closed = slot in below[: max(allowed, 0)]
+        closed = [slot for slot, gate in found.items() if gate.closed]
+        removed = self._remove([slot for slot in closed if self._streaks[slot] >= self.patience])
         self.history.append(
             {
                 "epoch": self.epoch,
@@ -163,7 +167,7 @@ class EpsilonPruner:
         if new := set(state["removed"]) - already:
             before = set(self.model.parameters())
             replay_removed(self.model, new)
-            self._forget_lost(before)
+            forget_lost(self.optimizer, before - set(self.model.parameters()))
         found = gates(self.model)
         self._streaks = dict(state["streaks"])
         self.epoch = state["epoch"]
@@ -195,25 +199,25 @@ class EpsilonPruner:
         before = set(self.model.parameters())
         removed = remove(self.model, slots)
         self._stuck = set(slots).difference(removed)
-        self._forget_lost(before)
+        forget_lost(self.optimizer, before - set(self.model.parameters()))
         for slot in removed:
             del self._streaks[slot]
         return removed
-
-    def _forget_lost(self, before: set[nn.Parameter]) -> None:
-        """Take what the model had before and lost out of the optimizer, in place: schedulers hold the same groups."""
-        if self.optimizer is None:
-            return
-        parameters = before - set(self.model.parameters())
-        for group in self.optimizer.param_groups:
-            kept = [index for index, parameter in enumerate(group["params"]) if parameter not in parameters]
-            for key in group.keys() & {"params", "param_names"}:
-                group[key] = [group[key][index] for index in kept]
-        for parameter in parameters:
-            self.optimizer.state.pop(parameter, None)
 
     def _set_epsilon(self, epsilon: float) -> None:
         self.epsilon = epsilon
         for gate in gates(self.model).values():
             gate.epsilon = epsilon
             gate.reset_response()
+
+
+def forget_lost(optimizer: Optimizer | None, parameters: set[nn.Parameter]) -> None:
+    """Take parameters that a model has lost out of its optimizer, in place: schedulers hold the same groups."""
+    if optimizer is None:
+        return
+    for group in optimizer.param_groups:
+        kept = [index for index, parameter in enumerate(group["params"]) if parameter not in parameters]
+        for key in group.keys() & {"params", "param_names"}:
+            group[key] = [group[key][index] for index in kept]
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)

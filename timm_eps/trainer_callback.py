@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from .distributed import on_first_forward, wrap_again
 from .modeling_eps_resnet import EpsResNetPreTrainedModel
-from .pruner import EpsilonPruner
+from .pruner import EpsilonPruner, forget_lost
 from .surgery import bounding_parameters, removed_slots, replay_removed, slots_without_weights
 
 __all__ = ["EpsilonCallback"]
@@ -58,9 +59,10 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         pruner (EpsilonPruner | None): There from the beginning of the training on.
 
     Raises:
-        ValueError: When the training begins: the model is not one of this package's transformers classes, the
-            arguments do not fit it, the run is resumed from a checkpoint of another network or one without the
-            pruner's state, ``load_best_model_at_end`` is set, or the parameters are sharded (FSDP, DeepSpeed).
+        ValueError: When the Trainer is made, or its training begins: the model is not one of this package's
+            transformers classes, the arguments do not fit it, the run is resumed from a checkpoint of another network
+            or one without the pruner's state, ``load_best_model_at_end`` is set, or the parameters are sharded (FSDP,
+            DeepSpeed).
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         return {"args": self.arguments, "attributes": {"saved": self.pruner.state_dict() if self.pruner else None}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.fsdp or args.deepspeed:
+            raise ValueError("Blocks cannot be taken out of sharded parameters; train without fsdp and deepspeed.")
         model = _checked(kwargs["model"])
         if args.load_best_model_at_end:
             raise ValueError(
@@ -97,20 +101,38 @@ class EpsilonCallback(TrainerCallback, ExportableState):
                 "the best epoch is likely one before blocks went. Leave it out; to give the network time to heal, let "
                 "warmup_epochs + ramp_epochs end well before num_train_epochs."
             )
-        _follow_loaded_structure(model)
+        self._follow_loaded_structure(model, kwargs["optimizer"])
+
+    def _follow_loaded_structure(self, model: EpsResNetPreTrainedModel, optimizer: Optimizer | None) -> None:
+        """Let the model lose the branches that weights loaded into it lack: Trainer resumes with a checkpoint's.
+
+        An optimizer that is already there, the user's or that of a training before this one, loses them too.
+        """
+
+        def follow(body: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+            keys = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+            if missing := slots_without_weights(body, keys):
+                before = set(model.parameters())
+                replay_removed(model, missing)
+                forget_lost(self.pruner.optimizer if self.pruner else optimizer, before - set(model.parameters()))
+            if removed_slots(body) and (strangers := keys - body.state_dict().keys()):
+                raise ValueError(
+                    f"The weights hold {min(strangers)!r}, which this model has lost; give Trainer a model with all "
+                    "its blocks or the one that from_pretrained loads from the checkpoint."
+                )
+
+        model.timm_model.register_load_state_dict_pre_hook(follow)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = _checked(kwargs["model"])
-        if args.fsdp or args.deepspeed:
-            raise ValueError("Blocks cannot be taken out of sharded parameters; train without fsdp and deepspeed.")
         if not args.weight_decay:
             _logger.warning("weight_decay is 0 in the TrainingArguments: nothing empties the branches that close.")
         self.pruner = EpsilonPruner(model, kwargs["optimizer"], **self.arguments)
         if state.global_step:
             self.pruner.load_state_dict(_saved_state(state, model))
-        model.keeps_training_parts = True
+        model.keeps_training_parts = "in checkpoints"
         bounding = bounding_parameters(model)
         self._undecayed = {
             parameter
@@ -146,7 +168,9 @@ class EpsilonCallback(TrainerCallback, ExportableState):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.pruner is not None and "loss" in kwargs["logs"]:
-            kwargs["logs"] |= {"epsilon": self.pruner.epsilon, "blocks": self.pruner.total - self.pruner.discarded}
+            added = {"epsilon": self.pruner.epsilon, "blocks": self.pruner.total - self.pruner.discarded}
+            kwargs["logs"] |= added
+            state.log_history[-1] |= added  # a copy of the logs, made before the callbacks are called
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -161,17 +185,6 @@ def _checked(model: nn.Module) -> EpsResNetPreTrainedModel:
             "EpsResNetForImageClassification.from_timm(model) wraps a timm model of this package."
         )
     return model
-
-
-def _follow_loaded_structure(model: EpsResNetPreTrainedModel) -> None:
-    """Let the model lose the branches that weights loaded into it lack: Trainer resumes with those of a checkpoint."""
-
-    def follow(body: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        keys = {key.removeprefix(prefix) for key in state_dict}
-        if missing := slots_without_weights(body, keys):
-            replay_removed(model, missing)
-
-    model.timm_model.register_load_state_dict_pre_hook(follow)
 
 
 def _saved_state(state: TrainerState, model: EpsResNetPreTrainedModel) -> dict[str, Any]:
