@@ -112,7 +112,7 @@ def test_budget_closes_the_weakest(model):
 
 
 def test_budget_is_never_overshot(model):
-    """All responses collapse in one epoch: more gates shut on its batches than were asked for, but no more stay shut."""
+    """All responses collapse in one epoch: more gates shut than were asked for, but no more stay so."""
     pruner = EpsilonPruner(model, keep=6, patience=1, ramp_epochs=3)
     for _ in range(8):
         respond(model, {slot: 1e-3 * (index + 1) for index, slot in enumerate(SLOTS)})
