@@ -165,6 +165,10 @@ def test_headless_and_one_channel(tmp_path, images):
         assert torch.equal(again(x), model(x))
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert config["pretrained_cfg"]["input_size"][0] == x.shape[1]
+        task = "image-feature-extraction" if name == "headless" else "image-classification"
+        card = ModelCard.load(tmp_path / name / "README.md")
+        assert card.data.pipeline_tag == task
+        assert f'pipeline("{task}", model=' in card.content
 
 
 def test_saving_over_another_structure(model, tmp_path, images):

@@ -517,6 +517,14 @@ def test_a_checkpoint_of_a_shallower_network_is_refused(trained, tmp_path):
         )
 
 
+def test_weights_of_a_part_leave_the_structure_alone(tmp_path):
+    model = fresh_model()
+    make_trainer(tmp_path, model=model)
+    head = {key: value for key, value in model.timm_model.state_dict().items() if key.startswith("head.")}
+    model.load_state_dict(head, strict=False)
+    assert len(gates(model)) == 9
+
+
 def test_a_model_that_lost_more_than_the_checkpoint_is_refused(trained, tmp_path):
     _, _, out = trained()
     model = AutoModelForImageClassification.from_pretrained(out / f"checkpoint-{LAST}")

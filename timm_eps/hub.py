@@ -126,6 +126,7 @@ def save_pretrained(
             blocks_total=len(slots),
             blocks_kept=len(slots) - len(gone),
             results=results,
+            classifies=bool(body.num_classes),
             picture=PICTURE if (staging / PICTURE).exists() else None,
             remote_code=remote_code,
             onnx=ONNX if onnx else None,
@@ -248,6 +249,7 @@ def render_card(
     *,
     blocks_total: int,
     blocks_kept: int,
+    classifies: bool = True,
     results: Mapping[str, Any] | None = None,
     picture: str | None = None,
     remote_code: bool = False,
@@ -260,6 +262,7 @@ def render_card(
         repo_id: Name of the model on the Hub, or of its directory.
         blocks_total: Residual blocks of the unpruned network.
         blocks_kept: Those that stayed.
+        classifies: Whether the network has a classifier.
         results: Values of ``all_results.json``; without them the card states the structure only.
         picture: File name of the picture, if there is one.
         remote_code: Whether the code to load the model without this package is beside it.
@@ -271,11 +274,12 @@ def render_card(
     results = results or {}
     if results and (missing := [key for key in RESULT_KEYS if key not in results]):
         raise ValueError(f"results lacks {', '.join(missing)}; timm_eps.hub.RESULT_KEYS lists what a card states.")
+    task = "image-classification" if classifies else "image-feature-extraction"
     data = ModelCardData(
         license=results.get("license", "apache-2.0"),
         library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "transformers", "eps-resnet", "pruned"],
+        pipeline_tag=task,
+        tags=[task, "timm", "transformers", "eps-resnet", "pruned"],
         datasets=[results["dataset_id"]] if results.get("dataset_id") else None,
         base_model=results.get("base_model"),
         base_model_relation="finetune" if results.get("base_model") else None,
@@ -300,6 +304,8 @@ def render_card(
         template_str=template,
         model_name=data.model_name,
         repo_id=repo_id,
+        task=task,
+        auto_class="AutoModelForImageClassification" if classifies else "AutoModel",
         timm_id=f"hf-hub:{repo_id}" if "/" in repo_id else f"local-dir:{repo_id}",
         blocks_total=blocks_total,
         blocks_kept=blocks_kept,

@@ -23,6 +23,8 @@ def check_installed() -> None:
 def write_onnx(model: nn.Module, path: str | os.PathLike) -> None:
     """Write what a model evaluates to as one ONNX file: ``pixel_values`` (B, C, H, W) to ``logits``, for any B.
 
+    The output of a network without a classifier is called ``features``.
+
     Args:
         model: A model with gates, pruned or not; it is unchanged.
         path: Of the file, such as ``onnx/model.onnx``; its directory is made.
@@ -38,7 +40,7 @@ def write_onnx(model: nn.Module, path: str | os.PathLike) -> None:
         (probe_batch(body),),
         os.fspath(path),
         input_names=["pixel_values"],
-        output_names=["logits"],
+        output_names=["logits" if body.num_classes else "features"],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         external_data=False,
         dynamo=True,

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from .branches import block_path
 from .distributed import on_first_forward, wrap_again
 from .modeling_eps_resnet import EpsResNetPreTrainedModel
 from .pruner import EpsilonPruner, forget_lost
@@ -111,7 +112,11 @@ class EpsilonCallback(TrainerCallback, ExportableState):
 
         def follow(body: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
             keys = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-            if missing := slots_without_weights(body, keys):
+            missing = slots_without_weights(body, keys)
+            blocks = tuple(f"{block_path(body, slot)}." for slot in missing)
+            if any(key not in keys and not key.startswith(blocks) for key in body.state_dict()):
+                return  # the weights of a part, which say nothing about the rest
+            if missing:
                 before = set(model.parameters())
                 replay_removed(model, missing)
                 forget_lost(self.pruner.optimizer if self.pruner else optimizer, before - set(model.parameters()))
