@@ -96,7 +96,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     gate("--ramp_epochs", type=at_least(0), default=25, help="with --keep: epochs from there to the full budget")
     gate("--patience", type=at_least(1), default=3, help="epochs in a row a block is closed before it is removed")
     gate("--no_live_removal", action="store_true", help="remove closed blocks at the end, not during training")
-    gate("--side_loss_weight", type=float, help="weight of the side head's loss; default 0.1, 0 where there is none")
+    gate("--side_loss_weight", type=float, help="weight of the side head's loss; default 0.1 for CIFAR networks")
     train = parser.add_argument_group("training").add_argument
     train("--num_train_epochs", type=at_least(1), default=60)
     train("--per_device_train_batch_size", type=at_least(2), default=128)

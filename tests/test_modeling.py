@@ -421,3 +421,10 @@ def test_compiled_in_training(model, images, labels):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images, labels=labels).loss, model(images, labels=labels).loss)
     compiled(images, labels=labels).loss.backward()
+
+
+def test_closed_gates_of_another_network():
+    with pytest.raises(
+        ValueError, match=r"closed lists 'stages\.9\.blocks\.0\.drop_path', which eps_resnet20 does not"
+    ):
+        EpsResNetForImageClassification(tiny_config(closed=["stages.9.blocks.0.drop_path"]))

@@ -33,8 +33,8 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         pretrained_cfg: timm's description of weights and input (input size, mean, std, ...). By default that of
             the architecture.
         side_loss_weight: Weight of the side head's cross-entropy in the training loss. 0 leaves the side head out. By
-            default the paper's 0.1 for the CIFAR networks, and 0 for others, which have no place for one. Saved models
-            carry 0, and a stored config without the field means 0.
+            default the paper's 0.1 for the CIFAR networks, and 0 for others. Saved models carry 0, and a stored config
+            without the field means 0.
         closed: Slots whose gates are closed but whose branches are still there, in a checkpoint of a training that goes
             on. A saved model has none.
         out_features: Names, out of ``stage_names``, of the features that a backbone puts out; the last if None.

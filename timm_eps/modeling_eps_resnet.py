@@ -72,8 +72,12 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
     def post_init(self) -> None:
         # Known from the config alone when loading: a probe or an image processor must see this model's input.
         self.timm_model.pretrained_cfg = {**self.timm_model.pretrained_cfg, **(self.config.pretrained_cfg or {})}
+        found = gates(self)
+        if strangers := set(self.config.closed) - found.keys():
+            raise ValueError(f"closed lists {min(strangers)!r}, which {self.config.architecture} does not have (left).")
         for slot in self.config.closed:
-            gates(self)[slot].closed = True
+            found[slot].closed = True
+        self.config.closed = []  # from here on the gates know
         if not any(parameter.is_meta for parameter in self.timm_model.parameters()):
             for module in self.timm_model.modules():
                 module._is_hf_initialized = True  # by timm, each architecture in its way
@@ -240,7 +244,7 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
 
     The training loss is ``cross-entropy + side_loss_weight * side cross-entropy`` (paper, section 4); the side head
     (BN-ReLU, global average pool, linear) reads the network at half depth. In evaluation the loss is the cross-entropy
-    alone. The side head is never saved, but in checkpoints of a training that goes on.
+    alone. The side head is saved in checkpoints of a training that goes on only.
     """
 
     side_head: nn.Module | None
