@@ -74,7 +74,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         self.timm_model.pretrained_cfg = {**self.timm_model.pretrained_cfg, **(self.config.pretrained_cfg or {})}
         found = gates(self)
         if strangers := set(self.config.closed) - found.keys():
-            raise ValueError(f"closed lists {min(strangers)!r}, which {self.config.architecture} does not have (left).")
+            raise ValueError(f"closed lists {min(strangers)!r}, which this {self.config.architecture} does not have.")
         for slot in self.config.closed:
             found[slot].closed = True
         self.config.closed = []  # from here on the gates know
