@@ -43,7 +43,7 @@ class EpsilonPruner:
         epsilon (float): Threshold of the current epoch.
         total (int): Number of branches of the unpruned network.
         history (list[dict]): One record an epoch: ``epoch``, ``epsilon``, ``responses`` (slot to float), ``closed``
-            and ``removed`` (lists of slots).
+            (list of slots, those shut on every batch) and ``removed`` (those that went after it).
 
     Raises:
         ValueError: Both or neither of ``epsilon`` and ``keep``, a value out of range, a model without residual
@@ -120,8 +120,8 @@ class EpsilonPruner:
         )
         for slot in responses:
             found[slot].closed = slot in below[: max(allowed, 0)]
-        closed = [slot for slot, gate in found.items() if gate.closed]
-        removed = self._remove([slot for slot in closed if self._streaks[slot] >= self.patience])
+        closed = [slot for slot in found if slot in below]
+        removed = self._remove([slot for slot in closed if found[slot].closed and self._streaks[slot] >= self.patience])
         self.history.append(
             {
                 "epoch": self.epoch,
