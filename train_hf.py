@@ -49,6 +49,7 @@ from timm_eps import (
     onnx_export,
     report,
 )
+from timm_eps.eps_resnet import is_cifar_network
 
 Images = data.ImageTensors | data.ImageFiles
 
@@ -260,10 +261,6 @@ def starting_config(args: argparse.Namespace) -> EpsResNetConfig:
     if args.with_remote_code and not is_cifar_network(config.architecture):
         raise ValueError(f"--with_remote_code is for the paper's CIFAR networks, {config.architecture} is none.")
     return config
-
-
-def is_cifar_network(architecture: str) -> bool:
-    return timm.models.is_model_in_modules(architecture, ["eps_resnet"])
 
 
 def input_of(args: argparse.Namespace, config: EpsResNetConfig, classes: int) -> dict[str, Any]:

@@ -25,26 +25,9 @@ from transformers import (
 )
 from transformers import logging as hf_logging
 
-ROOT = Path(__file__).parents[1]
-AUTO_CLASSES = {
-    "AutoConfig": "EpsResNetConfig",
-    "AutoModel": "EpsResNetModel",
-    "AutoModelForImageClassification": "EpsResNetForImageClassification",
-    "AutoBackbone": "EpsResNetBackbone",
-}
 NAMES = ["pruned", "stage_first", "one_channel", "unpruned", "uneven", "headless"]
 LABELS = list("abcde")
 REMOTE = {"trust_remote_code": True}
-
-
-def make_standalone(directory: Path) -> None:
-    """Put the code beside a saved model, and name it in config.json."""
-    shutil.copy(ROOT / "timm_eps" / "standalone.py", directory / "modeling_eps_resnet.py")
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    config["auto_map"] = {auto: f"modeling_eps_resnet.{name}" for auto, name in AUTO_CLASSES.items()}
-    config["image_processor_type"] = "TimmWrapperImageProcessor"
-    path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +51,8 @@ def place(tmp_path_factory) -> Path:
     for name, (net, slots) in nets.items():
         if slots:
             close(net, *slots)
-        timm_eps.save_pretrained(net, place / name, label_names=LABELS if net.num_classes else None)
-        make_standalone(place / name)
+        names = LABELS if net.num_classes else None
+        timm_eps.save_pretrained(net, place / name, label_names=names, remote_code=True)
         images = torch.randn(4, net.in_chans, 9, 9)  # odd sizes
         with torch.no_grad():
             features, hidden_states = net.forward_intermediates(images)

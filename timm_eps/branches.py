@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,17 +133,14 @@ def branch_ends(body: nn.Module) -> dict[str, list[nn.Module]]:
             outputs.append(output)
             producers.setdefault(id(output), []).append(module)
 
-    def notes(slot: str) -> Callable[[nn.Module, tuple], None]:
-        def arrived(gate: nn.Module, args: tuple) -> None:
-            ends[slot].extend(original[module] for module in producers.get(id(args[0]), []))
-
-        return arrived
+    def arrived(slot: str, gate: nn.Module, args: tuple) -> None:
+        ends[slot].extend(original[module] for module in producers.get(id(args[0]), []))
 
     for module in net.modules():
         if not isinstance(module, EpsilonGate):
             module.register_forward_hook(produced)
     for slot, gate in gates(net).items():
-        gate.register_forward_pre_hook(notes(slot))
+        gate.register_forward_pre_hook(partial(arrived, slot))
     with torch.no_grad():
         net(probe_batch(net))
     return ends

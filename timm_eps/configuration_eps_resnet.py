@@ -14,6 +14,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import TimmWrapperConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .eps_resnet import is_cifar_network
 from .names import base_name, twin_name
 from .surgery import removed_slots
 
@@ -61,8 +62,7 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
                 f"architecture {self.architecture!r} has no gates; its twin is {twin_name(self.architecture)!r}."
             )
         if self.side_loss_weight is None:
-            is_cifar_network = timm.models.is_model_in_modules(self.architecture, ["eps_resnet"])
-            self.side_loss_weight = 0.1 if is_cifar_network else 0.0
+            self.side_loss_weight = 0.1 if is_cifar_network(self.architecture) else 0.0
         known = timm.get_pretrained_cfg(self.architecture, allow_unregistered=True)
         if self.pretrained_cfg is None and known is not None:
             self.pretrained_cfg = _carried(known.to_dict())

@@ -21,6 +21,7 @@ from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
+    is_model_in_modules,
     register_model,
     register_notrace_module,
 )
@@ -288,6 +289,11 @@ class EpsResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+def is_cifar_network(architecture: str) -> bool:
+    """Whether a name is one of the CIFAR networks of this module, not a twin of a timm architecture."""
+    return is_model_in_modules(architecture, ["eps_resnet"])
 
 
 def init_weights(module: nn.Module) -> None:

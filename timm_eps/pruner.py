@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from .branches import gates, timm_body
 from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery import add_gates, remove, removed_slots, replay_removed
 
-__all__ = ["EpsilonPruner"]
+__all__ = ["EpsilonPruner", "forgetting_lost"]
 
 
 class EpsilonPruner:
@@ -118,16 +120,16 @@ class EpsilonPruner:
             (slot for slot in responses if self._streaks[slot]),
             key=lambda slot: (self._streaks[slot] < self.patience, responses[slot]),
         )
+        shut = below[: max(allowed, 0)]
         for slot in responses:
-            found[slot].closed = slot in below[: max(allowed, 0)]
-        closed = [slot for slot in found if slot in below]
-        removed = self._remove([slot for slot in closed if found[slot].closed and self._streaks[slot] >= self.patience])
+            found[slot].closed = slot in shut
+        removed = self._remove([slot for slot in shut if self._streaks[slot] >= self.patience])
         self.history.append(
             {
                 "epoch": self.epoch,
                 "epsilon": self.epsilon,
                 "responses": responses,
-                "closed": closed,
+                "closed": [slot for slot in found if slot in below],
                 "removed": removed,
             }
         )
@@ -165,9 +167,8 @@ class EpsilonPruner:
         if strangers := (gates(self.model).keys() | already) ^ (state["streaks"].keys() | set(state["removed"])):
             raise ValueError(f"The pruner's state is of another model: they differ at {min(strangers)!r}.")
         if new := set(state["removed"]) - already:
-            before = set(self.model.parameters())
-            replay_removed(self.model, new)
-            forget_lost(self.optimizer, before - set(self.model.parameters()))
+            with forgetting_lost(self.model, self.optimizer):
+                replay_removed(self.model, new)
         found = gates(self.model)
         self._streaks = dict(state["streaks"])
         self.epoch = state["epoch"]
@@ -196,10 +197,9 @@ class EpsilonPruner:
     def _remove(self, slots: list[str]) -> list[str]:
         if not self.live_removal or self._stuck.issuperset(slots):
             return []
-        before = set(self.model.parameters())
-        removed = remove(self.model, slots)
+        with forgetting_lost(self.model, self.optimizer):
+            removed = remove(self.model, slots)
         self._stuck = set(slots).difference(removed)
-        forget_lost(self.optimizer, before - set(self.model.parameters()))
         for slot in removed:
             del self._streaks[slot]
         return removed
@@ -211,10 +211,14 @@ class EpsilonPruner:
             gate.reset_response()
 
 
-def forget_lost(optimizer: Optimizer | None, parameters: set[nn.Parameter]) -> None:
-    """Take parameters that a model has lost out of its optimizer, in place: schedulers hold the same groups."""
+@contextmanager
+def forgetting_lost(model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
+    """Take the parameters that a model loses out of its optimizer, in place: schedulers hold the same groups."""
+    before = set(model.parameters())
+    yield
     if optimizer is None:
         return
+    parameters = before.difference(model.parameters())
     for group in optimizer.param_groups:
         kept = [index for index, parameter in enumerate(group["params"]) if parameter not in parameters]
         for key in group.keys() & {"params", "param_names"}:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .branches import block_path
 from .distributed import on_first_forward, wrap_again
 from .modeling_eps_resnet import EpsResNetPreTrainedModel
-from .pruner import EpsilonPruner, forget_lost
+from .pruner import EpsilonPruner, forgetting_lost
 from .surgery import bounding_parameters, removed_slots, replay_removed, slots_without_weights
 
 __all__ = ["EpsilonCallback"]
@@ -117,9 +117,8 @@ class EpsilonCallback(TrainerCallback, ExportableState):
             if any(key not in keys and not key.startswith(blocks) for key in body.state_dict()):
                 return  # the weights of a part, which say nothing about the rest
             if missing:
-                before = set(model.parameters())
-                replay_removed(model, missing)
-                forget_lost(self.pruner.optimizer if self.pruner else optimizer, before - set(model.parameters()))
+                with forgetting_lost(model, self.pruner.optimizer if self.pruner else optimizer):
+                    replay_removed(model, missing)
             if removed_slots(body) and (strangers := keys - body.state_dict().keys()):
                 raise ValueError(
                     f"The weights hold {min(strangers)!r}, which this model has lost; give Trainer a model with all "
