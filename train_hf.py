@@ -20,22 +20,30 @@ import json
 import math
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import timm
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    gather_object,
+    is_compiled_module,
+    set_seed,
+)
 from huggingface_hub import create_repo
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.utils import distribute_bn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification, get_scheduler, pipeline
 
@@ -45,207 +53,36 @@ from timm_eps import (
     EpsilonPruner,
     EpsResNetConfig,
     EpsResNetForImageClassification,
+    checkpoints,
     data,
     onnx_export,
     report,
 )
+from timm_eps.distributed import rewrap
 from timm_eps.eps_resnet import is_cifar_network
-
-Images = data.ImageTensors | data.ImageFiles
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--config", help="JSON file with arguments by name; flags on the command line win over it")
-    model = parser.add_argument_group("model").add_argument
-    model("--architecture", help="a model this package registers with timm; default eps_resnet110")
-    model("--pretrained", action="store_true", help="begin with timm's weights; eps_resnet50.a1_in1k names a tag")
-    model("--model_args", type=json_object, help='JSON with keyword arguments for timm, such as {"drop_rate": 0.1}')
-    model("--model_name_or_path", help="a saved model, on the Hub or a directory, to go on from")
-    model("--ignore_mismatched_sizes", action="store_true", help="new classifier where the saved one does not fit")
-    source = parser.add_argument_group("data (without any of these: scikit-learn's digits)").add_argument
-    source("--dataset_name", help="a data set on the Hub, or a directory that datasets.load_dataset reads")
-    source("--dataset_config_name")
-    source("--train_dir", help="a directory with one sub-directory of images a class")
-    source("--validation_dir")
-    source("--train_split_name", default="train", help="or several, such as train+extra")
-    source("--train_val_split", type=share, default=0.15, help="share to validate on if there is no such split")
-    source("--image_column_name", help="found by type if not given")
-    source("--label_column_name", help="found by type if not given")
-    source("--max_train_samples", type=at_least(1), help="draw this many")
-    source("--max_eval_samples", type=at_least(1), help="draw this many")
-    source("--image_size", type=at_least(4), help="side in pixels; default that of the architecture, digits 8")
-    source("--fold", type=int, default=0, help="which fifth of the digits to validate on, 0 to 4")
-    source(
-        "--augmentation",
-        choices=["crop", "distort", "resized_crop"],
-        default="crop",
-        help="crop: after padding; distort: the paper's for SVHN; resized_crop: for large images, read when needed",
-    )
-    source("--padding", type=at_least(0), help="of crop and distort, pixels on each side; default size // 8")
-    source("--color_jitter", type=float, nargs=3, help="of resized_crop: brightness, contrast and saturation")
-    source("--flip", action="store_true", help="mirror half the images; not for digits")
-    source("--crop_pct", type=share, help="share of the side that the centre crop for evaluation leaves")
-    source("--dataloader_num_workers", type=at_least(0), default=0, help="processes that read large images")
-    gate = parser.add_argument_group("gates").add_argument
-    gate("--keep", type=fraction_or_number, help="share (0.25) or number (14) of branches to keep; default 0.25")
-    gate("--epsilon", type=float, help="the paper's fixed threshold instead of --keep")
-    gate("--no_gates", action="store_true", help="train the dense network only")
-    gate("--epsilon_warmup_epochs", type=at_least(0), default=8, help="epochs with all gates open first")
-    gate("--ramp_epochs", type=at_least(0), default=25, help="with --keep: epochs from there to the full budget")
-    gate("--patience", type=at_least(1), default=3, help="epochs in a row a block is closed before it is removed")
-    gate("--no_live_removal", action="store_true", help="remove closed blocks at the end, not during training")
-    gate("--side_loss_weight", type=float, help="weight of the side head's loss; default 0.1 for CIFAR networks")
-    train = parser.add_argument_group("training").add_argument
-    train("--num_train_epochs", type=at_least(1), default=60)
-    train("--per_device_train_batch_size", type=at_least(2), default=128)
-    train("--per_device_eval_batch_size", type=at_least(1), default=512)
-    train("--gradient_accumulation_steps", type=at_least(1), default=1)
-    train("--optimizer", choices=["sgd", "adamw"], default="sgd", help="adamw: try a --learning_rate near 1e-3")
-    train("--learning_rate", type=float, default=0.1)
-    train("--momentum", type=float, default=0.9, help="of sgd")
-    train("--nesterov", action="store_true", help="of sgd")
-    train("--weight_decay", type=float, default=5e-3)
-    train("--weight_decay_drop", type=float, nargs=2, metavar=("STEPS", "FACTOR"), help="multiply it every so often")
-    train(
-        "--lr_scheduler",
-        choices=["cosine", "multistep", "restarting"],
-        default="cosine",
-        help="restarting is the paper's for small images, multistep that for ImageNet",
-    )
-    train("--num_warmup_steps", type=at_least(0), default=0, help="with cosine: steps of rising rate first")
-    train("--lr_decay_start", type=share, default=0.3, help="with cosine: share of the training at full rate first")
-    epochs = {"type": at_least(1), "nargs": "+"}
-    train("--lr_milestones", **epochs, default=[82, 123, 300], help="not with cosine: epochs at which the rate falls")
-    train("--lr_restart_milestones", **epochs, default=[41, 61, 150], help="the same, counted from a restart")
-    train("--lr_factors", type=float, nargs="+", default=[1, 0.1, 0.01, 0.002], help="of the rate, between them")
-    train("--num_threads", type=at_least(1), help="on the CPU; default: all cores this process may use")
-    train("--seed", type=int, default=0)
-    train("--compare_dense", action="store_true", help="train the same recipe with the gates off as well")
-    parser.add_argument("--output_dir", help="default outputs/<architecture>-<data set>")
-    saving = parser.add_argument_group("saving and the Hub").add_argument
-    saving("--with_remote_code", action="store_true", help="add code to load a CIFAR network without this package")
-    saving("--with_onnx", action="store_true", help="add onnx/model.onnx")
-    saving("--license", default="apache-2.0", help="of the weights, for the card")
-    saving("--push_to_hub", action="store_true", help="push what is in --output_dir, in one commit")
-    saving("--hub_model_id", help="owner/name; default the name of --output_dir, under your own")
-    saving("--hub_token", help="default: the one that `hf auth login` stored")
-    saving("--hub_private_repo", action="store_true", help="if the repository is made now")
-    saving("--hub_revision", help="the branch to push to; default main")
-
-    argv = sys.argv[1:] if argv is None else argv
-    given = parser.parse_args(argv)
-    args = parser.parse_args([*read_config(given), *argv]) if given.config else given
-    for flag, excluded in {
-        "epsilon": ["keep"],
-        "no_gates": ["keep", "epsilon", "compare_dense"],
-        "dataset_name": ["train_dir"],
-        "model_name_or_path": ["architecture", "crop_pct", "image_size", "model_args", "pretrained"],
-    }.items():
-        if getattr(args, flag) and (clash := next((name for name in excluded if getattr(args, name)), None)):
-            parser.error(f"--{flag} and --{clash} exclude each other")
-    for flag, needed in {
-        "dataset_config_name": "dataset_name",
-        "validation_dir": "train_dir",
-        **dict.fromkeys(("hub_model_id", "hub_token", "hub_private_repo", "hub_revision"), "push_to_hub"),
-    }.items():
-        if getattr(args, flag) and not getattr(args, needed):
-            parser.error(f"--{flag} goes with --{needed}")
-    for flag, option, fitting in (
-        ("color_jitter", "augmentation", ["resized_crop"]),
-        ("flip", "augmentation", ["crop", "resized_crop"]),
-        ("nesterov", "optimizer", ["sgd"]),
-    ):
-        if getattr(args, flag) and getattr(args, option) not in fitting:
-            parser.error(f"--{flag} goes with --{option} {' or '.join(fitting)}")
-    if args.keep is None and args.epsilon is None and not args.no_gates:
-        args.keep = 0.25
-    if args.model_name_or_path is None and args.architecture is None:
-        args.architecture = "eps_resnet110"
-    if args.output_dir is None:
-        names = args.model_name_or_path or args.architecture, args.dataset_name or args.train_dir or "digits"
-        args.output_dir = str(Path("outputs") / "-".join(Path(name).name for name in names))
-    return args
+from timm_eps.sync_batchnorm import synchronize_batchnorm
+from timm_eps.train_arguments import binding_arguments, hub_id, on_digits, parse_arguments, used_arguments
 
 
-def fraction_or_number(text: str) -> float | int:
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
-
-
-def json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"must be JSON, got {text}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
-    return value
-
-
-def share(text: str) -> float:
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
-    return value
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
-        return value
-
-    return whole_number
-
-
-def read_config(given: argparse.Namespace) -> list[str]:
-    """The arguments in a configuration file, as they would stand on the command line, less those that flags replace."""
-    path = given.config
-    try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--config {path} is not JSON: {error}.") from error
-    if not isinstance(stored, dict):
-        raise ValueError(f"--config {path} must hold an object of arguments by name, not a {type(stored).__name__}.")
-    if unknown := sorted(stored.keys() - vars(given).keys()):
-        raise ValueError(f"--config {path} holds {unknown[0]!r}, which is no argument; train_hf.py --help lists them.")
-    if given.keep is not None or given.epsilon is not None or given.no_gates:
-        stored = {name: value for name, value in stored.items() if name not in ("keep", "epsilon", "no_gates")}
-    arguments = []
-    for name, value in stored.items():
-        if value is not None and value is not False:
-            values = value if isinstance(value, list) else [value]
-            words = (json.dumps(one) if isinstance(one, dict) else str(one) for one in values if one is not True)
-            arguments += [f"--{name}", *words]
-    return arguments
-
-
-def load_images(args: argparse.Namespace) -> tuple[datasets.DatasetDict, dict[str, Any]]:
-    """Both splits, and how the results and the card name them."""
+def load_images(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], int | None]:
+    """Both splits; how the results and the card name them; how many images an epoch has, None if it is not known."""
     if on_digits(args):
-        splits = data.load_digits(args.fold)
+        splits: dict[str, Any] = dict(data.load_digits(args.fold))
         about = {"dataset": "scikit-learn digits", "dataset_id": None, "eval_split": f"fold {args.fold} of 5"}
+        length: int | None = len(splits["train"])
     else:
-        splits, eval_split = data.load_splits(
+        splits, eval_split, length = data.load_splits(
             args.dataset_name, args.dataset_config_name, args.train_dir, args.validation_dir, args.train_val_split,
-            args.label_column_name, args.seed, args.train_split_name,
+            args.image_column_name, args.label_column_name, args.seed, args.train_split_name, args.streaming,
         )  # fmt: skip
         name = hub_id(args.dataset_name)
         shown = name or Path(args.dataset_name or args.train_dir).name
         about = {"dataset": shown, "dataset_id": name, "eval_split": eval_split}
-    splits["train"] = data.sample(splits["train"], args.max_train_samples, args.seed)
+    if not args.streaming:
+        splits["train"] = data.sample(splits["train"], args.max_train_samples, args.seed)
+        length = len(splits["train"])
     splits["validation"] = data.sample(splits["validation"], args.max_eval_samples, args.seed)
-    return splits, about
-
-
-def on_digits(args: argparse.Namespace) -> bool:
-    return args.dataset_name is None and args.train_dir is None
-
-
-def hub_id(name: str | None) -> str | None:
-    """A name on the Hub; None for a directory, whose path means nothing elsewhere."""
-    return None if name is None or Path(name).exists() else name
+    return splits, about, args.max_train_samples if args.streaming and args.max_train_samples else length
 
 
 def starting_config(args: argparse.Namespace) -> EpsResNetConfig:
@@ -281,26 +118,34 @@ def input_of(args: argparse.Namespace, config: EpsResNetConfig, classes: int) ->
     return pretrained_cfg
 
 
-def load_splits(
-    args: argparse.Namespace, raw: datasets.DatasetDict, columns: tuple[str, str], pretrained_cfg: dict[str, Any]
-) -> dict[str, Images]:
-    """Both splits as the network reads them: small images decoded into memory, large ones when they are needed."""
-    if args.augmentation != "resized_crop":
+def prepare_images(
+    args: argparse.Namespace,
+    raw: dict[str, Any],
+    columns: tuple[str, str],
+    pretrained_cfg: dict[str, Any],
+    length: int | None,
+) -> dict[str, data.Images]:
+    """Both splits as the network reads them: small images decoded into memory, others when they are needed."""
+    if not args.streaming and args.augmentation != "resized_crop":
         return {name: data.ImageTensors.decode(raw[name], pretrained_cfg, *columns) for name in raw}
-    training = {"training": True, "flip": args.flip, "color_jitter": args.color_jitter}
-    return {
-        name: data.ImageFiles.of(raw[name], pretrained_cfg, *columns, **(training if name == "train" else {}))
-        for name in raw
+    cropped = {"training": True, "flip": args.flip, "color_jitter": args.color_jitter}
+    read = {
+        "train": data.ImageReader.of(pretrained_cfg, **(cropped if args.augmentation == "resized_crop" else {})),
+        "validation": data.ImageReader.of(pretrained_cfg),
     }
+    if args.streaming:
+        lengths = {"train": length, "validation": None}
+        return {name: data.ImageStream.of(raw[name], read[name], *columns, lengths[name]) for name in raw}
+    return {name: data.ImageFiles.of(raw[name], read[name], *columns) for name in raw}
 
 
-def normalization(args: argparse.Namespace, train: Images) -> dict[str, Any]:
+def normalization(args: argparse.Namespace, train: data.Images) -> dict[str, Any]:
     """The paper's mean and deviation; they travel with the model. Weights keep those that they were trained with."""
     if args.model_name_or_path or args.pretrained:
         return {}
-    if isinstance(train, data.ImageFiles):
-        return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    return {"mean": data.channel_mean(train.images), "std": [128 / 255] * 3}
+    if isinstance(train, data.ImageTensors):
+        return {"mean": data.channel_mean(train.images), "std": [128 / 255] * 3}
+    return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 
 
 def build_model(args: argparse.Namespace, pretrained_cfg: dict[str, Any], label_names: list[str]) -> nn.Module:
@@ -324,113 +169,341 @@ def build_model(args: argparse.Namespace, pretrained_cfg: dict[str, Any], label_
     )
 
 
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    groups = timm_eps.param_groups(model, args.weight_decay)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=args.learning_rate)
+    return torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum, nesterov=args.nesterov)
+
+
+def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    """Cosine takes a step with the optimizer, the others one an epoch."""
+    if args.lr_scheduler != "cosine":
+        restarts = args.lr_restart_milestones if args.lr_scheduler == "restarting" else args.lr_milestones
+        return timm_eps.RestartingLR(optimizer, args.lr_milestones, restarts, args.lr_factors)
+    if args.num_warmup_steps > steps * args.lr_decay_start:
+        raise ValueError(
+            f"--num_warmup_steps {args.num_warmup_steps} is more than the {steps * args.lr_decay_start:.0f} of "
+            f"{steps} steps after which the rate falls (--lr_decay_start {args.lr_decay_start})."
+        )
+    decay = {"num_decay_steps": round(steps * (1 - args.lr_decay_start)), "decay_type": "cosine"}
+    return get_scheduler(
+        "warmup_stable_decay", optimizer, args.num_warmup_steps, steps, scheduler_specific_kwargs=decay
+    )
+
+
+def build_pruner(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> EpsilonPruner:
+    ramp = {} if args.keep is None else {"ramp_epochs": args.ramp_epochs}
+    return EpsilonPruner(
+        model, optimizer, keep=args.keep, epsilon=args.epsilon, warmup_epochs=args.epsilon_warmup_epochs,
+        patience=args.patience, live_removal=not args.no_live_removal, **ramp,
+    )  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """How far a training is, and what it found on the way."""
+
+    epoch: int = 0  # finished ones
+    batch: int = 0  # of the epoch that goes on
+    step: int = 0  # of the optimizer, since the beginning
+    loss: float = 0.0  # sum over the batches of the epoch that goes on, mean over the processes
+    seconds: float = 0.0
+    accuracies: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    corrupt: list[str] = field(default_factory=list)
+
+
+class Training:
+    """One training run, from the seed or from a checkpoint on, in one process of one or several."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        splits: dict[str, data.Images],
+        pretrained_cfg: dict[str, Any],
+        directory: Path,
+        with_gates: bool,
+    ) -> None:
+        self.args, self.accelerator, self.splits, self.directory = args, accelerator, splits, directory
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        set_seed(args.seed)
+        self.model = build_model(args, pretrained_cfg, splits["train"].label_names).to(accelerator.device)
+        if args.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if args.sync_batchnorm:
+            self.model = synchronize_batchnorm(self.model)
+        self.optimizer = build_optimizer(args, self.model)
+        self.batches = data.TrainingBatches(
+            splits["train"], args.per_device_train_batch_size, args.seed, rank, processes,
+            args.dataloader_num_workers, accelerator.device.type == "cuda", args.shuffle_buffer_size,
+        )  # fmt: skip
+        steps_per_epoch = math.ceil(len(self.batches) / args.gradient_accumulation_steps)
+        self.scheduler = build_scheduler(args, self.optimizer, steps_per_epoch * args.num_train_epochs)
+        self.pruner = build_pruner(args, self.model, self.optimizer) if with_gates else None
+        accelerator.free_memory()  # of a training before this one
+        self.network, self.prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
+
+        padding = pretrained_cfg["input_size"][-1] // 8 if args.padding is None else args.padding
+        self.augment: Callable[[Tensor, data.Draws], Tensor] = {
+            "crop": data.PadCropFlip(padding, args.flip),
+            "distort": data.Distort(padding),
+            "resized_crop": lambda images, draws: images,  # done as the images are read
+        }[args.augmentation]
+        self.normalize = data.Normalize(pretrained_cfg).to(accelerator.device)
+        # The same in all processes, which augment one batch together; what else is random differs between them.
+        generator = torch.Generator()
+        generator.set_state(torch.get_rng_state())
+        self.draws = data.Draws(generator, rank, processes)
+        if processes > 1:
+            set_seed(args.seed, device_specific=True)
+        self.progress = Progress()
+        self.loss = torch.zeros((), device=accelerator.device)  # as progress.loss, of this process
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns the results."""
+        for epoch in range(self.progress.epoch, self.args.num_train_epochs):
+            name = f"{'' if self.pruner else 'dense, '}epoch {epoch + 1}/{self.args.num_train_epochs}"
+            with tqdm(
+                total=len(self.batches), initial=self.progress.batch, desc=name, mininterval=0.5,
+                disable=not self.accelerator.is_local_main_process,
+            ) as bar:  # fmt: skip
+                self.start = time.perf_counter()
+                self.train_epoch(epoch, bar)
+                self.end_epoch()
+                bar.set_postfix_str(self.summary())
+        # Without the autocast that mixed precision wraps around forward: what is measured now is what will be loaded.
+        self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False, keep_torch_compile=False)
+        self.model.to(memory_format=torch.contiguous_format)
+        accuracy, images = self.evaluate()
+        return {
+            "eval_accuracy": accuracy,
+            "eval_accuracy_by_epoch": self.progress.accuracies,
+            "eval_images": images,
+            "train_loss_by_epoch": self.progress.losses,
+            "train_seconds": self.progress.seconds,
+        }
+
+    def train_epoch(self, epoch: int, bar: tqdm) -> None:
+        """The batches of an epoch, from where the run stands on. Nothing in a step waits for the device."""
+        self.network.train()
+        together = self.args.gradient_accumulation_steps
+        for index, (images, labels, corrupt) in enumerate(
+            self.batches.epoch(epoch, self.progress.batch), start=self.progress.batch
+        ):
+            note_corrupt(self.args, corrupt, "train", self.progress.corrupt)
+            is_last = index + 1 == len(self.batches)
+            takes_step = is_last or (index + 1) % together == 0
+            accumulated = min(together, len(self.batches) - index // together * together)
+            with nullcontext() if takes_step else self.accelerator.no_sync(self.network):
+                loss = self.network(self.read(images), labels=self.there(labels)).loss
+                self.accelerator.backward(loss / accumulated)
+            self.loss += loss.detach()
+            self.progress.batch = index + 1
+            if takes_step:
+                self.take_step()
+                if self.is_due() and not is_last:  # at the end of the epoch there is more to do first
+                    self.save()
+            bar.update()
+
+    def there(self, values: Tensor) -> Tensor:
+        return values.to(self.accelerator.device, non_blocking=True)
+
+    def read(self, images: Tensor) -> Tensor:
+        """uint8 images (B, C, H, W), augmented and normalised, on the device."""
+        x = self.normalize(self.augment(self.there(images), self.draws))
+        return x.contiguous(memory_format=torch.channels_last) if self.args.channels_last else x
+
+    def take_step(self) -> None:
+        args, progress = self.args, self.progress
+        self.prepared_optimizer.step()
+        self.prepared_optimizer.zero_grad()
+        progress.step += 1
+        if args.lr_scheduler == "cosine" and not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        if args.weight_decay_drop and progress.step % args.weight_decay_drop[0] == 0:
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] *= args.weight_decay_drop[1]
+        if args.logging_steps and progress.step % args.logging_steps == 0:
+            self.log({"loss": self.mean_loss(), "learning_rate": self.optimizer.param_groups[0]["lr"]})
+
+    def mean_loss(self) -> float:
+        """Of the batches of this epoch so far, over all processes."""
+        return self.accelerator.reduce(self.loss, "mean").item() / self.progress.batch
+
+    def end_epoch(self) -> None:
+        args, progress, pruner = self.args, self.progress, self.pruner
+        progress.losses.append(self.mean_loss())
+        if not math.isfinite(progress.losses[-1]):
+            raise ValueError(
+                f"The loss of epoch {progress.epoch + 1} is {progress.losses[-1]}; lower --learning_rate "
+                f"{args.learning_rate}."
+            )
+        self.share_statistics()
+        rates = {"epsilon": pruner.epsilon} if pruner else {}
+        rates["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        if pruner and pruner.step():
+            rewrap(self.network)
+            if is_compiled_module(self.network):
+                torch.compiler.reset()  # or torch stops compiling after a number of structures
+        if args.lr_scheduler != "cosine":
+            restarts = pruner and args.lr_scheduler == "restarting"
+            self.scheduler.step(pruner.discarded if restarts else None)
+        progress.seconds += time.perf_counter() - self.start
+        progress.accuracies.append(self.evaluate()[0])
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        self.loss.zero_()
+        found = {"train_loss": progress.losses[-1], "eval_accuracy": progress.accuracies[-1]}
+        if pruner:
+            found |= {"blocks": pruner.total - pruner.discarded}
+            found |= {f"response/{slot}": value for slot, value in pruner.history[-1]["responses"].items()}
+        self.log({**found, **rates, "epoch": progress.epoch})
+        if self.is_due() or (args.checkpointing_steps and progress.epoch == args.num_train_epochs):
+            self.start = time.perf_counter()
+            self.save()
+
+    def summary(self) -> str:
+        progress, pruner = self.progress, self.pruner
+        left = f", blocks {pruner.total - pruner.discarded}/{pruner.total}" if pruner else ""
+        return f"loss {progress.losses[-1]:.4f}, accuracy {progress.accuracies[-1]:.4f}{left}"
+
+    def log(self, values: dict[str, Any]) -> None:
+        prefix = "" if self.pruner or self.args.no_gates else "dense/"
+        self.accelerator.log({f"{prefix}{name}": value for name, value in values.items()}, step=self.progress.step)
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, int]:
+        """Share of the images to test on that is classified correctly, over all processes, and how many there are."""
+        self.model.eval()
+        count = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)  # correct ones, all
+        for images, labels, corrupt in data.evaluation_batches(
+            self.splits["validation"], self.args.per_device_eval_batch_size, self.draws.rank, self.draws.processes,
+            self.args.dataloader_num_workers, self.batches.pin_memory,
+        ):  # fmt: skip
+            note_corrupt(self.args, corrupt, "validation", self.progress.corrupt)
+            if len(labels):
+                right = self.model(self.normalize(self.there(images))).logits.argmax(-1) == self.there(labels)
+                count += torch.stack([right.sum(), torch.as_tensor(len(labels), device=count.device)])
+        correct, images = self.accelerator.reduce(count).tolist()
+        if not images:
+            raise ValueError("No image of the validation split can be read.")
+        return correct / images, images
+
+    def share_statistics(self) -> None:
+        """Give all processes the same statistics of batch norm, their mean, and the same responses, the largest."""
+        if self.draws.processes > 1:
+            distribute_bn(self.model, self.draws.processes, reduce=True)
+            if self.pruner:
+                self.pruner.share_responses()
+
+    def is_due(self) -> bool:
+        every = self.args.checkpointing_steps
+        return self.progress.batch == 0 if every == "epoch" else bool(every) and self.progress.step % every == 0
+
+    def save(self) -> None:
+        """Write a checkpoint; every process must call this."""
+        self.share_statistics()
+        self.loss = self.accelerator.reduce(self.loss, "mean")
+        self.progress.loss = self.loss.item()
+        now = time.perf_counter()
+        self.progress.seconds += now - self.start
+        self.start = now
+        staging = checkpoints.staging_of(self.directory, self.progress.step)
+        if self.accelerator.is_main_process:
+            checkpoints.clear_unfinished(self.directory)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(staging))
+        if self.accelerator.is_main_process:
+            state = {
+                "run": self.identity(),
+                "progress": asdict(self.progress),
+                "scheduler": self.scheduler.state_dict(),
+                "pruner": self.pruner and self.pruner.state_dict(),
+                "draws": self.draws.generator.get_state().numpy().tobytes().hex(),
+            }
+            (staging / "training.json").write_text(json.dumps(state))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            checkpoints.commit(staging)
+            checkpoints.discard_oldest(self.directory, self.args.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on as it would have."""
+        found = {**binding_arguments(self.args), "number of processes": self.draws.processes}
+        found |= {"batches an epoch": len(self.batches), "mixed precision": self.accelerator.mixed_precision}
+        return json.loads(json.dumps(found))
+
+    def resume(self, checkpoint: Path) -> None:
+        """Take up the run where a checkpoint left it; every process must call this."""
+        state = json.loads((checkpoint / "training.json").read_text())
+        now = self.identity()
+        for name in sorted(now.keys() | state["run"].keys()):
+            if now.get(name) != state["run"].get(name):
+                raise ValueError(
+                    f"The run of {checkpoint} has {name} {state['run'].get(name)}, this one {now.get(name)}: it would "
+                    "not go on as it began. Give the same arguments, or begin anew in another --output_dir."
+                )
+        if self.pruner:  # the weights fit the smaller structure only
+            self.pruner.load_state_dict(state["pruner"])
+            rewrap(self.network)
+        self.accelerator.load_state(str(checkpoint))
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.draws.generator.set_state(torch.frombuffer(bytearray.fromhex(state["draws"]), dtype=torch.uint8))
+        self.progress = Progress(**state["progress"])
+        self.loss.fill_(self.progress.loss)
+        self.accelerator.print(
+            f"Going on from {checkpoint}: {self.progress.epoch} epochs and {self.progress.batch} batches are done."
+        )
+
+
+def find_checkpoint(args: argparse.Namespace, directory: Path) -> Path | None:
+    """The checkpoint to go on from; None to begin.
+
+    Raises:
+        ValueError: The one that is asked for cannot be used, or a new run would mix its own with those of another.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted == "latest" or (wanted and directory != Path(args.output_dir)):
+        return checkpoints.newest_whole(directory)
+    if wanted:
+        if reason := checkpoints.why_torn(wanted):
+            raise ValueError(
+                f"--resume_from_checkpoint {wanted} is not a whole checkpoint ({reason}); 'latest' finds the last one "
+                "that is."
+            )
+        return Path(wanted)
+    if args.checkpointing_steps and (others := checkpoints.all_checkpoints(directory)):
+        raise ValueError(
+            f"{directory} holds checkpoints of a run before, the last one {others[-1].name}: go on with "
+            "--resume_from_checkpoint, delete them, or take another --output_dir."
+        )
+    return None
+
+
 def train(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    splits: dict[str, Images],
+    splits: dict[str, data.Images],
     pretrained_cfg: dict[str, Any],
-    with_gates: bool,
-) -> tuple[nn.Module, EpsilonPruner | None, dict[str, Any]]:
-    """One training run from the seed on. Returns the model, its pruner, and the results."""
-    set_seed(args.seed)
-    model = build_model(args, pretrained_cfg, splits["train"].label_names)
-    groups = timm_eps.param_groups(model, args.weight_decay)
-    if args.optimizer == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
-    else:
-        sgd = {"momentum": args.momentum, "nesterov": args.nesterov}
-        optimizer = torch.optim.SGD(groups, lr=args.learning_rate, **sgd)
-    batches = data.loader(
-        splits["train"], args.per_device_train_batch_size, True, args.seed, args.dataloader_num_workers
-    )
-    steps = math.ceil(len(batches) / args.gradient_accumulation_steps) * args.num_train_epochs
-    if args.lr_scheduler != "cosine":
-        restarts = args.lr_restart_milestones if args.lr_scheduler == "restarting" else args.lr_milestones
-        scheduler = timm_eps.RestartingLR(optimizer, args.lr_milestones, restarts, args.lr_factors)
-    else:
-        if args.num_warmup_steps > steps * args.lr_decay_start:
-            raise ValueError(
-                f"--num_warmup_steps {args.num_warmup_steps} is more than the {steps * args.lr_decay_start:.0f} of "
-                f"{steps} steps after which the rate falls (--lr_decay_start {args.lr_decay_start})."
-            )
-        decay = {"num_decay_steps": round(steps * (1 - args.lr_decay_start)), "decay_type": "cosine"}
-        scheduler = get_scheduler(
-            "warmup_stable_decay", optimizer, args.num_warmup_steps, steps, scheduler_specific_kwargs=decay
-        )
-    pruner = None
-    if with_gates:
-        ramp = {} if args.keep is None else {"ramp_epochs": args.ramp_epochs}
-        pruner = timm_eps.EpsilonPruner(
-            model, optimizer, keep=args.keep, epsilon=args.epsilon, warmup_epochs=args.epsilon_warmup_epochs,
-            patience=args.patience, live_removal=not args.no_live_removal, **ramp,
-        )  # fmt: skip
-    network, prepared_optimizer, batches = accelerator.prepare(model, optimizer, batches)
-    padding = pretrained_cfg["input_size"][-1] // 8 if args.padding is None else args.padding
-    augment = {
-        "crop": data.PadCropFlip(padding, args.flip),
-        "distort": data.Distort(padding),
-        "resized_crop": nn.Identity(),  # done as the images are read
-    }[args.augmentation]
-    normalize = data.Normalize(pretrained_cfg).to(accelerator.device)
-
-    accuracies, seconds, taken = [], 0.0, 0
-    for epoch in range(args.num_train_epochs):
-        start = time.perf_counter()
-        network.train()
-        losses = torch.zeros((), device=accelerator.device)
-        name = f"{'' if pruner else 'dense, '}epoch {epoch + 1}/{args.num_train_epochs}"
-        with tqdm(total=len(batches), desc=name, mininterval=0.5) as bar:
-            for images, labels in batches:
-                with accelerator.accumulate(network):
-                    loss = network(normalize(augment(images)), labels=labels).loss
-                    accelerator.backward(loss)
-                    prepared_optimizer.step()
-                    prepared_optimizer.zero_grad()
-                if accelerator.sync_gradients:
-                    taken += 1
-                    if args.lr_scheduler == "cosine":
-                        scheduler.step()
-                    if args.weight_decay_drop and taken % args.weight_decay_drop[0] == 0:
-                        for group in optimizer.param_groups:
-                            group["weight_decay"] *= args.weight_decay_drop[1]
-                losses += loss.detach()
-                bar.update()
-            if not torch.isfinite(losses):
-                raise ValueError(
-                    f"The loss of epoch {epoch + 1} is {losses.item()}; lower --learning_rate {args.learning_rate}."
-                )
-            if pruner:
-                pruner.step()
-            if args.lr_scheduler != "cosine":
-                restarts = pruner and args.lr_scheduler == "restarting"
-                scheduler.step(pruner.discarded if restarts else None)
-            seconds += time.perf_counter() - start
-            accuracies.append(evaluate(model, splits["validation"], normalize, args))
-            left = f", blocks {pruner.total - pruner.discarded}/{pruner.total}" if pruner else ""
-            bar.set_postfix_str(f"loss {losses.item() / len(batches):.4f}, accuracy {accuracies[-1]:.4f}{left}")
-    # Without the autocast that mixed precision wraps around forward: what is measured now is what will be loaded.
-    model = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
-    return (
-        model,
-        pruner,
-        {
-            "eval_accuracy": evaluate(model, splits["validation"], normalize, args),
-            "eval_accuracy_by_epoch": accuracies,
-            "train_seconds": seconds,
-        },
-    )
+    *,
+    for_comparison: bool = False,
+) -> tuple[Training, dict[str, Any]]:
+    """A training to its end, with gates, or the dense one to compare it with. Returns it and its results."""
+    directory = Path(args.output_dir) / ("dense" if for_comparison else "")
+    with_gates = not (args.no_gates or for_comparison)
+    training = Training(args, accelerator, splits, pretrained_cfg, directory, with_gates)
+    if checkpoint := find_checkpoint(args, directory):
+        training.resume(checkpoint)
+    return training, training.run()
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, split: Images, normalize: data.Normalize, args: argparse.Namespace) -> float:
-    """Share of a split that is classified correctly."""
-    model.eval()
-    correct = 0
-    workers = args.dataloader_num_workers
-    for images, labels in data.loader(split, args.per_device_eval_batch_size, shuffle=False, num_workers=workers):
-        logits = model(normalize(images.to(model.device))).logits
-        correct += int((logits.argmax(-1).cpu() == labels).sum())
-    return correct / len(split)
+def note_corrupt(args: argparse.Namespace, names: list[str], split: str, known: list[str]) -> None:
+    """Add images of a split that cannot be read to those known; raise ValueError unless they are to be skipped."""
+    if names and args.corrupt_images == "error":
+        raise ValueError(f"{names[0]} ({split}) is no image that can be read; --corrupt_images skip leaves it out.")
+    known += sorted({f"{name} ({split})" for name in names}.difference(known))
 
 
 def compare(model: nn.Module, images: Tensor) -> dict[str, Any]:
@@ -485,49 +558,92 @@ def difference(some: Iterable[Tensor], others: Iterable[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(some, others, strict=True))
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    args = parse_arguments(argv)
-    transformers.logging.disable_progress_bar()
-    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps)
-    if accelerator.num_processes > 1:
-        raise ValueError(f"Got {accelerator.num_processes} processes; blocks are removed in one process only so far.")
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    accelerator = Accelerator(
+        # Without this, processes that torchrun starts where there is no accelerator know nothing of each other.
+        cpu=not torch.accelerator.is_available(),
+        # The loop divides the loss itself: the last steps of an epoch may accumulate fewer batches.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="inductor" if args.compile else None,
+        # Each process keeps the statistics of its own batches; they are averaged when they are needed.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        log_with=(args.report_to or "all") if args.with_tracking else None,
+        project_dir=args.output_dir,
+    )
+    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU"):
+        raise ValueError(
+            f"Blocks cannot be taken out of a model under {accelerator.distributed_type.value}, which shards or moves "
+            "its parameters; launch with plain data parallelism (--multi_gpu, or torchrun)."
+        )
+    if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", 1))):
+        raise ValueError(f"{started} processes were started, but Accelerate connected {accelerator.num_processes}.")
     if accelerator.device.type == "cpu":
         # accelerate launch leaves a process one thread where it finds no accelerator.
-        torch.set_num_threads(args.num_threads or available_cores())
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    # Better to fail here than after the training.
-    tempfile.TemporaryFile(dir=args.output_dir).close()
-    if args.with_onnx:
-        onnx_export.check_installed()
+        share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(args.num_threads or max(1, share))
+    return accelerator
+
+
+def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    known = {name: str(value) for name, value in used_arguments(args).items()}
+    accelerator.init_trackers("timm_eps", known)
+    running = [tracker.name for tracker in accelerator.trackers]
+    missing = [name for name in args.report_to or [] if name not in (*running, "all")]
+    if accelerator.is_main_process and (missing or not running):
+        raise ValueError(f"--report_to {missing[0] if missing else 'all'}: no such tracker is installed.")
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse_arguments(argv, __doc__)
+    transformers.logging.disable_progress_bar()
+    accelerator = start_accelerator(args)
     repo_id = None
-    if args.push_to_hub:
-        wanted = args.hub_model_id or Path(args.output_dir).resolve().name
-        repo_id = create_repo(
-            wanted, private=args.hub_private_repo or None, token=args.hub_token, exist_ok=True
-        ).repo_id
+    if accelerator.is_main_process:  # better to fail here than after the training
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output_dir).close()
+        if args.with_onnx:
+            onnx_export.check_installed()
+        if args.push_to_hub:
+            wanted = args.hub_model_id or Path(args.output_dir).resolve().name
+            repo_id = create_repo(
+                wanted, private=args.hub_private_repo or None, token=args.hub_token, exist_ok=True
+            ).repo_id
+    if args.with_tracking:
+        start_trackers(args, accelerator)
 
     config = starting_config(args)
-    raw, about = load_images(args)
+    with accelerator.main_process_first():  # it fills the caches that the others read
+        raw, about, length = load_images(args)
     columns = data.find_columns(raw["train"].features, args.image_column_name, args.label_column_name)
     pretrained_cfg = input_of(args, config, raw["train"].features[columns[1]].num_classes)
-    splits = load_splits(args, raw, columns, pretrained_cfg)
+    splits = prepare_images(args, raw, columns, pretrained_cfg, length)
     data.check_classes(**splits)
     pretrained_cfg |= normalization(args, splits["train"])
+    corrupt: list[str] = []
+    for name, split in splits.items():
+        note_corrupt(args, getattr(split, "unreadable", []), name, corrupt)
 
     size = "x".join(str(n) for n in pretrained_cfg["input_size"])
+    tested = "a stream" if args.streaming else f"{len(splits['validation']):,}"
     accelerator.print(
         f"Training {args.model_name_or_path or args.architecture} on {len(splits['train']):,} images of "
         f"{about['dataset']} ({size}, {len(splits['train'].label_names)} classes), "
-        f"testing on {len(splits['validation']):,} ({about['eval_split']}); seed {args.seed}."
+        f"testing on {tested} ({about['eval_split']}); seed {args.seed}."
     )
-    model, pruner, results = train(args, accelerator, splits, pretrained_cfg, with_gates=not args.no_gates)
-    if args.compare_dense and pruner:
-        _, _, dense = train(args, accelerator, splits, pretrained_cfg, with_gates=False)
+    training, results = train(args, accelerator, splits, pretrained_cfg)
+    corrupt = sorted(set(gather_object([*corrupt, *training.progress.corrupt])))
+    if args.compare_dense and training.pruner:
+        _, dense = train(args, accelerator, splits, pretrained_cfg, for_comparison=True)
+        del dense["eval_images"]  # the same
         results |= {f"dense_{name}": value for name, value in dense.items()}
-
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return results
+    if corrupt:
+        print(f"{len(corrupt)} images could not be read and were left out, such as {', '.join(corrupt[:5])}.")
+    model, history = training.model, training.pruner.history if training.pruner else []
     sample = data.Normalize(pretrained_cfg)(splits["validation"].first(32)).to(accelerator.device)
     live = logits_of(model, sample)
-    history = pruner.history if pruner else []
     timm_eps.remove_closed(model)
     results |= about
     results |= compare(model, sample)
@@ -535,14 +651,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "architecture": model.config.architecture,
         "arguments": used_arguments(args),
         "base_model": base_model(args),
+        "corrupt_images": len(corrupt),
         "epsilon": max((record["epsilon"] for record in history), default=0.0),
         "train_images": len(splits["train"]),
-        "eval_images": len(splits["validation"]),
         "license": args.license,
+        "num_processes": accelerator.num_processes,
         "seed": args.seed,
-        "hardware": f"{torch.get_num_threads()} threads of {platform.machine()}"
-        if accelerator.device.type == "cpu"
-        else torch.cuda.get_device_name(accelerator.device),
+        "hardware": hardware(accelerator),
         "versions": versions(),
     }
     saved = {
@@ -551,28 +666,39 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     timm_eps.save_pretrained(model, args.output_dir, repo_id=repo_id, **saved)
 
     gone = 100 * (1 - results["params"] / results["dense_params"])
-    accelerator.print(
+    print(
         f"\n{results['blocks_kept']} of {results['blocks_total']} residual branches stayed; "
         f"{gone:.1f} % of the parameters are gone. The network that is left classifies "
         f"{100 * results['eval_accuracy']:.2f} % of the {results['eval_images']} test images correctly."
         f"\n\n{report.comparison_table(results)}\n"
     )
-    pictures = [row.convert("RGB") for row in raw["validation"][:32][columns[0]]]
-    accelerator.print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
-    accelerator.print(check_reload(args.output_dir, live, sample, pictures) + ".")
+    pictures = data.pictures(raw["validation"], columns[0], len(sample))
+    print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
+    print(check_reload(args.output_dir, live, sample, pictures) + ".")
     if repo_id is not None:
-        try:
-            commit = timm_eps.push_to_hub(
-                model, repo_id, token=args.hub_token, revision=args.hub_revision,
-                commit_message=f"Trained on {about['dataset']}, {results['blocks_kept']} blocks left", **saved,
-            )  # fmt: skip
-        except (OSError, RuntimeError) as error:  # huggingface_hub raises the latter when an upload fails
-            raise OSError(
-                f"What is saved in {args.output_dir} could not be pushed to {repo_id}: {error}. Nothing of it is "
-                f"there; to try again: hf upload {repo_id} {args.output_dir}"
-            ) from error
-        accelerator.print(f"Pushed to {commit.repo_url} ({commit.oid[:7]}).")
+        push(args, model, repo_id, f"Trained on {about['dataset']}, {results['blocks_kept']} blocks left", saved)
     return results
+
+
+def push(args: argparse.Namespace, model: nn.Module, repo_id: str, message: str, saved: dict[str, Any]) -> None:
+    try:
+        commit = timm_eps.push_to_hub(
+            model, repo_id, token=args.hub_token, revision=args.hub_revision, commit_message=message, **saved
+        )
+    except (OSError, RuntimeError) as error:  # huggingface_hub raises the latter when an upload fails
+        raise OSError(
+            f"What is saved in {args.output_dir} could not be pushed to {repo_id}: {error}. Nothing of it is "
+            f"there; to try again: hf upload {repo_id} {args.output_dir}"
+        ) from error
+    print(f"Pushed to {commit.repo_url} ({commit.oid[:7]}).")
+
+
+def hardware(accelerator: Accelerator) -> str:
+    if accelerator.device.type != "cpu":
+        one = torch.cuda.get_device_name(accelerator.device)
+    else:
+        one = f"{torch.get_num_threads()} threads of {platform.machine()}"
+    return one if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes, each {one}"
 
 
 def base_model(args: argparse.Namespace) -> str | None:
@@ -585,29 +711,6 @@ def base_model(args: argparse.Namespace) -> str | None:
 def available_cores() -> int:
     """Cores this process may run on; all of the machine's where the system cannot tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def used_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What the run depended on, without paths of this machine and what the scheduler at hand does not read."""
-    unsaid = {"config", "output_dir", "compare_dense", "train_dir", "validation_dir", "license"}
-    unsaid |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision"}
-    steps, decay = {"lr_milestones", "lr_restart_milestones", "lr_factors"}, {"lr_decay_start", "num_warmup_steps"}
-    unsaid |= {"cosine": steps, "multistep": decay | {"lr_restart_milestones"}, "restarting": decay}[args.lr_scheduler]
-    if args.augmentation == "resized_crop":
-        unsaid |= {"padding"}
-    else:
-        unsaid |= {"color_jitter", "dataloader_num_workers"}
-    unsaid |= {
-        name for name, plain in (("train_split_name", "train"), ("augmentation", "crop")) if vars(args)[name] == plain
-    }
-    if args.no_gates:
-        unsaid |= {"epsilon_warmup_epochs", "ramp_epochs", "patience", "no_live_removal"}
-    unsaid |= {name for name in ("dataset_name", "model_name_or_path") if hub_id(getattr(args, name)) is None}
-    return {
-        name: value
-        for name, value in vars(args).items()
-        if value is not None and value is not False and name not in unsaid
-    }
 
 
 def versions() -> dict[str, str]:

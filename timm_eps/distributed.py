@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["on_first_forward", "wrap_again"]
+__all__ = ["on_first_forward", "rewrap", "wrap_again"]
 
 
 def wrap_again(wrapper: DistributedDataParallel) -> None:
@@ -32,6 +32,14 @@ def wrap_again(wrapper: DistributedDataParallel) -> None:
     model, mode = wrapper.module, wrapper.training
     wrapper.__init__(model, **options)  # type: ignore[misc]
     wrapper.train(mode)
+
+
+def rewrap(network: nn.Module) -> None:
+    """:func:`wrap_again` for the wrapper in a network, however deep in others it is; nothing if there is none."""
+    for module in network.modules():
+        if isinstance(module, DistributedDataParallel):
+            wrap_again(module)
+            return
 
 
 def on_first_forward(model: nn.Module, found: Callable[[DistributedDataParallel], None]) -> Callable[[], None]:

@@ -179,20 +179,29 @@ class EpsilonPruner:
         for slot, gate in found.items():
             gate.response.fill_(state["responses"][slot])
 
+    def share_responses(self) -> None:
+        """Under ``torch.distributed``: give every process the largest response of all of them, for each gate.
+
+        :meth:`step` does it; besides, it is to be done before a checkpoint is written within an epoch, which would
+        lose what the others have seen. Every process must call this.
+        """
+        found = gates(self.model)
+        if not (found and dist.is_available() and dist.is_initialized()):
+            return
+        # A gate that has not run yet may have its response elsewhere.
+        device = next(iter(found.values())).threshold.device
+        responses = torch.stack([gate.response.float().to(device) for gate in found.values()])
+        # MAX does not carry NaN on every backend; infinity keeps a gate open just as well.
+        responses = torch.nan_to_num(responses, nan=torch.inf, posinf=torch.inf)
+        dist.all_reduce(responses, op=dist.ReduceOp.MAX)
+        for gate, response in zip(found.values(), responses, strict=True):
+            gate.response.copy_(response)
+
     def _collect_responses(self) -> dict[str, float]:
         """The epoch's response of each branch that ran in training; one that is frozen in evaluation mode has none."""
-        found = gates(self.model)
-        if not found:
-            return {}
-        device = next(
-            iter(found.values())
-        ).threshold.device  # a gate that has not run yet may have its response elsewhere
-        responses = torch.stack([gate.response.float().to(device) for gate in found.values()])
-        if dist.is_available() and dist.is_initialized():
-            # MAX does not carry NaN on every backend; infinity keeps a gate open just as well.
-            responses = torch.nan_to_num(responses, nan=torch.inf, posinf=torch.inf)
-            dist.all_reduce(responses, op=dist.ReduceOp.MAX)
-        return {slot: value for slot, value in zip(found, responses.tolist(), strict=True) if not value < 0}
+        self.share_responses()
+        found = {slot: float(gate.response) for slot, gate in gates(self.model).items()}
+        return {slot: value for slot, value in found.items() if not value < 0}
 
     def _remove(self, slots: list[str]) -> list[str]:
         if not self.live_removal or self._stuck.issuperset(slots):

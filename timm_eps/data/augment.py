@@ -1,0 +1,147 @@
+"""Augmentation by the batch, where the batch is, and the last step into the network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Distort", "Draws", "Normalize", "PadCropFlip", "channel_mean"]
+
+
+class Draws:
+    """Random numbers, one row for each image of a batch.
+
+    Several processes that share a batch draw for all of it from generators in the same state, and each keeps the rows
+    of its part: together they augment it as one process would.
+
+    Args:
+        generator: On the CPU; torch's global one if None.
+        rank: Which part of the batch this process has.
+        processes: Into how many equal parts the batch is divided.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None, rank: int = 0, processes: int = 1) -> None:
+        self.generator = generator
+        self.rank = rank
+        self.processes = processes
+
+    def integers(self, end: int, batch: int) -> Tensor:
+        """(batch, 1), whole numbers from 0 up to but without ``end``."""
+        return self._own(torch.randint(end, (batch * self.processes, 1), generator=self.generator))
+
+    def uniform(self, batch: int, *shape: int) -> Tensor:
+        """(batch, *shape), from 0 to 1."""
+        return self._own(torch.rand((batch * self.processes, *shape), generator=self.generator))
+
+    def _own(self, numbers: Tensor) -> Tensor:
+        return numbers.chunk(self.processes)[self.rank]
+
+
+class PadCropFlip(nn.Module):
+    """The augmentation of the CIFAR recipe on a uint8 batch: zero padding, a random crop, a random mirror image.
+
+    (B, C, H, W) -> (B, C, H, W), one offset and one coin an image, drawn on the CPU. The result lies in memory with the
+    channels last.
+
+    Args:
+        padding: Pixels on each side.
+        flip: Whether to mirror half the images.
+    """
+
+    def __init__(self, padding: int, flip: bool) -> None:
+        super().__init__()
+        self.padding = padding
+        self.flip = flip
+
+    def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
+        draws = draws or Draws()
+        batch, channels, height, width = images.shape
+        padded = F.pad(images, (self.padding,) * 4).permute(0, 2, 3, 1)
+        rows, columns = (draws.integers(2 * self.padding + 1, batch) + torch.arange(n) for n in (height, width))
+        if self.flip:
+            columns = torch.where(draws.uniform(batch, 1) < 0.5, columns.flip(1), columns)
+        # One gather of whole pixels: where each pixel of each crop lies in the padded images, counted through.
+        first = torch.arange(batch) * padded[0, ..., 0].numel()
+        place = first[:, None, None] + rows[:, :, None] * padded.shape[2] + columns[:, None, :]
+        pixels = padded.reshape(-1, channels).index_select(0, _beside(images, place.flatten()))
+        return pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+class Distort(nn.Module):
+    """The augmentation of the SVHN recipe on a uint8 batch: brightness, contrast, a smooth deformation, a random crop.
+
+    (B, C, H, W) -> (B, C, H, W), drawn for each image on its own, on the CPU. Brightness changes by up to 10 of 255,
+    contrast by up to a fifth. The deformation moves four anchors in the padded image by up to 3 pixels (of 40), and
+    what is around them by less, as a Gaussian of the distance.
+
+    Args:
+        padding: Pixels on each side.
+
+    Source: https://github.com/yuxwind/epsilonResnet, the SVHN script.
+    """
+
+    ANCHORS = (0.2, 0.8)  # in both directions, as a share of the side
+    VARIANCE = 0.2  # in squares of the side
+    LARGEST_SHIFT = 3 / 40  # of the side
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+
+    def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
+        draws = draws or Draws()
+        batch, _, height, width = images.shape
+        x = F.pad(images, (self.padding,) * 4).float()
+        brightness, contrast = (_beside(x, 2 * draws.uniform(batch, 1, 1, 1) - 1) for _ in range(2))
+        x = (x + 10 * brightness).clamp_(0, 255)
+        mean = x.mean((2, 3), keepdim=True)
+        x = ((x - mean) * (1 + 0.2 * contrast) + mean).clamp_(0, 255)
+        # Where each pixel of the crop lies in the padded image, and where it reads, both from 0 to 1.
+        sides = height + 2 * self.padding, width + 2 * self.padding
+        rows, columns = (
+            (draws.integers(2 * self.padding + 1, batch) + torch.arange(n) + 0.5) / side
+            for n, side in zip((height, width), sides, strict=True)
+        )
+        near_row, near_column = (
+            torch.exp(-((place[:, :, None] - torch.tensor(self.ANCHORS)) ** 2) / self.VARIANCE)
+            for place in (rows, columns)
+        )
+        shifts = self.LARGEST_SHIFT * (2 * draws.uniform(batch, 2, 2, 2) - 1)
+        moved = torch.einsum("bhr,bwc,bdrc->bhwd", near_row, near_column, shifts)
+        place = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=3)
+        grid = _beside(x, 2 * (place + moved) - 1)
+        x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+        return x.round_().clamp_(0, 255).to(images.dtype)
+
+
+def _beside(other: Tensor, drawn: Tensor) -> Tensor:
+    """``drawn`` on the device of ``other``; from pinned memory, since a copy from other memory waits for the device."""
+    return drawn.pin_memory().to(other.device, non_blocking=True) if other.is_cuda else drawn.to(other.device)
+
+
+class Normalize(nn.Module):
+    """uint8 images (B, C, H, W) to what the network reads, float32, bit for bit as timm's evaluation transform.
+
+    Args:
+        pretrained_cfg: timm's description of the input, with ``mean`` and ``std`` on the scale from 0 to 1.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, pretrained_cfg: dict[str, Any]) -> None:
+        super().__init__()
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(pretrained_cfg[name]).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        # In place after the first: on the CPU, fetching memory takes many times longer than the arithmetic.
+        return images.to(torch.float32, copy=True).div_(255).sub_(self.mean).div_(self.std)
+
+
+def channel_mean(images: Tensor) -> list[float]:
+    """Mean of each channel of uint8 images (N, C, H, W), on the scale from 0 to 1."""
+    return (images.double().mean((0, 2, 3)) / 255).tolist()

@@ -1,0 +1,200 @@
+"""Which images a process sees, in which order: a function of the seed, the epoch, the rank, and nothing else.
+
+So a run that was stopped can be taken up at any batch, and several processes see together what one would see.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .images import ImageFiles, ImageStream, ImageTensors, Item
+
+__all__ = ["Batch", "TrainingBatches", "evaluation_batches"]
+
+Images: TypeAlias = ImageTensors | ImageFiles | ImageStream
+# Images uint8 (B, C, H, W), labels (B,), and the names of those that could not be read.
+Batch = tuple[Tensor, Tensor, list[str]]
+
+
+@dataclass
+class TrainingBatches:
+    """The batches of one process, an epoch after the other, from any position on.
+
+    All processes have as many batches, of the same sizes: the images that would make the last one uneven are left out,
+    others in each epoch. So is a last batch of one image a process, whose variance batch norm cannot take. The place
+    of an image that cannot be read is taken by another one of its batch.
+
+    An epoch of a stream is its ``length`` of images, shuffled in a buffer and divided among the processes; where a
+    process comes to the end of its part, it begins again.
+
+    Args:
+        split: The images.
+        batch_size: Of one process.
+        seed: Of the order, and of what is random in reading an image.
+        rank: Which process this is.
+        processes: How many there are.
+        num_workers: Processes that read images; 0 reads in this one. Images in memory need none.
+        pin_memory: Whether batches are put where an accelerator fetches them without waiting.
+        buffer_size: Number of images of a stream among which the next one is drawn.
+
+    Raises:
+        ValueError: There are not enough images for a batch in each process, or a stream has no length.
+    """
+
+    split: Images
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    processes: int = 1
+    num_workers: int = 0
+    pin_memory: bool = False
+    buffer_size: int = 1000
+
+    def __post_init__(self) -> None:
+        if isinstance(self.split, ImageStream) and self.split.length is None:
+            raise ValueError(
+                "The stream does not say how many images it has; --max_train_samples makes so many an epoch."
+            )
+        length = len(self.split)
+        whole, rest = divmod(length, self.batch_size * self.processes)
+        self.sizes = [self.batch_size] * whole
+        rest //= self.processes
+        if rest >= 2 or (rest and not whole):
+            self.sizes.append(rest)
+        if not self.sizes:
+            raise ValueError(f"{length} training images are not enough for {self.processes} processes.")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def epoch(self, number: int, skip: int = 0) -> DataLoader:
+        """Batches of (images uint8 (B, C, H, W), labels (B,), names of images that could not be read).
+
+        Args:
+            number: Of the epoch, from 0.
+            skip: How many batches have been there already; they are not read again.
+        """
+        requests = self._from_stream if isinstance(self.split, ImageStream) else self._from_table
+        batches = _Requests(lambda: requests(number, skip), len(self) - skip)
+        return _loader(self.split, batches, self.num_workers, self.pin_memory, _fill)
+
+    def _from_table(self, epoch: int, skip: int) -> Iterator[list[Any]]:
+        generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
+        order = torch.randperm(len(self.split), generator=generator)  # type: ignore[arg-type]
+        seeds = torch.randint(2**62, order.shape, generator=generator)
+        for batch in range(skip, len(self)):
+            start = batch * self.batch_size * self.processes + self.rank * self.sizes[batch]
+            part = slice(start, start + self.sizes[batch])
+            pairs = zip(order[part].tolist(), seeds[part].tolist(), strict=True)
+            yield order[part].tolist() if isinstance(self.split, ImageTensors) else list(pairs)
+
+    def _from_stream(self, epoch: int, skip: int) -> Iterator[list[Any]]:
+        seeds = random.Random(_seed(self.seed, epoch, self.rank))
+        rows = ((*row, seeds.getrandbits(62)) for row in self._endless(epoch))
+        for batch, size in enumerate(self.sizes):
+            request = list(itertools.islice(rows, size))
+            if batch >= skip:
+                yield request
+
+    def _endless(self, epoch: int) -> Iterator[tuple[int, Any, int]]:
+        assert isinstance(self.split, ImageStream)
+        shuffled = self.split.source.shuffle(seed=self.seed, buffer_size=self.buffer_size)
+        own = split_dataset_by_node(shuffled, self.rank, self.processes)
+        number = 0
+        for turn in itertools.count():
+            own.set_epoch(epoch + turn * 2**20)  # an order that no epoch has
+            begun = number
+            for cell, label in self.split.rows(own):
+                yield number, cell, label
+                number += 1
+            if number == begun:
+                raise ValueError(f"The stream has no images for process {self.rank} of {self.processes}.")
+
+
+def _seed(*numbers: int) -> int:
+    """One number for several; others for others, also where their sums agree."""
+    return random.Random(repr(numbers)).getrandbits(62)
+
+
+def evaluation_batches(
+    split: Images, batch_size: int, rank: int = 0, processes: int = 1, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """The images of one process to test on: those of all processes together are each image once.
+
+    Batches are as those of :class:`TrainingBatches`, but lack what cannot be read; one may be empty. The arguments
+    are the same.
+    """
+    if isinstance(split, ImageStream):
+        rows = enumerate(split.rows(split_dataset_by_node(split.source, rank, processes)))
+        batches = _Requests(lambda: _batched(((n, *row, None) for n, row in rows), batch_size))
+    else:
+        indices = range(rank, len(split), processes)
+        batches = _Requests(lambda: _batched(indices, batch_size), -(-len(indices) // batch_size))
+    return _loader(split, batches, num_workers, pin_memory, _leave_out)
+
+
+class _Requests:
+    """What torch calls a batch sampler: it says what a loader asks the data set for."""
+
+    def __init__(self, make: Callable[[], Iterator[list[Any]]], length: int | None = None) -> None:
+        self.make = make
+        self.length = length
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return self.make()
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("A stream has no length.")
+        return self.length
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
+
+
+def _loader(
+    split: Images, batches: _Requests, num_workers: int, pin_memory: bool, collate: Callable[[Any], Batch]
+) -> DataLoader:
+    in_memory = isinstance(split, ImageTensors)
+    return DataLoader(
+        split,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=0 if in_memory else num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_as_it_is if in_memory else collate,
+        # Of nothing here; but without one of its own a loader draws from torch's global one.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def _as_it_is(batch: Any) -> Batch:
+    return batch
+
+
+def _leave_out(items: list[Item]) -> Batch:
+    whole = [(image, label) for image, label, _ in items if image is not None]
+    unreadable = [name for image, _, name in items if image is None]
+    if not whole:
+        return torch.empty(0), torch.empty(0, dtype=torch.int64), unreadable
+    images, labels = zip(*whole, strict=True)
+    return torch.stack(images), torch.tensor(labels), unreadable
+
+
+def _fill(items: list[Item]) -> Batch:
+    images, labels, unreadable = _leave_out(items)
+    if not len(images):
+        raise ValueError(f"None of {len(items)} images in a row can be read; the first is {unreadable[0]}.")
+    again = torch.arange(len(items)) % len(images)
+    return images[again], labels[again], unreadable

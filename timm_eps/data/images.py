@@ -1,0 +1,319 @@
+"""Pictures of any kind into uint8 tensors of the model's input size.
+
+Small images are cheap to hold and dear to decode, so a split becomes one tensor (N, C, H, W). Large ones are decoded
+when they are needed, from a table or from a stream. The geometry for evaluation is in all cases that of timm's
+evaluation transform for the model, which is what image processors and pipelines apply later: what is measured here is
+what they will compute.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .sources import check_labels, find_columns
+
+__all__ = ["ImageFiles", "ImageReader", "ImageStream", "ImageTensors", "Item", "open_image", "pictures"]
+
+# An image uint8 (C, H, W), its label, and its name; no image if it cannot be read.
+Item = tuple[Tensor | None, int, str]
+
+
+def open_image(cell: dict[str, Any], mode: str) -> Image.Image:
+    """Decode a picture.
+
+    Args:
+        cell: What a column of type ``datasets.Image(decode=False)`` holds: ``bytes``, ``path``, or both.
+        mode: ``RGB`` or ``L``. An alpha channel is dropped, as image processors do. 16 bits a pixel become 8, which
+            Pillow would clip.
+
+    Raises:
+        OSError: The picture cannot be read.
+    """
+    try:
+        image = datasets.Image().decode_example(cell)
+        if image.mode.startswith("I"):
+            image = Image.fromarray(np.rint(np.clip(np.asarray(image), 0, 65535) / 257).astype(np.uint8))
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert(mode)
+    except Exception as error:  # formats are read by plug-ins, and damaged files make them raise anything
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+@dataclass
+class ImageReader:
+    """From a cell of an image column to a tensor.
+
+    Args:
+        mode: Of :func:`open_image`.
+        transform: A picture to uint8 (C, H, W).
+    """
+
+    mode: str
+    transform: Callable[[Any], Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        pretrained_cfg: dict[str, Any],
+        *,
+        training: bool = False,
+        flip: bool = False,
+        color_jitter: Sequence[float] | None = None,
+    ) -> ImageReader:
+        """timm's transform for a model.
+
+        Args:
+            pretrained_cfg: timm's description of the input: ``input_size`` (C, H, W), ``interpolation``, ``crop_pct``.
+            training: Random crops of 8 to 100 % of the area, resized, instead of the centre.
+            flip: With ``training``: whether to mirror half the images.
+            color_jitter: With ``training``: largest relative change of brightness, contrast and saturation.
+        """
+        geometry = resolve_data_config(pretrained_cfg=pretrained_cfg)
+        augmentation: dict[str, Any] = (
+            {"is_training": True, "hflip": 0.5 * flip, "color_jitter": color_jitter} if training else {}
+        )
+        mode = "L" if geometry["input_size"][0] == 1 else "RGB"
+        return cls(mode, create_transform(**geometry, normalize=False, **augmentation))
+
+    def __call__(self, cell: dict[str, Any], seed: int | None = None) -> Tensor | None:
+        """uint8 (C, H, W), None if it cannot be read; ``seed`` alone decides on what is random in the transform."""
+        try:
+            image = open_image(cell, self.mode)
+        except OSError:
+            return None
+        if seed is None:
+            return self.transform(image)
+        with _seeded(seed):
+            return self.transform(image)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Python's and torch's random numbers begin at ``seed``, and go on afterwards as if nothing had been."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
+@dataclass
+class ImageTensors(Dataset):
+    """A split in memory: ``images`` uint8 (N, C, H, W), ``labels`` int64 (N,), and the names of the classes.
+
+    ``unreadable`` are the names of the images that were left out.
+    """
+
+    images: Tensor
+    labels: Tensor
+    label_names: list[str]
+    unreadable: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, list[str]]:
+        # torch's loader asks for a whole batch at once where this method exists.
+        chosen = torch.as_tensor(indices)
+        return self.images.index_select(0, chosen), self.labels.index_select(0, chosen), []
+
+    @classmethod
+    def decode(
+        cls,
+        dataset: datasets.Dataset,
+        pretrained_cfg: dict[str, Any],
+        image_column: str | None = None,
+        label_column: str | None = None,
+    ) -> ImageTensors:
+        """Decode every image to the model's input size.
+
+        Args:
+            dataset: A split with an image and a class label column.
+            pretrained_cfg: See :meth:`ImageReader.of`.
+            image_column: Its image column; found by type if None.
+            label_column: Its label column; found by type if None.
+
+        Raises:
+            ValueError: See :func:`find_columns`; a label is outside the label column's classes; there is not enough
+                memory; or no image can be read.
+        """
+        files = ImageFiles.of(dataset, ImageReader.of(pretrained_cfg), image_column, label_column)
+        shape = len(files), *resolve_data_config(pretrained_cfg=pretrained_cfg)["input_size"]
+        _check_memory(shape)
+        images = torch.empty(shape, dtype=torch.uint8)
+        kept: list[int] = []
+        unreadable: list[str] = []
+        for index, (image, _, name) in enumerate(files[row] for row in range(len(files))):
+            if image is None:
+                unreadable.append(name)
+            else:
+                images[len(kept)] = image
+                kept.append(index)
+        if not kept:
+            raise ValueError(f"None of the {len(files)} images can be read; the first is {', '.join(unreadable[:1])}.")
+        return cls(images[: len(kept)], files.labels[kept], files.label_names, unreadable)
+
+    def first(self, count: int) -> Tensor:
+        """The first images, uint8 (count, C, H, W)."""
+        return self.images[:count]
+
+
+def _check_memory(shape: tuple[int, ...]) -> None:
+    needed = int(np.prod(shape))
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > 0.8 * there:
+            raise ValueError(
+                f"{shape[0]:,} images of {'x'.join(map(str, shape[1:]))} take {needed / 2**30:.0f} GiB, of {there / 2**30:.0f} "
+                "in this machine; --augmentation resized_crop reads them when they are needed."
+            )
+
+
+@dataclass
+class ImageFiles(Dataset):
+    """A split whose images are decoded when they are asked for, by their number or by (number, seed)."""
+
+    rows: datasets.Dataset
+    image_column: str
+    read: ImageReader
+    labels: Tensor
+    label_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Item:
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        cell = self.rows[index][self.image_column]
+        return self.read(cell, seed), int(self.labels[index]), _name(cell, f"row {index}")
+
+    @classmethod
+    def of(
+        cls,
+        dataset: datasets.Dataset,
+        read: ImageReader,
+        image_column: str | None = None,
+        label_column: str | None = None,
+    ) -> ImageFiles:
+        """The images of a table.
+
+        Args:
+            dataset: A split with an image and a class label column.
+            read: What makes tensors of its cells.
+            image_column: Its image column; found by type if None.
+            label_column: Its label column; found by type if None.
+
+        Raises:
+            ValueError: See :func:`find_columns`; or a label is outside the label column's classes.
+        """
+        image_column, label_column = find_columns(dataset.features, image_column, label_column)
+        names = list(dataset.features[label_column].names)
+        labels = check_labels(dataset[label_column], label_column, names)
+        rows = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+        return cls(rows, image_column, read, torch.tensor(labels, dtype=torch.int64), names)
+
+    def first(self, count: int) -> Tensor:
+        """The first images that can be read, uint8 (count, C, H, W)."""
+        return _first((self[index] for index in range(len(self))), count)
+
+
+@dataclass
+class ImageStream(Dataset):
+    """A split that is read in order, as it comes from the disk or the network.
+
+    As a data set it is asked for its rows themselves, ``(number, cell, label, seed)``, and decodes them: so worker
+    processes share the work in any number without a change of the order.
+
+    Args:
+        source: Rows with an image and a class label column.
+        length: Number of images that one epoch is made of; None for an evaluation to the end.
+    """
+
+    source: datasets.IterableDataset
+    image_column: str
+    label_column: str
+    read: ImageReader
+    label_names: list[str]
+    length: int | None = None
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("It is not known how many images the stream has.")
+        return self.length
+
+    def __getitem__(self, row: tuple[int, dict[str, Any], int, int | None]) -> Item:
+        number, cell, label, seed = row
+        return self.read(cell, seed), label, _name(cell, f"image {number} of the stream")
+
+    @classmethod
+    def of(
+        cls,
+        dataset: datasets.IterableDataset,
+        read: ImageReader,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        length: int | None = None,
+    ) -> ImageStream:
+        """The images of a stream; the arguments are those of :meth:`ImageFiles.of`, and ``length`` as above.
+
+        Raises:
+            ValueError: See :func:`find_columns`.
+        """
+        image_column, label_column = find_columns(dataset.features, image_column, label_column)
+        names = list(dataset.features[label_column].names)
+        source = dataset.select_columns([image_column, label_column])
+        source = source.cast_column(image_column, datasets.Image(decode=False))
+        return cls(source, image_column, label_column, read, names, length)
+
+    def rows(self, source: datasets.IterableDataset) -> Iterator[tuple[dict[str, Any], int]]:
+        """(cell, label) of each row of the source, or of a part of it. Raises ValueError for a label of no class."""
+        for row in source:
+            [label] = check_labels([row[self.label_column]], self.label_column, self.label_names)
+            yield row[self.image_column], label
+
+    def first(self, count: int) -> Tensor:
+        """The first images that can be read, uint8 (count, C, H, W)."""
+        rows = enumerate(self.rows(self.source))
+        return _first((self[number, cell, label, None] for number, (cell, label) in rows), count)
+
+
+def pictures(rows: datasets.Dataset | datasets.IterableDataset, column: str, count: int) -> list[Image.Image]:
+    """The first pictures of a split that can be read, in RGB: those that ``first`` makes tensors of."""
+    found: list[Image.Image] = []
+    for row in rows.select_columns([column]).cast_column(column, datasets.Image(decode=False)):
+        if len(found) == count:
+            break
+        try:
+            found.append(open_image(row[column], "RGB"))
+        except OSError:
+            continue
+    return found
+
+
+def _name(cell: dict[str, Any] | None, otherwise: str) -> str:
+    return (cell or {}).get("path") or otherwise
+
+
+def _first(items: Iterator[Item], count: int) -> Tensor:
+    images = (image for image, _, _ in items if image is not None)
+    found = [image for _, image in zip(range(count), images, strict=False)]
+    if not found:
+        raise ValueError("No image of the split can be read.")
+    return torch.stack(found)

@@ -1,0 +1,230 @@
+"""Where images come from: the Hub, folders, tables, the digits; in which columns they are, and of which classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import datasets
+import numpy as np
+
+__all__ = ["check_classes", "check_labels", "find_columns", "load_digits", "load_splits", "sample"]
+
+DIGITS_FOLDS = 5
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+
+def find_columns(
+    features: datasets.Features | None, image_column: str | None = None, label_column: str | None = None
+) -> tuple[str, str]:
+    """Names of the image and the label column.
+
+    Args:
+        features: The features of a data set.
+        image_column: Taken as it is if given; else the only column of type ``Image``.
+        label_column: Taken as it is if given; else the only column of type ``ClassLabel``.
+
+    Raises:
+        ValueError: A named column is not there or not of that type, or there is none or more than one to choose from.
+    """
+    return (
+        _find_column(features, datasets.Image, image_column, "--image_column_name"),
+        _find_column(features, datasets.ClassLabel, label_column, "--label_column_name"),
+    )
+
+
+def _find_column(features: datasets.Features | None, kind: type, name: str | None, flag: str) -> str:
+    known = features or {}  # of some streams nothing is known
+    columns = ", ".join(f"{key} ({type(value).__name__})" for key, value in known.items()) or "unknown"
+    matching = [key for key, value in known.items() if isinstance(value, kind)]
+    if name is not None:
+        if name not in matching:
+            raise ValueError(f"{flag} {name!r} is no column of type {kind.__name__}. Columns: {columns}.")
+        return name
+    if len(matching) != 1:
+        found = f"{len(matching)} columns" if matching else "no column"
+        raise ValueError(f"The data set has {found} of type {kind.__name__}; name one with {flag}. Columns: {columns}.")
+    return matching[0]
+
+
+def load_digits(fold: int = 0) -> datasets.DatasetDict:
+    """The 1,797 handwritten 8x8 digits that ship with scikit-learn, split by one of five stratified folds.
+
+    Over the five folds every image is in ``validation`` exactly once (UCI Optical Recognition of Handwritten Digits,
+    https://archive.ics.uci.edu/dataset/80).
+
+    Args:
+        fold: 0 to 4.
+
+    Returns:
+        Splits ``train`` and ``validation`` with the columns ``image`` (grey, 8x8) and ``label``.
+
+    Raises:
+        ValueError: There is no such fold.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import StratifiedKFold
+
+    if fold not in range(DIGITS_FOLDS):
+        raise ValueError(f"fold must be 0 to {DIGITS_FOLDS - 1}, got {fold!r}.")
+    bunch = load()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # the source counts from 0 to 16
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in bunch.target_names])}
+    )
+    indices = list(StratifiedKFold(DIGITS_FOLDS, shuffle=True, random_state=0).split(pixels, bunch.target))[fold]
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict(
+                {"image": [Image.fromarray(pixels[i]) for i in chosen], "label": bunch.target[chosen]}, features
+            )
+            for split, chosen in zip(("train", "validation"), indices, strict=True)
+        }
+    )
+
+
+def load_splits(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_dir: str | None = None,
+    validation_dir: str | None = None,
+    train_val_split: float = 0.15,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    seed: int = 0,
+    train_split_name: str = "train",
+    streaming: bool = False,
+) -> tuple[dict[str, Rows], str, int | None]:
+    """Training and validation images from the Hub or from folders.
+
+    Args:
+        dataset_name: A data set on the Hub, or a local directory that ``datasets.load_dataset`` reads.
+        dataset_config_name: Its configuration, such as ``cropped_digits``.
+        train_dir: A directory with one sub-directory of images a class.
+        validation_dir: The same for validation.
+        train_val_split: Share of the training images to validate on, stratified by label, if there is no
+            validation or test split.
+        image_column: The image column; found by type if None. If it is named, it may hold encoded files or paths.
+        label_column: The label column; found by type if None. If it is named, it may hold numbers or strings.
+        seed: Of that split.
+        train_split_name: The split to train on, or several joined by ``+``, such as ``train+extra``.
+        streaming: Read the images as they come, and keep none of them on the disk.
+
+    Returns:
+        Splits ``train`` and ``validation``; which images the latter are; and the number of training images, None for a
+        stream that does not say.
+
+    Raises:
+        ValueError: Nothing to load is named, a split to train on is not there, a stream has no split to validate on,
+            or a named column cannot be used.
+    """
+    if dataset_name is not None:
+        splits = datasets.load_dataset(dataset_name, dataset_config_name, streaming=streaming)
+    elif train_dir is not None:
+        folders = {"train": f"{train_dir}/**", "validation": f"{validation_dir}/**" if validation_dir else None}
+        files = {name: pattern for name, pattern in folders.items() if pattern}
+        splits = datasets.load_dataset("imagefolder", data_files=files, streaming=streaming)
+    else:
+        raise ValueError("Name the images: --dataset_name, or --train_dir with --validation_dir.")
+    names = train_split_name.split("+")
+    if missing := [name for name in names if name not in splits]:
+        raise ValueError(f"The data set has no split {missing[0]!r}, only {sorted(splits)}.")
+    lengths = [_length(splits[name], name) for name in names]
+    found = {"train": datasets.concatenate_datasets([splits[name] for name in names])}
+    tested = next((name for name in ("validation", "test") if name in splits and name not in names), None)
+    if tested:
+        found["validation"] = splits[tested]
+    elif streaming:
+        raise ValueError(f"The stream has no split to validate on, only {sorted(splits)}; train without --streaming.")
+    found = _with_types(found, image_column, label_column)
+    if tested:
+        known = [length for length in lengths if length is not None]
+        return found, tested, sum(known) if len(known) == len(lengths) else None
+    _, label = find_columns(found["train"].features, image_column, label_column)
+    halves = found["train"].train_test_split(train_val_split, stratify_by_column=label, seed=seed)
+    share = f"{100 * train_val_split:g} % of {train_split_name}"
+    return {"train": halves["train"], "validation": halves["test"]}, share, len(halves["train"])
+
+
+def _length(split: Rows, name: str) -> int | None:
+    if isinstance(split, datasets.Dataset):
+        return len(split)
+    described = split.info.splits or {}
+    return described[name].num_examples if name in described else None
+
+
+def _with_types(splits: dict[str, Rows], image_column: str | None, label_column: str | None) -> dict[str, Rows]:
+    """Named columns that say less than they hold are given their types: images, and classes by name."""
+    features = splits["train"].features or {}
+    if image_column in features and not isinstance(features[image_column], datasets.Image):
+        try:
+            splits = {name: rows.cast_column(image_column, datasets.Image()) for name, rows in splits.items()}
+        except (TypeError, ValueError) as error:
+            kind = type(features[image_column]).__name__
+            raise ValueError(f"--image_column_name {image_column!r} ({kind}) holds no images: {error}.") from error
+    if label_column is not None and isinstance(features.get(label_column), datasets.Value):
+        dtype = features[label_column].dtype
+        if not dtype.startswith(("int", "uint", "string", "large_string", "bool")):
+            raise ValueError(
+                f"--label_column_name {label_column!r} holds {dtype}; classes are strings or whole numbers."
+            )
+        if isinstance(splits["train"], datasets.IterableDataset):
+            raise ValueError(
+                f"--label_column_name {label_column!r} holds {dtype}; which classes there are is not known of a stream "
+                "before its end. Train without --streaming, or store the column as a ClassLabel."
+            )
+        values = sorted(value for value in splits["train"].unique(label_column) if value is not None)
+        number_of = {value: number for number, value in enumerate(values)}
+        kind = datasets.ClassLabel(names=[str(value) for value in values])
+        splits = {name: _as_classes(rows, label_column, number_of, kind) for name, rows in splits.items()}
+    return splits
+
+
+def _as_classes(
+    rows: datasets.Dataset, column: str, number_of: dict[Any, int], kind: datasets.ClassLabel
+) -> datasets.Dataset:
+    given = rows[column]
+    if strangers := [value for value in rows.unique(column) if value is not None and value not in number_of]:
+        raise ValueError(f"Class {strangers[0]!r} is in the validation split but has no training image.")
+    numbers = [number_of.get(value) for value in given]
+    return rows.remove_columns(column).add_column(column, numbers, feature=kind)
+
+
+def check_labels(labels: Sequence[int | None], column: str, names: Sequence[str]) -> list[int]:
+    """The labels; raises ValueError if one is of no class."""
+    numbers = [-1 if label is None else label for label in labels]
+    if numbers and not 0 <= min(numbers) <= max(numbers) < len(names):
+        raise ValueError(
+            f"Column {column!r} holds labels from {min(numbers)} to {max(numbers)}, but its classes are 0 to "
+            f"{len(names) - 1}. A split without labels cannot be used."
+        )
+    return numbers
+
+
+def check_classes(train: Any, validation: Any) -> None:
+    """Raise ValueError if the splits number classes differently, or one to validate on was never trained.
+
+    The latter is not known of streams.
+    """
+    if train.label_names != validation.label_names:
+        raise ValueError(
+            f"The training split has the classes {train.label_names}, the validation split {validation.label_names}."
+        )
+    if not (hasattr(train, "labels") and hasattr(validation, "labels")):
+        return
+    unseen = sorted(set(validation.labels.tolist()) - set(train.labels.tolist()))
+    if unseen:
+        raise ValueError(
+            f"Class {train.label_names[unseen[0]]!r} is in the validation split but has no training image."
+        )
+
+
+def sample(split: Rows, most: int | None, seed: int) -> Rows:
+    """At most so many rows, drawn by the seed, of a stream the first; all of them, in order, if ``most`` is None."""
+    if most is None:
+        return split
+    if isinstance(split, datasets.IterableDataset):
+        return split.take(most)
+    return split.shuffle(seed=seed).select(range(min(most, len(split))))
