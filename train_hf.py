@@ -97,6 +97,8 @@ def starting_config(args: argparse.Namespace) -> EpsResNetConfig:
         config = EpsResNetConfig(architecture=args.architecture)
     if args.with_remote_code and not is_cifar_network(config.architecture):
         raise ValueError(f"--with_remote_code is for the paper's CIFAR networks, {config.architecture} is none.")
+    if args.per_pixel_mean and not is_cifar_network(config.architecture):
+        raise ValueError(f"--per_pixel_mean is for the paper's CIFAR networks, {config.architecture} is none.")
     return config
 
 
@@ -148,7 +150,8 @@ def normalization(args: argparse.Namespace, train: data.Images) -> dict[str, Any
     return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 
 
-def build_model(args: argparse.Namespace, pretrained_cfg: dict[str, Any], label_names: list[str]) -> nn.Module:
+def build_model(args: argparse.Namespace, pretrained_cfg: dict[str, Any], train: data.Images) -> nn.Module:
+    label_names = train.label_names
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
     if args.model_name_or_path:
         return AutoModelForImageClassification.from_pretrained(
@@ -164,9 +167,15 @@ def build_model(args: argparse.Namespace, pretrained_cfg: dict[str, Any], label_
     if args.pretrained:
         model = timm.create_model(args.architecture, pretrained=True, num_classes=len(label_names), **model_args)
         return EpsResNetForImageClassification.from_timm(model, **fields)
-    return EpsResNetForImageClassification(
+    if args.per_pixel_mean:
+        model_args = {"pixel_mean": list(pretrained_cfg["input_size"][1:]), **model_args}
+    model = EpsResNetForImageClassification(
         EpsResNetConfig(architecture=args.architecture.partition(".")[0], model_args=model_args, **fields)
     )
+    if args.per_pixel_mean:
+        mean, std = (torch.tensor(pretrained_cfg[name], dtype=torch.float64).view(-1, 1, 1) for name in ("mean", "std"))
+        model.timm_model.stem.pixel_mean.mean.copy_((data.pixel_mean(train.images) / 255 - mean) / std)
+    return model
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -227,17 +236,17 @@ class Training:
         with_gates: bool,
     ) -> None:
         self.args, self.accelerator, self.splits, self.directory = args, accelerator, splits, directory
-        rank, processes = accelerator.process_index, accelerator.num_processes
+        share = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
         set_seed(args.seed)
-        self.model = build_model(args, pretrained_cfg, splits["train"].label_names).to(accelerator.device)
+        self.model = build_model(args, pretrained_cfg, splits["train"]).to(accelerator.device)
         if args.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if args.sync_batchnorm:
             self.model = synchronize_batchnorm(self.model)
         self.optimizer = build_optimizer(args, self.model)
         self.batches = data.TrainingBatches(
-            splits["train"], args.per_device_train_batch_size, args.seed, rank, processes,
-            args.dataloader_num_workers, accelerator.device.type == "cuda", args.shuffle_buffer_size,
+            splits["train"], args.per_device_train_batch_size, args.seed, num_workers=args.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda", buffer_size=args.shuffle_buffer_size, **share,
         )  # fmt: skip
         steps_per_epoch = math.ceil(len(self.batches) / args.gradient_accumulation_steps)
         self.scheduler = build_scheduler(args, self.optimizer, steps_per_epoch * args.num_train_epochs)
@@ -255,10 +264,11 @@ class Training:
         # The same in all processes, which augment one batch together; what else is random differs between them.
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())
-        self.draws = data.Draws(generator, rank, processes)
-        if processes > 1:
+        self.draws = data.Draws(generator, **share)
+        if accelerator.num_processes > 1:
             set_seed(args.seed, device_specific=True)
         self.progress = Progress()
+        self.clock = time.perf_counter()
         self.loss = torch.zeros((), device=accelerator.device)  # as progress.loss, of this process
 
     def run(self) -> dict[str, Any]:
@@ -269,7 +279,7 @@ class Training:
                 total=len(self.batches), initial=self.progress.batch, desc=name, mininterval=0.5,
                 disable=not self.accelerator.is_local_main_process,
             ) as bar:  # fmt: skip
-                self.start = time.perf_counter()
+                self.clock = time.perf_counter()
                 self.train_epoch(epoch, bar)
                 self.end_epoch()
                 bar.set_postfix_str(self.summary())
@@ -304,6 +314,7 @@ class Training:
             if takes_step:
                 self.take_step()
                 if self.is_due() and not is_last:  # at the end of the epoch there is more to do first
+                    self.lap()
                     self.save()
             bar.update()
 
@@ -328,6 +339,12 @@ class Training:
         if args.logging_steps and progress.step % args.logging_steps == 0:
             self.log({"loss": self.mean_loss(), "learning_rate": self.optimizer.param_groups[0]["lr"]})
 
+    def lap(self) -> None:
+        """Count the time since the epoch began, or since the last lap, as time of training."""
+        now = time.perf_counter()
+        self.progress.seconds += now - self.clock
+        self.clock = now
+
     def mean_loss(self) -> float:
         """Of the batches of this epoch so far, over all processes."""
         return self.accelerator.reduce(self.loss, "mean").item() / self.progress.batch
@@ -350,7 +367,7 @@ class Training:
         if args.lr_scheduler != "cosine":
             restarts = pruner and args.lr_scheduler == "restarting"
             self.scheduler.step(pruner.discarded if restarts else None)
-        progress.seconds += time.perf_counter() - self.start
+        self.lap()
         progress.accuracies.append(self.evaluate()[0])
         progress.epoch, progress.batch = progress.epoch + 1, 0
         self.loss.zero_()
@@ -360,7 +377,6 @@ class Training:
             found |= {f"response/{slot}": value for slot, value in pruner.history[-1]["responses"].items()}
         self.log({**found, **rates, "epoch": progress.epoch})
         if self.is_due() or (args.checkpointing_steps and progress.epoch == args.num_train_epochs):
-            self.start = time.perf_counter()
             self.save()
 
     def summary(self) -> str:
@@ -378,8 +394,9 @@ class Training:
         self.model.eval()
         count = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)  # correct ones, all
         for images, labels, corrupt in data.evaluation_batches(
-            self.splits["validation"], self.args.per_device_eval_batch_size, self.draws.rank, self.draws.processes,
-            self.args.dataloader_num_workers, self.batches.pin_memory,
+            self.splits["validation"], self.args.per_device_eval_batch_size, rank=self.draws.rank,
+            processes=self.draws.processes, num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.batches.pin_memory,
         ):  # fmt: skip
             note_corrupt(self.args, corrupt, "validation", self.progress.corrupt)
             if len(labels):
@@ -391,24 +408,21 @@ class Training:
         return correct / images, images
 
     def share_statistics(self) -> None:
-        """Give all processes the same statistics of batch norm, their mean, and the same responses, the largest."""
+        """Give all processes the same statistics of batch norm: their mean."""
         if self.draws.processes > 1:
             distribute_bn(self.model, self.draws.processes, reduce=True)
-            if self.pruner:
-                self.pruner.share_responses()
 
     def is_due(self) -> bool:
         every = self.args.checkpointing_steps
         return self.progress.batch == 0 if every == "epoch" else bool(every) and self.progress.step % every == 0
 
     def save(self) -> None:
-        """Write a checkpoint; every process must call this."""
+        """Write a checkpoint; every process must call this. What differs between them is shared first."""
         self.share_statistics()
+        if self.pruner:
+            self.pruner.share_responses()
         self.loss = self.accelerator.reduce(self.loss, "mean")
         self.progress.loss = self.loss.item()
-        now = time.perf_counter()
-        self.progress.seconds += now - self.start
-        self.start = now
         staging = checkpoints.staging_of(self.directory, self.progress.step)
         if self.accelerator.is_main_process:
             checkpoints.clear_unfinished(self.directory)
@@ -694,10 +708,11 @@ def push(args: argparse.Namespace, model: nn.Module, repo_id: str, message: str,
 
 
 def hardware(accelerator: Accelerator) -> str:
-    if accelerator.device.type != "cpu":
-        one = torch.cuda.get_device_name(accelerator.device)
-    else:
+    if accelerator.device.type == "cpu":
         one = f"{torch.get_num_threads()} threads of {platform.machine()}"
+    else:
+        is_cuda = accelerator.device.type == "cuda"
+        one = torch.cuda.get_device_name(accelerator.device) if is_cuda else accelerator.device.type
     return one if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes, each {one}"
 
 

@@ -5,9 +5,11 @@ Nothing in the tests needs a network: who asks the Hub for something asks a serv
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from loopback_hub import LoopbackHub
 
@@ -18,9 +20,12 @@ _HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 _HUB = LoopbackHub().__enter__()
 os.environ.update(_HUB.environment(Path(_HOME.name)))  # before huggingface_hub is imported, which reads it once
 
+import datasets  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import timm_eps  # noqa: E402, F401  registers the models
 from timm_eps.branches import gates  # noqa: E402
@@ -63,6 +68,29 @@ def close(model: torch.nn.Module, *slots: str) -> None:
     found = gates(model)
     for slot in slots or list(found)[::2]:
         found[slot].closed = True
+
+
+def make_dataset(count=12, size=(8, 8), image="img", label="fine_label", mode="RGB", classes=("a", "b", "c")):
+    """A table of noise pictures, whose labels go round the classes."""
+    rng = np.random.default_rng(0)
+    channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
+    pictures = [Image.fromarray(rng.integers(0, 256, (*size, *channels), dtype=np.uint8), mode) for _ in range(count)]
+    features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=list(classes))})
+    return datasets.Dataset.from_dict({image: pictures, label: [i % len(classes) for i in range(count)]}, features)
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> dict[str, Any]:
+    """What a table holds of a picture that has no name: the content of its file."""
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def write_splits(directory: Path, **splits: datasets.Dataset) -> str:
+    """One parquet file a split, laid out as on the Hub."""
+    for name, rows in splits.items():
+        rows.to_parquet(directory / "data" / f"{name}-00000-of-00001.parquet")
+    return str(directory)
 
 
 SLOTS = [f"stages.{i}.blocks.{k}.drop_path" for i in range(3) for k in range(3)]

@@ -11,7 +11,7 @@ import datasets
 import pytest
 import timm
 import torch
-from test_data import make_dataset
+from conftest import make_dataset
 from transformers import AutoModelForImageClassification
 
 ROOT = Path(__file__).parent.parent

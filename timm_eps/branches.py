@@ -88,8 +88,9 @@ def slots_by_block(body: nn.Module, slots: Iterable[str]) -> dict[str, list[str]
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Shape (C, H, W) of the images a timm model is configured for."""
+    """Shape (C, H, W) of the images a timm model is configured for, or can only take."""
     channels, height, width = get_model_input_config(model)["input_size"]
+    height, width = getattr(model, "only_img_size", None) or (height, width)
     return channels, height, width
 
 

@@ -103,6 +103,23 @@ class Stage(nn.Module):
         return self.blocks(x)
 
 
+class PixelMean(nn.Module):
+    """Subtracts a mean of its own from each pixel: (B, C, H, W) -> (B, C, H, W), of one height and width.
+
+    The paper's input on CIFAR. No image processor can do it, so it is a part of the network; image processors take off
+    the mean of the channels, and ``mean`` (C, H, W) is what is left, in units of the normalised images.
+    """
+
+    mean: Tensor
+
+    def __init__(self, channels: int, height: int, width: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, height, width, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.mean
+
+
 class EpsResNet(nn.Module):
     """Pre-activation CIFAR ResNet whose residual branches end in gates.
 
@@ -117,6 +134,7 @@ class EpsResNet(nn.Module):
         norm_layer: Normalisation with activation, by timm's name or class.
         act_layer: Activation, by timm's name or class.
         removed: Slot paths of blocks that are gone, as :func:`timm_eps.remove_closed` returns them.
+        pixel_mean: Height and width of the images if the mean of each pixel is taken off them, see :class:`PixelMean`.
 
     Raises:
         ValueError: ``removed`` names a slot that this architecture does not have.
@@ -134,6 +152,7 @@ class EpsResNet(nn.Module):
         norm_layer: str | Callable[..., nn.Module] = "batchnorm2d",
         act_layer: str | Callable[..., nn.Module] = "relu",
         removed: Sequence[str] = (),
+        pixel_mean: Sequence[int] | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -142,9 +161,12 @@ class EpsResNet(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.removed = list[str]()
+        self.only_img_size = pixel_mean and tuple(pixel_mean)
         norm_act: Any = get_norm_act_layer(norm_layer, act_layer=act_layer)
 
         self.stem = nn.Sequential()
+        if pixel_mean is not None:
+            self.stem.add_module("pixel_mean", PixelMean(in_chans, *pixel_mean, **dd))
         self.stem.add_module("conv", nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False, **dd))
         self.stem.add_module("norm", norm_act(channels[0], **dd))
         feature_info: list[dict[str, Any]] = [dict(num_chs=channels[0], reduction=1, module="stem.norm")]

@@ -46,7 +46,8 @@ class EpsResNetConfig(BackboneConfigMixin, PreTrainedConfig):
         architecture: timm-eps's name of the unpruned network, ``eps_resnet20`` to ``eps_resnet752``.
         model_args: timm's keyword arguments: ``removed`` (slots of the residual branches that are gone, such as
             ``stages.1.blocks.4.drop_path``), ``layers`` (blocks of each stage), ``channels`` (width of each stage),
-            ``in_chans`` (channels of the images).
+            ``in_chans`` (channels of the images), ``pixel_mean`` (their height and width, if the network takes off the
+            mean of each pixel).
         pretrained_cfg: timm's description of the input, which the image processor reads.
 
     Raises:
@@ -71,11 +72,12 @@ class EpsResNetConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def network(self) -> dict[str, Any]:
-        """What the network is built from: ``layers``, ``channels``, ``in_chans`` and ``removed``."""
+        """What the network is built from: ``layers``, ``channels``, ``in_chans``, ``removed`` and ``pixel_mean``."""
         if self.architecture not in _BLOCKS:
             raise ValueError(f"architecture must be one of {', '.join(_BLOCKS)}, got {self.architecture!r}.")
         layers = (_BLOCKS[self.architecture],) * 3
         network: dict[str, Any] = {"layers": layers, "channels": (16, 32, 64), "in_chans": 3, "removed": ()}
+        network["pixel_mean"] = None
         for name, value in (self.model_args or {}).items():
             if value is None or name in _IGNORED or value == _FIXED.get(name):
                 continue
@@ -119,6 +121,23 @@ class PoolPadShortcut(nn.Module):
         return nn.functional.pad(self.pool(x), self.padding)
 
 
+class PixelMean(nn.Module):
+    """Subtracts a mean of its own from each pixel: (B, C, H, W) -> (B, C, H, W), of one height and width.
+
+    The paper's input on CIFAR. No image processor can do it, so it is a part of the network; image processors take off
+    the mean of the channels, and ``mean`` (C, H, W) is what is left, in units of the normalised images.
+    """
+
+    mean: Tensor
+
+    def __init__(self, channels: int, height: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, height, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.mean
+
+
 class PreActBasic(nn.Module):
     """Block shortcut(x) + conv(BN-ReLU(conv(BN-ReLU(x)))): (B, C, H, W) -> (B, C', H / stride, W / stride).
 
@@ -158,7 +177,10 @@ class EpsResNetPreTrainedModel(PreTrainedModel):
         removed = set(network["removed"])
         in_chs = network["channels"][0]
         conv = nn.Conv2d(network["in_chans"], in_chs, 3, padding=1, bias=False)
-        self.stem = nn.Sequential(OrderedDict(conv=conv, norm=NormAct(in_chs)))
+        stem: dict[str, nn.Module] = {"conv": conv, "norm": NormAct(in_chs)}
+        if network["pixel_mean"]:
+            stem = {"pixel_mean": PixelMean(network["in_chans"], *network["pixel_mean"]), **stem}
+        self.stem = nn.Sequential(OrderedDict(stem))
         self.stages = nn.Sequential()
         for i, (depth, width) in enumerate(zip(network["layers"], network["channels"], strict=True)):
             blocks = nn.Sequential()

@@ -52,6 +52,11 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     source("--color_jitter", type=float, nargs=3, help="of resized_crop: brightness, contrast and saturation")
     source("--flip", action="store_true", help="mirror half the images; not for digits")
     source("--crop_pct", type=share, help="share of the side that the centre crop for evaluation leaves")
+    source(
+        "--per_pixel_mean",
+        action="store_true",
+        help="the paper's for CIFAR: the network takes off the mean of each pixel, not only of each channel",
+    )
     source("--dataloader_num_workers", type=at_least(0), default=0, help="processes that read large images")
     gate = parser.add_argument_group("gates").add_argument
     gate("--keep", type=fraction_or_number, help="share (0.25) or number (14) of branches to keep; default 0.25")
@@ -121,7 +126,8 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
         "epsilon": ["keep"],
         "no_gates": ["keep", "epsilon", "compare_dense"],
         "dataset_name": ["train_dir"],
-        "model_name_or_path": ["architecture", "crop_pct", "image_size", "model_args", "pretrained"],
+        "per_pixel_mean": ["pretrained", "streaming"],
+        "model_name_or_path": ["architecture", "crop_pct", "image_size", "model_args", "per_pixel_mean", "pretrained"],
     }.items():
         if getattr(args, flag) and (clash := next((name for name in excluded if getattr(args, name)), None)):
             parser.error(f"--{flag} and --{clash} exclude each other")
@@ -137,6 +143,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     for flag, option, fitting in (
         ("color_jitter", "augmentation", ["resized_crop"]),
         ("flip", "augmentation", ["crop", "resized_crop"]),
+        ("per_pixel_mean", "augmentation", ["crop", "distort"]),
         ("nesterov", "optimizer", ["sgd"]),
     ):
         if getattr(args, flag) and getattr(args, option) not in fitting:

@@ -159,6 +159,10 @@ class EpsilonCallback(TrainerCallback, ExportableState):
                 for parameter in self._undecayed.intersection(group["params"]):
                     parameter.mul_(1 - group["lr"] * args.weight_decay)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save and self.pruner is not None:
+            self.pruner.share_responses()  # one process writes the checkpoint, for all
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -1,6 +1,6 @@
 """Images from ``datasets`` into batches of tensors: found, decoded, ordered, augmented."""
 
-from .augment import Distort, Draws, Normalize, PadCropFlip, channel_mean
+from .augment import Distort, Draws, Normalize, PadCropFlip, channel_mean, pixel_mean
 from .batches import Images, TrainingBatches, evaluation_batches
 from .images import ImageFiles, ImageReader, ImageStream, ImageTensors, open_image, pictures
 from .sources import check_classes, find_columns, load_digits, load_splits, sample
@@ -24,5 +24,6 @@ __all__ = [
     "load_splits",
     "open_image",
     "pictures",
+    "pixel_mean",
     "sample",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Distort", "Draws", "Normalize", "PadCropFlip", "channel_mean"]
+__all__ = ["Distort", "Draws", "Normalize", "PadCropFlip", "channel_mean", "pixel_mean"]
 
 
 class Draws:
@@ -144,4 +144,9 @@ class Normalize(nn.Module):
 
 def channel_mean(images: Tensor) -> list[float]:
     """Mean of each channel of uint8 images (N, C, H, W), on the scale from 0 to 1."""
-    return (images.double().mean((0, 2, 3)) / 255).tolist()
+    return (pixel_mean(images).mean((1, 2)) / 255).tolist()
+
+
+def pixel_mean(images: Tensor) -> Tensor:
+    """Mean of each pixel of uint8 images (N, C, H, W): float64 (C, H, W), on the scale from 0 to 255."""
+    return images.sum(0, dtype=torch.int64).double() / len(images)

@@ -126,7 +126,13 @@ def _seed(*numbers: int) -> int:
 
 
 def evaluation_batches(
-    split: Images, batch_size: int, rank: int = 0, processes: int = 1, num_workers: int = 0, pin_memory: bool = False
+    split: Images,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    processes: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """The images of one process to test on: those of all processes together are each image once.
 

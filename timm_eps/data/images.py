@@ -181,8 +181,8 @@ def _check_memory(shape: tuple[int, ...]) -> None:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > 0.8 * there:
             raise ValueError(
-                f"{shape[0]:,} images of {'x'.join(map(str, shape[1:]))} take {needed / 2**30:.0f} GiB, of {there / 2**30:.0f} "
-                "in this machine; --augmentation resized_crop reads them when they are needed."
+                f"{shape[0]:,} images of {'x'.join(map(str, shape[1:]))} take {needed / 2**30:.0f} GiB, of "
+                f"{there / 2**30:.0f} in this machine; --augmentation resized_crop reads them when they are needed."
             )
 
 

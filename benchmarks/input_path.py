@@ -1,0 +1,118 @@
+"""What the images cost: how many a second come out augmented and normalised, and their share of a training step.
+
+    python benchmarks/input_path.py                 # 50,000 random 32x32 images; then the default run of train_hf.py
+    python benchmarks/input_path.py --device cuda
+
+The first figure is of the input path alone, with nothing else to do. The share is of steps as train_hf.py takes them,
+each divided into reading a batch, and forward, backward and optimizer; medians of the dense network's steps, and of the
+network with a quarter of its blocks, whose steps are the shortest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train_hf
+from timm_eps import data, remove_closed
+from timm_eps.branches import gates
+
+CIFAR = {"mean": (0.49, 0.48, 0.45), "std": (0.5, 0.5, 0.5)}
+
+
+def images_a_second(augment: Callable[[Tensor], Tensor], device: torch.device, repeats: int) -> list[float]:
+    """One figure for each pass through 50,000 images in batches of 128."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    split = data.ImageTensors(images, torch.zeros(len(images), dtype=torch.int64), ["a"])
+    batches = data.TrainingBatches(split, 128, pin_memory=device.type == "cuda")
+    normalize = data.Normalize(CIFAR).to(device)
+    found = []
+    for turn in range(repeats + 1):
+        start = time.perf_counter()
+        for batch, _, _ in batches.epoch(turn):
+            normalize(augment(batch.to(device, non_blocking=True)))
+        synchronize(device)
+        found.append(len(images) / (time.perf_counter() - start))
+    return found[1:]  # the first one warms up
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def share_of_step(keep: float, epochs: int) -> tuple[float, float]:
+    """Median seconds of reading a batch, and of a whole step, with this share of the default run's blocks."""
+    with tempfile.TemporaryDirectory() as directory:
+        args = train_hf.parse_arguments(["--output_dir", directory])
+        accelerator = train_hf.start_accelerator(args)
+        raw, _, length = train_hf.load_images(args)
+        columns = data.find_columns(raw["train"].features)
+        cfg = train_hf.input_of(args, train_hf.starting_config(args), 10)
+        splits = train_hf.prepare_images(args, raw, columns, cfg, length)
+        cfg |= train_hf.normalization(args, splits["train"])
+        training = train_hf.Training(args, accelerator, splits, cfg, Path(directory), with_gates=True)
+    found = gates(training.model)
+    for slot in list(found)[round(keep * len(found)) :]:
+        found[slot].closed = True
+    remove_closed(training.model)
+    training.network.train()
+    reading, whole = [], []
+    for epoch in range(epochs):
+        batches = iter(training.batches.epoch(epoch))
+        while True:
+            start = time.perf_counter()
+            if (batch := next(batches, None)) is None:
+                break
+            images = training.read(batch[0])
+            synchronize(images.device)
+            read = time.perf_counter()
+            accelerator.backward(training.network(images, labels=training.there(batch[1])).loss)
+            training.take_step()
+            synchronize(images.device)
+            reading.append(read - start)
+            whole.append(time.perf_counter() - start)
+    return statistics.median(reading), statistics.median(whole)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(train_hf.available_cores())
+    where = f"{torch.get_num_threads()} threads {platform.machine()}" if device.type == "cpu" else args.device
+    print(f"{where}, torch {torch.__version__}")
+    for name, augment in {
+        "pad, crop, flip": data.PadCropFlip(4, flip=True),
+        "the set for SVHN": data.Distort(4),
+    }.items():
+        found = images_a_second(augment, device, args.repeats)
+        print(
+            f"{name}: median {statistics.median(found):,.0f} images/s "
+            f"({min(found):,.0f} to {max(found):,.0f}, {args.repeats} passes through 50,000 32x32 images)"
+        )
+    for keep in (1.0, 0.25):
+        reading, whole = share_of_step(keep, args.repeats)
+        print(
+            f"default run with {100 * keep:g} % of its blocks: reading takes {100 * reading / whole:.2f} % of a step "
+            f"({1e3 * reading:.2f} of {1e3 * whole:.1f} ms, medians of {args.repeats} epochs)"
+        )
+
+
+if __name__ == "__main__":
+    main()
