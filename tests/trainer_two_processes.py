@@ -31,8 +31,8 @@ def digest(model: nn.Module) -> str:
 
 
 def trainer(out: Path) -> dict:
-    def run(checkpoint: str | None) -> dict:
-        it = make_trainer(out, save_strategy="epoch", **SGD)
+    def run(checkpoint: str | None, save_strategy: str) -> dict:
+        it = make_trainer(out / save_strategy, save_strategy=save_strategy, save_steps=1, **SGD)
         it.train(resume_from_checkpoint=checkpoint)
         assert it.args.world_size == 2
         assert pruning_callback(it)._wrapper is it.model_wrapped
@@ -44,10 +44,15 @@ def trainer(out: Path) -> dict:
             "losses": [entry[1] for entry in logged(it)],
         }
 
-    whole = run(None)
+    whole = run(None, "epoch")
     steps = len(whole["losses"]) // len(whole["history"])
     first = next(record["epoch"] for record in whole["history"] if record["removed"])
-    return {**whole, "resumed": run(f"{out}/checkpoint-{steps * (first + 1)}")}
+    again = run(None, "steps")
+    within = {step: run(f"{out}/steps/checkpoint-{step}", "steps") for step in (1, steps * (first + 1) + 1)}
+    return {
+        **whole,
+        "resumed": {"epoch": run(f"{out}/epoch/checkpoint-{steps * (first + 1)}", "epoch"), "anew": again, **within},
+    }
 
 
 def decisions(rank: int) -> dict:
