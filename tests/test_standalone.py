@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers import logging as hf_logging
 
-NAMES = ["pruned", "stage_first", "one_channel", "unpruned", "uneven", "headless"]
+NAMES = ["pruned", "stage_first", "one_channel", "unpruned", "uneven", "headless", "pixel_mean"]
 LABELS = list("abcde")
 REMOTE = {"trust_remote_code": True}
 
@@ -46,6 +46,7 @@ def place(tmp_path_factory) -> Path:
         "unpruned": (tiny_net(num_classes=5, drop_rate=0.5, act_layer="relu"), []),
         "uneven": (tiny_net(num_classes=5, layers=(1, 2, 3), channels=(4, 12, 17)), ["stages.2.blocks.1.drop_path"]),
         "headless": (tiny_net(num_classes=0), SLOTS[:1]),
+        "pixel_mean": (tiny_net_with_pixel_mean(), SLOTS[:1]),
     }
     assert list(nets) == NAMES
     for name, (net, slots) in nets.items():
@@ -68,6 +69,14 @@ def place(tmp_path_factory) -> Path:
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == "all checks passed"
     return place
+
+
+def tiny_net_with_pixel_mean() -> torch.nn.Module:
+    import timm
+
+    net = timm.create_model("eps_resnet20", num_classes=5, pixel_mean=(9, 9)).eval()
+    net.stem.pixel_mean.mean.normal_()
+    return net
 
 
 def tiny_net_of_one_channel() -> torch.nn.Module:

@@ -110,14 +110,12 @@ class PixelMean(nn.Module):
     the mean of the channels, and ``mean`` (C, H, W) is what is left, in units of the normalised images.
     """
 
-    mean: Tensor
-
     def __init__(self, channels: int, height: int, width: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels, height, width, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x - self.mean
+        return x - self.mean  # type: ignore[operator]  TorchScript cannot read an annotation
 
 
 class EpsResNet(nn.Module):
