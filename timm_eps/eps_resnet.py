@@ -13,7 +13,7 @@ Every residual branch ends in a bias-free convolution, so that weight decay can 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, get_device_dtype, get_norm_act_layer
@@ -110,12 +110,15 @@ class PixelMean(nn.Module):
     the mean of the channels, and ``mean`` (C, H, W) is what is left, in units of the normalised images.
     """
 
+    if TYPE_CHECKING:  # TorchScript cannot read it
+        mean: Tensor
+
     def __init__(self, channels: int, height: int, width: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels, height, width, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x - self.mean  # type: ignore[operator]  TorchScript cannot read an annotation
+        return x - self.mean
 
 
 class EpsResNet(nn.Module):
