@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from accelerate.utils import (
     set_seed,
 )
 from huggingface_hub import create_repo
+from PIL.Image import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import distribute_bn
 from torch import Tensor, nn
@@ -148,6 +150,21 @@ def normalization(args: argparse.Namespace, train: data.Images) -> dict[str, Any
     if isinstance(train, data.ImageTensors):
         return {"mean": data.channel_mean(train.images), "std": [128 / 255] * 3}
     return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+
+
+def prepare_data(
+    args: argparse.Namespace, accelerator: Accelerator
+) -> tuple[dict[str, data.Images], dict[str, Any], dict[str, Any], Callable[[int], list[Image]]]:
+    """Both splits; timm's description of the input; what results and card say; and the first pictures to test on."""
+    config = starting_config(args)
+    with accelerator.main_process_first():  # it fills the caches that the others read
+        raw, about, length = load_images(args)
+    columns = data.find_columns(raw["train"].features, args.image_column_name, args.label_column_name)
+    pretrained_cfg = input_of(args, config, raw["train"].features[columns[1]].num_classes)
+    splits = prepare_images(args, raw, columns, pretrained_cfg, length)
+    data.check_classes(**splits)
+    pretrained_cfg |= normalization(args, splits["train"])
+    return splits, pretrained_cfg, about, partial(data.pictures, raw["validation"], columns[0])
 
 
 def build_model(args: argparse.Namespace, pretrained_cfg: dict[str, Any], train: data.Images) -> nn.Module:
@@ -625,14 +642,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.with_tracking:
         start_trackers(args, accelerator)
 
-    config = starting_config(args)
-    with accelerator.main_process_first():  # it fills the caches that the others read
-        raw, about, length = load_images(args)
-    columns = data.find_columns(raw["train"].features, args.image_column_name, args.label_column_name)
-    pretrained_cfg = input_of(args, config, raw["train"].features[columns[1]].num_classes)
-    splits = prepare_images(args, raw, columns, pretrained_cfg, length)
-    data.check_classes(**splits)
-    pretrained_cfg |= normalization(args, splits["train"])
+    splits, pretrained_cfg, about, pictures = prepare_data(args, accelerator)
     corrupt: list[str] = []
     for name, split in splits.items():
         note_corrupt(args, getattr(split, "unreadable", []), name, corrupt)
@@ -686,9 +696,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"{100 * results['eval_accuracy']:.2f} % of the {results['eval_images']} test images correctly."
         f"\n\n{report.comparison_table(results)}\n"
     )
-    pictures = data.pictures(raw["validation"], columns[0], len(sample))
     print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
-    print(check_reload(args.output_dir, live, sample, pictures) + ".")
+    print(check_reload(args.output_dir, live, sample, pictures(len(sample))) + ".")
     if repo_id is not None:
         push(args, model, repo_id, f"Trained on {about['dataset']}, {results['blocks_kept']} blocks left", saved)
     return results

@@ -58,11 +58,7 @@ def share_of_step(keep: float, epochs: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as directory:
         args = train_hf.parse_arguments(["--output_dir", directory])
         accelerator = train_hf.start_accelerator(args)
-        raw, _, length = train_hf.load_images(args)
-        columns = data.find_columns(raw["train"].features)
-        cfg = train_hf.input_of(args, train_hf.starting_config(args), 10)
-        splits = train_hf.prepare_images(args, raw, columns, cfg, length)
-        cfg |= train_hf.normalization(args, splits["train"])
+        splits, cfg, _, _ = train_hf.prepare_data(args, accelerator)
         training = train_hf.Training(args, accelerator, splits, cfg, Path(directory), with_gates=True)
     found = gates(training.model)
     for slot in list(found)[round(keep * len(found)) :]:

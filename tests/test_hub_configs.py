@@ -19,7 +19,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_hf  # noqa: E402
-from timm_eps import data  # noqa: E402
 from timm_eps.names import base_name  # noqa: E402
 
 CONFIGS = sorted(path.name for path in (ROOT / "hub_configs").glob("*.json"))
@@ -93,24 +92,30 @@ def test_takes_a_step(name, published, tmp_path):
     args = parse(
         name, *("--max_train_samples", "4", "--max_eval_samples", "2", "--num_train_epochs", "1"),
         *("--per_device_train_batch_size", "4", "--num_warmup_steps", "0", "--dataloader_num_workers", "0"),
+        *("--num_threads", "1"),
         *(() if (size := parse(name).image_size) is None or size < 200 else ("--image_size", "64")),
     )  # fmt: skip
     if args.pretrained:
         put_weights(args.architecture, tmp_path)
-    raw, about = train_hf.load_images(args)
-    columns = data.find_columns(raw["train"].features, args.image_column_name, args.label_column_name)
-    config = train_hf.starting_config(args)
-    pretrained_cfg = train_hf.input_of(args, config, raw["train"].features[columns[1]].num_classes)
-    splits = train_hf.load_splits(args, raw, columns, pretrained_cfg)
-    pretrained_cfg |= train_hf.normalization(args, splits["train"])
-    model, pruner, results = train_hf.train(
-        args, train_hf.Accelerator(), splits, pretrained_cfg, with_gates=not args.no_gates
-    )
+    accelerator = train_hf.start_accelerator(args)
+    splits, pretrained_cfg, about, _ = train_hf.prepare_data(args, accelerator)
+    training, results = train_hf.train(args, accelerator, splits, pretrained_cfg)
     assert about["dataset_id"] == args.dataset_name
-    assert model.config.num_labels == len(splits["train"].label_names)
-    assert pruner.epoch == 1
+    assert training.model.config.num_labels == len(splits["train"].label_names)
+    assert training.pruner.epoch == 1
     assert 0 <= results["eval_accuracy"] <= 1
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert all(torch.isfinite(parameter).all() for parameter in training.model.parameters())
+
+
+def test_streamed_by_its_id(published, tmp_path):
+    """From the Hub, without a copy on the disk."""
+    results = train_hf.main(
+        ["--architecture", "eps_resnet20", "--dataset_name", "uoft-cs/cifar10", "--streaming",
+         "--num_train_epochs", "1",
+         "--per_device_train_batch_size", "4", "--epsilon_warmup_epochs", "0", "--num_threads", "1",
+         "--output_dir", str(tmp_path)]
+    )  # fmt: skip
+    assert results["train_images"] == results["eval_images"] == 8
 
 
 def put_weights(architecture: str, directory: Path) -> None:
