@@ -235,7 +235,7 @@ def test_schemas_on_the_hub(tmp_path, columns, classes, config, trained, images,
 def test_directories_of_one_name_are_not_taken_for_each_other(tmp_path):
     """Nor is one whose files were changed, though ``datasets`` keeps what it has read once, by its name."""
     head = "---\nconfigs:\n- config_name: default\n  data_files: data/*.parquet\n---\n"
-    for number, images in enumerate((6, 4)):
+    for number, images in enumerate((12, 6)):
         directory = Path(write_splits(tmp_path / str(number) / "pictures", train=make_dataset(images)))
         (directory / "README.md").write_text(head)
         splits, _, _ = load_splits(str(directory), train_val_split=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,12 +121,41 @@ def test_config_file_and_flags(tmp_path):
         (["--flip", "--augmentation", "distort"], "--flip goes with --augmentation crop or resized_crop"),
         (["--color_jitter", "0.1", "0.1", "0.1"], "--color_jitter goes with --augmentation resized_crop"),
         (["--nesterov", "--optimizer", "adamw"], "--nesterov goes with --optimizer sgd"),
+        (["--report_to", "tensorboard"], "--report_to goes with --with_tracking"),
+        (["--logging_steps", "5"], "--logging_steps goes with --with_tracking"),
+        (["--logging_steps", "0", "--with_tracking"], "--logging_steps: must be at least 1, got 0"),
+        (["--checkpoints_total_limit", "2"], "--checkpoints_total_limit goes with --checkpointing_steps"),
+        (["--checkpoints_total_limit", "0", "--checkpointing_steps", "1"], "limit: must be at least 1, got 0"),
+        (["--checkpointing_steps", "0"], "--checkpointing_steps: must be at least 1, got 0"),
+        (["--checkpointing_steps", "-3"], "--checkpointing_steps: must be at least 1, got -3"),
+        (["--checkpointing_steps", "epochs"], "--checkpointing_steps: invalid steps_or_epoch value: 'epochs'"),
+        (["--checkpointing_steps", "2.5"], "--checkpointing_steps: invalid steps_or_epoch value: '2.5'"),
+        (["--num_threads", "0"], "--num_threads: must be at least 1, got 0"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers: must be at least 0, got -1"),
+        (["--shuffle_buffer_size", "0"], "--shuffle_buffer_size: must be at least 1, got 0"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps: must be at least 1, got 0"),
+        (["--weight_decay_drop", "0", "0.5"], "--weight_decay_drop"),
     ],
 )
 def test_flags_that_make_no_sense(arguments, message, capsys):
     with pytest.raises(SystemExit):
         train_hf.parse_arguments(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_how_often_and_where_from(tmp_path):
+    parse = train_hf.parse_arguments
+    args = parse([])
+    assert (args.checkpointing_steps, args.resume_from_checkpoint, args.with_tracking) == (None, None, False)
+    assert parse(["--checkpointing_steps", "7"]).checkpointing_steps == 7
+    assert parse(["--checkpointing_steps", "epoch"]).checkpointing_steps == "epoch"
+    assert parse(["--resume_from_checkpoint"]).resume_from_checkpoint == "latest"
+    assert parse(["--resume_from_checkpoint", "a/checkpoint-3"]).resume_from_checkpoint == "a/checkpoint-3"
+    assert parse(["--with_tracking", "--report_to", "tensorboard", "wandb"]).report_to == ["tensorboard", "wandb"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"checkpointing_steps": 7, "resume_from_checkpoint": "latest", "sync_batchnorm": True}))
+    args = parse(["--config", str(path)])
+    assert (args.checkpointing_steps, args.resume_from_checkpoint, args.sync_batchnorm) == (7, "latest", True)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +327,72 @@ def test_launched(tmp_path):
     failed = subprocess.run([*command, "--fold", "7"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert failed.returncode != 0
     assert "train_hf.py: error: fold must be 0 to 4, got 7." in failed.stderr
+
+
+# Each child is a launch of its own, with the start of torch in common: (name, environment, further arguments).
+LAUNCHES = """
+import json, os, runpy, sys
+import train_hf
+for name, environment, arguments in json.loads(sys.argv[1]):
+    if child := os.fork():
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(f"\\n= {name} {status}", flush=True)
+        continue
+    os.environ.update(environment)
+    sys.argv = ["train_hf.py", *arguments]
+    os.dup2(1, 2)
+    runpy.run_path(train_hf.__file__, run_name="__main__")
+    sys.exit()
+"""
+
+
+def test_foreign_launchers_end_in_one_line_or_a_whole_run(tmp_path):
+    """Nothing is trained twice, or half, without a word; and there is no traceback."""
+    environments = {
+        "fsdp": {"ACCELERATE_USE_FSDP": "true"},
+        "deepspeed": {"ACCELERATE_USE_DEEPSPEED": "true"},
+        "fp16": {"ACCELERATE_MIXED_PRECISION": "fp16"},
+        "not connected": {"WORLD_SIZE": "2"},
+        "not connected, of a rank": {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+    }
+    arguments = [*SHORT, "--num_train_epochs", "1", "--num_threads", "1"]
+    runs = [(name, env, [*arguments, "--output_dir", str(tmp_path / name)]) for name, env in environments.items()]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES, json.dumps(runs)],
+        env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    rest, said = done.stdout, {}
+    for name in environments:
+        said[name], _, rest = rest.partition(f"= {name} ")
+        status, _, rest = rest.partition("\n")
+        assert "Traceback" not in said[name], name
+        if status == "0":
+            assert f"Saved in {tmp_path / name}." in said[name]
+            assert "timm equal, AutoModelForImageClassification equal, pipeline equal." in said[name]
+        else:
+            assert sum(line.startswith("train_hf.py: error: ") for line in said[name].splitlines()) == 1
+            assert not (tmp_path / name / "model.safetensors").exists()
+    assert "DeepSpeed is not installed" in said["deepspeed"]
+    for name in ("not connected", "not connected, of a rank"):
+        assert "error: " in said[name]
+        assert "epoch 1" not in said[name]
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path):
+    """Two structures are compiled, before and after the removal."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_hf.py"), *SHORT, "--num_train_epochs", "3", "--ramp_epochs", "1",
+         "--compile", "--max_train_samples", "64", "--keep", "3", "--num_threads", "1", "--output_dir", str(tmp_path)],
+        capture_output=True, text=True, check=False, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "timm equal, AutoModelForImageClassification equal, pipeline equal." in done.stdout
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["blocks_kept"] == 3
+    assert results["arguments"]["compile"] is True
 
 
 @pytest.mark.slow

@@ -60,10 +60,6 @@ class TrainingBatches:
     buffer_size: int = 1000
 
     def __post_init__(self) -> None:
-        if isinstance(self.split, ImageStream) and self.split.length is None:
-            raise ValueError(
-                "The stream does not say how many images it has; --max_train_samples makes so many an epoch."
-            )
         length = len(self.split)
         whole, rest = divmod(length, self.batch_size * self.processes)
         self.sizes = [self.batch_size] * whole
@@ -140,8 +136,12 @@ def evaluation_batches(
     are the same.
     """
     if isinstance(split, ImageStream):
-        rows = enumerate(split.rows(split_dataset_by_node(split.source, rank, processes)))
-        batches = _Requests(lambda: _batched(((n, *row, None) for n, row in rows), batch_size))
+        # Row by row: parts by file would be other rows where the source is the beginning of a stream.
+        def rows() -> Iterator[tuple[int, Any, int, None]]:
+            for n, row in itertools.islice(enumerate(split.rows(split.source)), rank, None, processes):
+                yield n, *row, None
+
+        batches = _Requests(lambda: _batched(rows(), batch_size))
     else:
         indices = range(rank, len(split), processes)
         batches = _Requests(lambda: _batched(indices, batch_size), -(-len(indices) // batch_size))

@@ -8,6 +8,7 @@ what they will compute.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -255,12 +256,14 @@ class ImageStream(Dataset):
 
     def __len__(self) -> int:
         if self.length is None:
-            raise TypeError("It is not known how many images the stream has.")
+            raise ValueError(
+                "The stream does not say how many images it has; --max_train_samples makes so many an epoch."
+            )
         return self.length
 
     def __getitem__(self, row: tuple[int, dict[str, Any], int, int | None]) -> Item:
-        number, cell, label, seed = row
-        return self.read(cell, seed), label, _name(cell, f"image {number} of the stream")
+        _, cell, label, seed = row
+        return self.read(cell, seed), label, _name(cell, _digest(cell))
 
     @classmethod
     def of(
@@ -308,7 +311,15 @@ def pictures(rows: datasets.Dataset | datasets.IterableDataset, column: str, cou
 
 
 def _name(cell: dict[str, Any] | None, otherwise: str) -> str:
-    return (cell or {}).get("path") or otherwise
+    path, content = (cell or {}).get("path"), (cell or {}).get("bytes")
+    if path and content is None:
+        return path
+    return f"{path} ({otherwise})" if path else otherwise
+
+
+def _digest(cell: dict[str, Any] | None) -> str:
+    content = (cell or {}).get("bytes")
+    return "empty image" if content is None else f"image with SHA-256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _first(items: Iterator[Item], count: int) -> Tensor:

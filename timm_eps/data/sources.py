@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
@@ -121,7 +124,9 @@ def load_splits(
             or a named column cannot be used.
     """
     if dataset_name is not None:
-        splits = datasets.load_dataset(dataset_name, dataset_config_name, streaming=streaming)
+        splits = datasets.load_dataset(
+            dataset_name, dataset_config_name, streaming=streaming, cache_dir=_cache_of(dataset_name)
+        )
     elif train_dir is not None:
         folders = {"train": f"{train_dir}/**", "validation": f"{validation_dir}/**" if validation_dir else None}
         files = {name: pattern for name, pattern in folders.items() if pattern}
@@ -148,6 +153,14 @@ def load_splits(
     return {"train": halves["train"], "validation": halves["test"]}, share, len(halves["train"])
 
 
+def _cache_of(directory: str) -> str | None:
+    """A cache for the files of a directory as they are now: ``datasets`` knows directories by their last name only."""
+    if not os.path.isdir(directory):
+        return None
+    files = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(directory).resolve().rglob("*"))
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / hashlib.sha256(repr(files).encode()).hexdigest()[:16])
+
+
 def _length(split: Rows, name: str) -> int | None:
     if isinstance(split, datasets.Dataset):
         return len(split)
@@ -161,7 +174,7 @@ def _with_types(splits: dict[str, Rows], image_column: str | None, label_column:
     if image_column in features and not isinstance(features[image_column], datasets.Image):
         try:
             splits = {name: rows.cast_column(image_column, datasets.Image()) for name, rows in splits.items()}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, NotImplementedError) as error:
             kind = type(features[image_column]).__name__
             raise ValueError(f"--image_column_name {image_column!r} ({kind}) holds no images: {error}.") from error
     if label_column is not None and isinstance(features.get(label_column), datasets.Value):

@@ -1,0 +1,276 @@
+"""Two processes train together what one would train alone; started under torchrun, as few times as can be."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import _only_training, train_only  # noqa: F401  the fixture is for all tests here as well
+from test_train_hf import _one_thread, without_times  # noqa: F401
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+import train_hf
+from timm_eps import checkpoints
+from timm_eps.sync_batchnorm import synchronize_batchnorm
+
+ROOT = Path(__file__).parent.parent
+SHORT = [
+    *("--architecture", "eps_resnet20", "--num_threads", "1", "--max_eval_samples", "45"),
+    *("--per_device_eval_batch_size", "7", "--epsilon_warmup_epochs", "1", "--ramp_epochs", "2", "--patience", "1"),
+]
+# 4 epochs of 8 batches, the last one smaller; blocks go in the third and the fourth.
+PRUNED = ["--num_train_epochs", "4", "--max_train_samples", "124", "--keep", "3", "--checkpointing_steps", "5"]
+LEARNED = [
+    *(
+        "--num_train_epochs",
+        "4",
+        "--max_train_samples",
+        "200",
+        "--no_gates",
+        "--padding",
+        "0",
+        "--weight_decay",
+        "5e-4",
+    ),
+]
+GENTLE = ["--num_train_epochs", "1", "--max_train_samples", "96", "--learning_rate", "1e-3"]
+ONE_STEP = ["--num_train_epochs", "1", "--max_train_samples", "64"]
+
+
+def batch(size: int) -> list[str]:
+    return ["--per_device_train_batch_size", str(size)]
+
+
+def launch(out: Path, todo: dict[str, list[str] | None]) -> subprocess.CompletedProcess:
+    """Run train_two_processes.py; a run's arguments are given its name as directory."""
+    (out / "todo.json").write_text(
+        json.dumps({k: v and [*SHORT, *v, "--output_dir", str(out / k)] for k, v in todo.items()})
+    )
+    script = str(Path(__file__).with_name("train_two_processes.py"))
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def alone(out: Path, *arguments: str) -> dict:
+    return train_hf.main([*SHORT, *arguments, "--output_dir", str(out)])
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> dict:
+    """What both processes found, in one start; ``out`` is where, ``said`` what was printed."""
+    out = tmp_path_factory.mktemp("both")
+    with pytest.MonkeyPatch.context() as patched:
+        train_only(patched)
+        alone(out / "alone", *ONE_STEP, *batch(32), "--checkpointing_steps", "1")
+    resume = ["--resume_from_checkpoint", str(out / "pruned/checkpoint-20")]
+    done = launch(
+        out,
+        {
+            "decisions": None,
+            "batch_norms": None,
+            "wrapped": None,
+            "pruned": [*PRUNED, *batch(8)],
+            "resumed": [*PRUNED, *batch(8), *resume],
+            "refused": [*ONE_STEP, *batch(32), "--resume_from_checkpoint", str(out / "alone/checkpoint-2")],
+            "learned": [*LEARNED, *batch(8)],
+            "one step": [*ONE_STEP, *batch(32)],
+            "one step, synchronised": [*ONE_STEP, *batch(32), "--sync_batchnorm"],
+            "gentle": [*GENTLE, *batch(16), "--sync_batchnorm"],
+            "accumulated": [*GENTLE, *batch(8), "--sync_batchnorm", "--gradient_accumulation_steps", "4"],
+        },
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    found = {"out": out, "said": done.stdout, "errors": done.stderr}
+    return found | {rank: json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)}
+
+
+RUNS = ["pruned", "resumed", "learned", "one step", "one step, synchronised", "gentle", "accumulated"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_both_have_the_same_model_at_the_end(both, name):
+    one, other = both[0][name], both[1][name]
+    for what in ("removed", "parameters", "buffers", "state", "removed_in", "synchronised"):
+        assert one[what] == other[what], what
+    assert without_times(one["results"]) == without_times(other["results"])
+    assert one["optimizer_fits"]
+    assert other["optimizer_fits"]
+
+
+def test_blocks_go_while_both_train(both):
+    """Gradients are still synchronised after it: the parameters are the same after each epoch, and change."""
+    found = both[0]["pruned"]
+    assert len(found["removed"]) == 6
+    assert found["removed_in"][0] < 3, "they trained on after it"
+    assert len(set(found["synchronised"])) == 4
+
+
+@pytest.mark.parametrize("name", ["pruned", "learned"])
+def test_what_is_saved_is_what_was_measured(both, name):
+    """Over both processes on all images, each once, though neither batch nor half divides their number."""
+    out, results = both["out"] / name, both[0][name]["results"]
+    assert results["eval_images"] == 45
+    model = train_hf.AutoModelForImageClassification.from_pretrained(out).eval()
+    raw = train_hf.data.sample(train_hf.data.load_digits(0)["validation"], 45, 0)
+    split = train_hf.data.ImageTensors.decode(raw, model.config.pretrained_cfg)
+    with torch.no_grad():
+        logits = model(train_hf.data.Normalize(model.config.pretrained_cfg)(split.images)).logits
+    assert results["eval_accuracy"] == (logits.argmax(-1) == split.labels).sum().item() / 45
+    assert name != "learned" or results["eval_accuracy"] > 0.4, "or it would show little"
+    assert json.loads((out / "all_results.json").read_text())["num_processes"] == 2
+
+
+def test_taken_up_within_an_epoch(both):
+    """Checkpoint 20 lies in the third epoch, after the first removal."""
+    out = both["out"]
+    state = json.loads((out / "pruned/checkpoint-20/training.json").read_text())
+    assert (state["progress"]["epoch"], state["progress"]["batch"]) == (2, 4)
+    assert 0 < len(state["pruner"]["removed"]) < 6
+    assert (out / "resumed/model.safetensors").read_bytes() == (out / "pruned/model.safetensors").read_bytes()
+    for what in ("parameters", "buffers", "removed"):
+        assert both[1]["resumed"][what] == both[1]["pruned"][what]
+    found = [without_times(json.loads((out / name / "all_results.json").read_text())) for name in ("resumed", "pruned")]
+    assert found[0] == found[1]
+
+
+def test_another_number_of_processes_does_not_go_on(both, tmp_path):
+    for rank in (0, 1):
+        assert "has number of processes 1, this one 2: " in both[rank]["refused"]
+    with pytest.raises(ValueError, match=r"has number of processes 2, this one 1: "):
+        alone(tmp_path, *PRUNED, *batch(8), "--resume_from_checkpoint", str(both["out"] / "pruned/checkpoint-20"))
+
+
+def test_one_synchronised_step_is_that_of_one_process(both, tmp_path):
+    expected = alone(tmp_path, *ONE_STEP, *batch(64))["train_loss_by_epoch"]
+    assert both[0]["one step, synchronised"]["results"]["train_loss_by_epoch"] == pytest.approx(expected, abs=1e-6)
+    assert both[0]["one step"]["results"]["train_loss_by_epoch"] != pytest.approx(expected, abs=1e-5), "it matters"
+
+
+def test_one_step_is_the_mean_over_the_halves(both, tmp_path, monkeypatch):
+    """Each process normalises by its own batch where the layers are not synchronised."""
+    losses = []
+
+    def halves(self, epoch, bar):
+        [(images, labels, _)] = self.batches.epoch(epoch)
+        model = self.network.train()
+        for half, answers in zip(self.read(images).chunk(2), labels.chunk(2), strict=True):
+            losses.append(copy.deepcopy(model)(half, labels=answers).loss.item())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_hf.Training, "train_epoch", halves)
+    with pytest.raises(KeyboardInterrupt):
+        alone(tmp_path, *ONE_STEP, *batch(64))
+    assert both[0]["one step"]["results"]["train_loss_by_epoch"] == [pytest.approx(sum(losses) / 2, abs=1e-6)]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "arguments"), [("gentle", 32, []), ("accumulated", 16, ["--gradient_accumulation_steps", "4"])]
+)
+def test_some_synchronised_steps_stay_near_those_of_one_process(both, tmp_path, name, size, arguments):
+    """Three steps, and two of four and two batches: the rounding differs, the course does not."""
+    expected = alone(tmp_path, *GENTLE, *batch(size), *arguments)
+    found = both[0][name]["results"]
+    assert found["train_loss_by_epoch"] == pytest.approx(expected["train_loss_by_epoch"], rel=1e-4)
+    saved, others = (
+        train_hf.AutoModelForImageClassification.from_pretrained(path).state_dict()
+        for path in (both["out"] / name, tmp_path)
+    )
+    assert saved.keys() == others.keys()
+    for key, value in saved.items():
+        torch.testing.assert_close(value, others[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_only_the_main_process_speaks_and_writes(both):
+    said = both["said"]
+    for name in RUNS:
+        assert said.count(f"Saved in {both['out'] / name}.") == 1
+        assert {path.name for path in (both["out"] / name).iterdir() if path.is_file()} == {
+            "README.md", "all_results.json", "blocks.png", "config.json", "model.safetensors",
+        }  # fmt: skip
+    assert said.count("Training eps_resnet20 on") == len(RUNS) + 1, "and the one that was refused"
+    assert said.count("Going on from") == 1
+    bars = [line for line in both["errors"].split("\n") if "epoch 4/4: 100%" in line.rpartition("")[2]]
+    assert len(bars) == 3, "one for each run of four epochs"
+    for checkpoint in checkpoints.all_checkpoints(both["out"] / "pruned"):
+        assert checkpoints.why_torn(checkpoint) is None
+        assert len(list(checkpoint.glob("random_states_*.pkl"))) == 2, "what is random differs between them"
+
+
+def test_a_block_goes_when_all_agree(both):
+    for rank in (0, 1):
+        found = both[rank]["decisions"]
+        assert found["shared"] == pytest.approx([2.0, 0.7, *[3.0] * 7]), "the largest of both"
+        assert found["removed"] == found["slots"][1:2], "the first one is below ε in one process only"
+
+
+@pytest.mark.parametrize("layer", ["BatchNorm2d", "cumulative", "without affine", "BatchNormAct2d", "without act"])
+def test_batch_norm_is_that_of_one_process(both, layer):
+    """On batches of 3 and 6 images, in three steps."""
+    for rank in (0, 1):
+        found = both[rank]["batch_norms"][layer]
+        for what in ("output", "input", "mean"):
+            assert found[what] < 2e-6, what
+        for what in ("weight", "bias", "var"):  # sums of a hundred terms of about 1, and 9
+            assert found[what] < 2e-5, what
+        assert found["keys"]
+        assert found["tracked"]
+        assert found["evaluated"], "bit by bit the plain layer"
+
+
+def test_batch_norm_under_data_parallel(both):
+    assert both[0]["wrapped"]
+    assert both[1]["wrapped"]
+
+
+@pytest.mark.parametrize("make", [nn.BatchNorm2d, BatchNormAct2d])
+def test_batch_norm_of_one_process_is_the_plain_one(make):
+    plain = make(4)
+    shared = synchronize_batchnorm(nn.Sequential(copy.deepcopy(plain)))[0]
+    for train in (True, True, False):
+        x = torch.randn(5, 4, 3, 3)
+        one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        out, expected = shared.train(train)(one), plain.train(train)(other)
+        assert torch.equal(out, expected)
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        assert torch.equal(one.grad, other.grad)
+        for key, value in plain.state_dict().items():
+            assert torch.equal(shared.state_dict()[key], value)
+    assert list(shared.state_dict()) == list(plain.state_dict())
+
+
+def test_synchronising_exchanges_nothing_but_the_arithmetic():
+    """Parameters and buffers stay the same objects, so optimizers made before and names in files go on fitting."""
+    model = train_hf.timm.create_model("eps_resnet20")
+    before = [*model.named_parameters(), *model.named_buffers()]
+    assert synchronize_batchnorm(model) is model
+    after = [*model.named_parameters(), *model.named_buffers()]
+    assert all(a[0] == b[0] and a[1] is b[1] for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
+def test_one_process_killed_right_after_a_removal(both, tmp_path):
+    """The other one ends too; both go on from the last checkpoint to the same end."""
+    done = launch(tmp_path, {"killed": [*PRUNED, *batch(8)]})
+    assert done.returncode != 0
+    assert f"exitcode  : -{signal.SIGKILL.value}" in done.stderr
+    assert checkpoints.newest_whole(tmp_path / "killed").name == "checkpoint-15"
+    (tmp_path / "on").mkdir()
+    (tmp_path / "killed").rename(tmp_path / "on/again")
+    done = launch(tmp_path / "on", {"again": [*PRUNED, *batch(8), "--resume_from_checkpoint"]})
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Going on from" in done.stdout
+    assert (tmp_path / "on/again/model.safetensors").read_bytes() == (
+        both["out"] / "pruned/model.safetensors"
+    ).read_bytes()
