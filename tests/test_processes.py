@@ -55,11 +55,13 @@ def launch(out: Path, todo: dict[str, list[str] | None]) -> subprocess.Completed
         json.dumps({k: v and [*SHORT, *v, "--output_dir", str(out / k)] for k, v in todo.items()})
     )
     script = str(Path(__file__).with_name("train_two_processes.py"))
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=240,
+        capture_output=True, timeout=240,
     )  # fmt: skip
+    # As it is: text mode would make a line of each step of a progress bar.
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def alone(out: Path, *arguments: str) -> dict:
@@ -200,7 +202,8 @@ def test_only_the_main_process_speaks_and_writes(both):
         }  # fmt: skip
     assert said.count("Training eps_resnet20 on") == len(RUNS) + 1, "and the one that was refused"
     assert said.count("Going on from") == 1
-    bars = [line for line in both["errors"].split("\n") if "epoch 4/4: 100%" in line.rpartition("")[2]]
+    # A bar writes over itself until it is closed with a line break.
+    bars = [line for line in both["errors"].split("\n") if "epoch 4/4: 100%" in line.rpartition("\r")[2]]
     assert len(bars) == 3, "one for each run of four epochs"
     for checkpoint in checkpoints.all_checkpoints(both["out"] / "pruned"):
         assert checkpoints.why_torn(checkpoint) is None
