@@ -463,14 +463,18 @@ class Training:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on as it would have."""
         found = {**binding_arguments(self.args), "number of processes": self.draws.processes}
-        found |= {"batches an epoch": len(self.batches), "mixed precision": self.accelerator.mixed_precision}
+        found |= {
+            "gates": "on" if self.pruner else "off, as the dense network",
+            "mixed precision": self.accelerator.mixed_precision,
+        }
+        found |= {"batches an epoch": len(self.batches)}  # last, as it follows from others
         return json.loads(json.dumps(found))
 
     def resume(self, checkpoint: Path) -> None:
         """Take up the run where a checkpoint left it; every process must call this."""
         state = json.loads((checkpoint / "training.json").read_text())
         now = self.identity()
-        for name in sorted(now.keys() | state["run"].keys()):
+        for name in {**state["run"], **now}:
             if now.get(name) != state["run"].get(name):
                 raise ValueError(
                     f"The run of {checkpoint} has {name} {state['run'].get(name)}, this one {now.get(name)}: it would "
@@ -616,12 +620,11 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
 
 
 def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    known = {name: str(value) for name, value in used_arguments(args).items()}
-    accelerator.init_trackers("timm_eps", known)
-    running = [tracker.name for tracker in accelerator.trackers]
-    missing = [name for name in args.report_to or [] if name not in (*running, "all")]
-    if accelerator.is_main_process and (missing or not running):
+    installed = {str(tracker) for tracker in accelerator.log_with}
+    missing = [name for name in args.report_to or [] if name not in (*installed, "all")]
+    if missing or not installed:
         raise ValueError(f"--report_to {missing[0] if missing else 'all'}: no such tracker is installed.")
+    accelerator.init_trackers("timm_eps", {name: str(value) for name, value in used_arguments(args).items()})
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -639,6 +642,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             repo_id = create_repo(
                 wanted, private=args.hub_private_repo or None, token=args.hub_token, exist_ok=True
             ).repo_id
+    if args.compare_dense:
+        find_checkpoint(args, Path(args.output_dir) / "dense")  # raises now, not when the first half is trained
     if args.with_tracking:
         start_trackers(args, accelerator)
 

@@ -94,24 +94,3 @@ def write_splits(directory: Path, **splits: datasets.Dataset) -> str:
 
 
 SLOTS = [f"stages.{i}.blocks.{k}.drop_path" for i in range(3) for k in range(3)]
-
-
-# Defects that these tests show and that are not mended yet; a test that passes again must leave the list.
-KNOWN_DEFECTS = (
-    "test_a_manifest_of_any_content_is_torn_not_an_error",
-    "test_a_file_of_such_a_name_stops_nothing",
-    "test_a_torn_one_takes_no_place_among_the_last",
-    "test_an_unknown_tracker_is_named_before_the_training",
-    "test_another_number_of_processes_does_not_go_on",
-    "test_a_torn_one_and_a_limit",
-    "test_another_run_does_not_go_on_from_it",
-    "test_the_dense_half_and_the_other_are_not_mistaken_for_each_other",
-    "test_dense_checkpoints_of_a_run_before_are_found_before_the_training",
-    "test_flags_that_make_no_sense[arguments29---weight_decay_drop]",
-)
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.name in KNOWN_DEFECTS or item.name.partition("[")[0] in KNOWN_DEFECTS:
-            item.add_marker(pytest.mark.xfail(reason="a known defect, listed in conftest.py"))

@@ -23,7 +23,8 @@ _logger = logging.getLogger(__name__)
 
 def all_checkpoints(directory: str | os.PathLike) -> list[Path]:
     """``checkpoint-<step>`` in a directory, by step, torn ones as well."""
-    found = [path for path in Path(directory).glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    named = (path for path in Path(directory).glob(f"{_PREFIX}*") if path.is_dir())
+    found = [path for path in named if path.name.removeprefix(_PREFIX).isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
@@ -52,12 +53,14 @@ def why_torn(checkpoint: str | os.PathLike) -> str | None:
     root = Path(checkpoint)
     try:
         hashes = json.loads((root / MANIFEST).read_text())
+        if not hashes:
+            return f"{MANIFEST} lists no files"
         for name, expected in hashes.items():
             if _hash(root / name) != expected:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, OSError):  # no JSON, no object, or names that no file can have
         return f"{MANIFEST} is not as it was written"
     return None
 
@@ -73,10 +76,13 @@ def newest_whole(directory: str | os.PathLike) -> Path | None:
 
 
 def discard_oldest(directory: str | os.PathLike, limit: int | None) -> None:
-    """Delete all but the last ``limit`` checkpoints; none if ``limit`` is None."""
-    if limit is not None:
-        for checkpoint in all_checkpoints(directory)[:-limit]:
+    """Delete the checkpoints before the last ``limit`` whole ones; none if ``limit`` is None."""
+    kept = 0
+    for checkpoint in reversed(all_checkpoints(directory)) if limit is not None else ():
+        if kept == limit:
             _remove(checkpoint)
+        elif why_torn(checkpoint) is None:  # a torn one takes no place
+            kept += 1
 
 
 def clear_unfinished(directory: str | os.PathLike) -> None:

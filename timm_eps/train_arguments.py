@@ -140,6 +140,8 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     }.items():
         if getattr(args, flag) and not getattr(args, needed):
             parser.error(f"--{flag} goes with --{needed}")
+    if args.weight_decay_drop and args.weight_decay_drop[0] < 1:
+        parser.error(f"--weight_decay_drop: STEPS must be at least 1, got {args.weight_decay_drop[0]:g}")
     for flag, option, fitting in (
         ("color_jitter", "augmentation", ["resized_crop"]),
         ("flip", "augmentation", ["crop", "resized_crop"]),
