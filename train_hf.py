@@ -38,6 +38,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     gather_object,
     is_compiled_module,
+    parse_flag_from_env,
     set_seed,
 )
 from huggingface_hub import create_repo
@@ -162,7 +163,7 @@ def prepare_data(
     columns = data.find_columns(raw["train"].features, args.image_column_name, args.label_column_name)
     pretrained_cfg = input_of(args, config, raw["train"].features[columns[1]].num_classes)
     splits = prepare_images(args, raw, columns, pretrained_cfg, length)
-    data.check_classes(**splits)
+    data.check_classes(**splits, all_trained=args.max_train_samples is None)
     pretrained_cfg |= normalization(args, splits["train"])
     return splits, pretrained_cfg, about, partial(data.pictures, raw["validation"], columns[0])
 
@@ -605,13 +606,17 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=(args.report_to or "all") if args.with_tracking else None,
         project_dir=args.output_dir,
     )
-    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU"):
+    kinds = [accelerator.distributed_type.value]
+    kinds += [kind for kind in ("FSDP", "DEEPSPEED") if parse_flag_from_env(f"ACCELERATE_USE_{kind}")]  # CPUs ignore it
+    if kinds[-1] not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU"):
         raise ValueError(
-            f"Blocks cannot be taken out of a model under {accelerator.distributed_type.value}, which shards or moves "
+            f"Blocks cannot be taken out of a model under {kinds[-1]}, which shards or moves "
             "its parameters; launch with plain data parallelism (--multi_gpu, or torchrun)."
         )
     if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", 1))):
         raise ValueError(f"{started} processes were started, but Accelerate connected {accelerator.num_processes}.")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs an accelerator, which is not there; bf16 works on the CPU.")
     if accelerator.device.type == "cpu":
         # accelerate launch leaves a process one thread where it finds no accelerator.
         share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

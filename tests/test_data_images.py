@@ -238,7 +238,7 @@ def test_a_file_is_named_by_its_path(tmp_path):
     Image.fromarray(RGB).save(path)
     for kind in (ImageFiles, ImageStream):
         split = made(kind, table(path))
-        item = split[0] if kind is ImageFiles else split[(0, {"bytes": None, "path": path}, 1, None)]
+        item = split[0] if kind is ImageFiles else split[({"bytes": None, "path": path}, 1, None)]
         assert item[2] == path
 
 
@@ -334,7 +334,7 @@ def test_items_are_image_label_and_name():
         len(stream)
     for index, (cell, label) in enumerate(stream.rows(stream.source)):
         image, number, name = files[index]
-        again = stream[(index, cell, label, None)]
+        again = stream[(cell, label, None)]
         assert torch.equal(image, held.images[index])
         assert torch.equal(image, again[0])
         assert label == number == again[1] == int(held.labels[index])

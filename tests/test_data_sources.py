@@ -120,6 +120,7 @@ def test_a_class_without_training_images():
     trained = rows.filter(lambda row: row["fine_label"] != 1)
     with pytest.raises(ValueError, match="Class 'b' is in the validation split but has no training image"):
         check_classes(ImageFiles.of(trained, READ), ImageFiles.of(rows, READ))
+    check_classes(ImageFiles.of(trained, READ), ImageFiles.of(rows, READ), all_trained=False)
     train, validation, other = (
         ImageStream.of(rows.to_iterable_dataset(), READ)
         for rows in (trained, rows, make_dataset(6, classes=("a", "c", "b")))
@@ -291,6 +292,12 @@ def test_plain_values_that_are_no_classes(tmp_path, train, test, message):
 
     with pytest.raises(ValueError, match=re.escape(message).replace("double", "(double|float64)")):
         use()
+
+
+def test_missing_labels_before_the_split_is_made(tmp_path):
+    directory = write_splits(tmp_path, train=with_labels(["a", None, "b", "a", "b"]))
+    with pytest.raises(ValueError, match="'breed' holds labels from -1 to 1, but its classes are 0 to 1"):
+        load_splits(directory, label_column="breed", train_val_split=0.4)
 
 
 def test_a_named_column_may_hold_files_or_paths(tmp_path):

@@ -228,7 +228,10 @@ def test_a_class_never_trained(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             row["img"].save(folder / f"{index}.png")
     with pytest.raises(ValueError, match="Class 'd' is in the validation split but has no training image"):
-        run(tmp_path, "--train_dir", str(tmp_path / "train"), "--validation_dir", str(tmp_path / "val"))
+        train_hf.main(
+            ["--architecture", "eps_resnet20", "--train_dir", str(tmp_path / "train"), "--validation_dir",
+             str(tmp_path / "val"), "--output_dir", str(tmp_path / "out")]
+        )  # fmt: skip
 
 
 def test_pruned_model_is_fine_tuned_further(tmp_path):
@@ -375,6 +378,8 @@ def test_foreign_launchers_end_in_one_line_or_a_whole_run(tmp_path):
             assert sum(line.startswith("train_hf.py: error: ") for line in said[name].splitlines()) == 1
             assert not (tmp_path / name / "model.safetensors").exists()
     assert "DeepSpeed is not installed" in said["deepspeed"]
+    assert "Blocks cannot be taken out of a model under FSDP" in said["fsdp"]
+    assert "--mixed_precision fp16 needs an accelerator" in said["fp16"]
     for name in ("not connected", "not connected, of a rank"):
         assert "error: " in said[name]
         assert "epoch 1" not in said[name]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 __all__ = ["synchronize_batchnorm"]
 
@@ -24,7 +25,7 @@ def synchronize_batchnorm(model: nn.Module) -> nn.Module:
     Returns:
         The model, whose layers were exchanged in place.
     """
-    if next(model.parameters()).device.type != "cpu":
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return convert_sync_batchnorm(model)
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
@@ -34,14 +35,28 @@ def synchronize_batchnorm(model: nn.Module) -> nn.Module:
     return model
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """What each process adds to a sum acts on the loss of all of them; so the gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _SumOverProcesses.forward(ctx, grad)
+
+
 def _normalize(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """Batch norm in training over all processes: x (B, C, H, W), of sizes that may differ among them."""
     sums = torch.cat([x.sum((0, 2, 3)), x.new_tensor([x.numel() / x.shape[1]])])
-    *_, count = sums = all_reduce(sums)
+    *_, count = sums = _SumOverProcesses.apply(sums)
     mean = (sums[:-1] / count)[:, None, None]
     centred = x - mean
     # In a second pass: the mean of squares less the square of the mean loses digits.
-    var = all_reduce(centred.square().sum((0, 2, 3))) / count
+    var = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
     if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)

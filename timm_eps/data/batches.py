@@ -101,18 +101,17 @@ class TrainingBatches:
             if batch >= skip:
                 yield request
 
-    def _endless(self, epoch: int) -> Iterator[tuple[int, Any, int]]:
+    def _endless(self, epoch: int) -> Iterator[tuple[Any, int]]:
         assert isinstance(self.split, ImageStream)
         shuffled = self.split.source.shuffle(seed=self.seed, buffer_size=self.buffer_size)
         own = split_dataset_by_node(shuffled, self.rank, self.processes)
-        number = 0
         for turn in itertools.count():
             own.set_epoch(epoch + turn * 2**20)  # an order that no epoch has
-            begun = number
-            for cell, label in self.split.rows(own):
-                yield number, cell, label
-                number += 1
-            if number == begun:
+            is_empty = True
+            for row in self.split.rows(own):
+                is_empty = False
+                yield row
+            if is_empty:
                 raise ValueError(f"The stream has no images for process {self.rank} of {self.processes}.")
 
 
@@ -137,9 +136,9 @@ def evaluation_batches(
     """
     if isinstance(split, ImageStream):
         # Row by row: parts by file would be other rows where the source is the beginning of a stream.
-        def rows() -> Iterator[tuple[int, Any, int, None]]:
-            for n, row in itertools.islice(enumerate(split.rows(split.source)), rank, None, processes):
-                yield n, *row, None
+        def rows() -> Iterator[tuple[Any, int, None]]:
+            for row in itertools.islice(split.rows(split.source), rank, None, processes):
+                yield *row, None
 
         batches = _Requests(lambda: _batched(rows(), batch_size))
     else:

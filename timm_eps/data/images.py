@@ -239,8 +239,8 @@ class ImageFiles(Dataset):
 class ImageStream(Dataset):
     """A split that is read in order, as it comes from the disk or the network.
 
-    As a data set it is asked for its rows themselves, ``(number, cell, label, seed)``, and decodes them: so worker
-    processes share the work in any number without a change of the order.
+    As a data set it is asked for its rows themselves, ``(cell, label, seed)``, and decodes them: so worker processes
+    share the work in any number without a change of the order.
 
     Args:
         source: Rows with an image and a class label column.
@@ -261,8 +261,8 @@ class ImageStream(Dataset):
             )
         return self.length
 
-    def __getitem__(self, row: tuple[int, dict[str, Any], int, int | None]) -> Item:
-        _, cell, label, seed = row
+    def __getitem__(self, row: tuple[dict[str, Any], int, int | None]) -> Item:
+        cell, label, seed = row
         return self.read(cell, seed), label, _name(cell, _digest(cell))
 
     @classmethod
@@ -293,8 +293,7 @@ class ImageStream(Dataset):
 
     def first(self, count: int) -> Tensor:
         """The first images that can be read, uint8 (count, C, H, W)."""
-        rows = enumerate(self.rows(self.source))
-        return _first((self[number, cell, label, None] for number, (cell, label) in rows), count)
+        return _first((self[cell, label, None] for cell, label in self.rows(self.source)), count)
 
 
 def pictures(rows: datasets.Dataset | datasets.IterableDataset, column: str, count: int) -> list[Image.Image]:

@@ -148,6 +148,7 @@ def load_splits(
         known = [length for length in lengths if length is not None]
         return found, tested, sum(known) if len(known) == len(lengths) else None
     _, label = find_columns(found["train"].features, image_column, label_column)
+    check_labels(found["train"][label], label, found["train"].features[label].names)
     halves = found["train"].train_test_split(train_val_split, stratify_by_column=label, seed=seed)
     share = f"{100 * train_val_split:g} % of {train_split_name}"
     return {"train": halves["train"], "validation": halves["test"]}, share, len(halves["train"])
@@ -216,16 +217,16 @@ def check_labels(labels: Sequence[int | None], column: str, names: Sequence[str]
     return numbers
 
 
-def check_classes(train: Any, validation: Any) -> None:
+def check_classes(train: Any, validation: Any, *, all_trained: bool = True) -> None:
     """Raise ValueError if the splits number classes differently, or one to validate on was never trained.
 
-    The latter is not known of streams.
+    The latter is not known of streams, and not looked for without ``all_trained``: a sample may lack classes.
     """
     if train.label_names != validation.label_names:
         raise ValueError(
             f"The training split has the classes {train.label_names}, the validation split {validation.label_names}."
         )
-    if not (hasattr(train, "labels") and hasattr(validation, "labels")):
+    if not (all_trained and hasattr(train, "labels") and hasattr(validation, "labels")):
         return
     unseen = sorted(set(validation.labels.tolist()) - set(train.labels.tolist()))
     if unseen:
