@@ -242,7 +242,17 @@ class Progress:
 
 
 class Training:
-    """One training run, from the seed or from a checkpoint on, in one process of one or several."""
+    """One training run, from the seed or from a checkpoint on, in one process of one or several.
+
+    Args:
+        args: Of the command line.
+        accelerator: Accelerate's.
+        splits: Images to train and to validate on.
+        pretrained_cfg: timm's description of the input.
+        directory: Where checkpoints go.
+        with_gates: Whether gates close.
+        model: What to begin with; if None, what the arguments say.
+    """
 
     def __init__(
         self,
@@ -252,11 +262,13 @@ class Training:
         pretrained_cfg: dict[str, Any],
         directory: Path,
         with_gates: bool,
+        model: nn.Module | None = None,
     ) -> None:
         self.args, self.accelerator, self.splits, self.directory = args, accelerator, splits, directory
         share = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
         set_seed(args.seed)
-        self.model = build_model(args, pretrained_cfg, splits["train"]).to(accelerator.device)
+        model = build_model(args, pretrained_cfg, splits["train"]) if model is None else model
+        self.model = model.to(accelerator.device)
         if args.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if args.sync_batchnorm:
@@ -525,11 +537,12 @@ def train(
     pretrained_cfg: dict[str, Any],
     *,
     for_comparison: bool = False,
+    model: nn.Module | None = None,
 ) -> tuple[Training, dict[str, Any]]:
     """A training to its end, with gates, or the dense one to compare it with. Returns it and its results."""
     directory = Path(args.output_dir) / ("dense" if for_comparison else "")
     with_gates = not (args.no_gates or for_comparison)
-    training = Training(args, accelerator, splits, pretrained_cfg, directory, with_gates)
+    training = Training(args, accelerator, splits, pretrained_cfg, directory, with_gates, model)
     if checkpoint := find_checkpoint(args, directory):
         training.resume(checkpoint)
     return training, training.run()

@@ -1,0 +1,104 @@
+"""ε-ResNet beside what one would use instead.
+
+    python -m benchmarks --quick              # the small table anew, three seeds, compared with the stored figures
+    python -m benchmarks                      # all that is not stored yet: hours on two cores; goes on where it stopped
+    python -m benchmarks --only table --data glyphs --at_once 1 --threads 2
+
+Figures are kept in benchmarks/results.json; RESULTS.md, curves.png and blocks.png are made of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import train_hf
+from benchmarks import curves, glyphs, results
+from benchmarks.jobs import ROOT, Job, Runner, Store
+from benchmarks.plan import ARCHITECTURE, FEW, FLAGS, PAIRS, SIDES, SWEEPS, sweep, table
+
+HERE = Path(__file__).parent
+PARTS = ("table", "latency", "sweeps")
+
+
+def measure_latency(runner: Runner, data: str, pair: tuple[int, int], threads: int) -> None:
+    """Of all networks of a seed and fold; their runs must be there."""
+    job = Job(data, "latency", *pair)
+    if job in runner.store.results:
+        return
+    jobs = table(data, [pair])
+    runner.make_networks(jobs)
+    task = {
+        "places": {one.method: str(runner.place(one)) for one in jobs},
+        "architecture": ARCHITECTURE[data], "sides": SIDES[data], "repeats": 40, "threads": threads,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.latency", json.dumps(task)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    runner.store.add(job, json.loads(done.stdout))
+
+
+def write_page(store: Store) -> None:
+    (HERE / "RESULTS.md").write_text(results.page(store), encoding="utf-8")
+    if any(job.method == "budget" for job in store.results):
+        curves.draw_curves(store, HERE / "curves.png")
+        curves.draw_blocks(store, "digits", HERE / "blocks.png")
+
+
+def prepare_glyphs() -> None:
+    if not (ROOT / "outputs/glyphs/README.md").exists():
+        subprocess.run([sys.executable, "-m", glyphs.__name__, "--output", "outputs/glyphs"], cwd=ROOT, check=True)
+
+
+def run_again(args: argparse.Namespace) -> None:
+    """The small table without what is stored, beside what is stored."""
+    start = time.monotonic()
+    directory = ROOT / "outputs" / "benchmarks-quick"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    fresh = Store(directory / "results.json")
+    jobs = table("digits", FEW)
+    Runner(fresh, directory, FLAGS, args.at_once, args.threads).run(jobs)
+    print("\n".join(["", *results.methods_table(fresh, "digits", FEW), ""]))
+    print(results.compared(fresh, Store(HERE / "results.json"), jobs))
+    print(f"\n{(time.monotonic() - start) / 60:.0f} minutes, {args.at_once} processes of {args.threads} threads.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--data", choices=list(FLAGS), nargs="+", default=list(FLAGS))
+    parser.add_argument("--at_once", type=int, default=train_hf.available_cores(), help="processes that train")
+    parser.add_argument("--threads", type=int, default=1, help="of each of them")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    if args.quick:
+        run_again(args)
+        return
+    store = Store(HERE / "results.json")
+    directory = ROOT / "outputs" / "benchmarks"
+    directory.mkdir(parents=True, exist_ok=True)
+    runner = Runner(store, directory, FLAGS, args.at_once, args.threads)
+    for data in args.data:
+        if data == "glyphs":
+            prepare_glyphs()
+        if "table" in args.only:
+            runner.run(table(data, PAIRS[data]))
+            write_page(store)
+        if "sweeps" in args.only and data == "digits":
+            runner.run(job for values in SWEEPS.values() for jobs in sweep(values).values() for job in jobs)
+            write_page(store)
+        if "latency" in args.only:
+            for pair in FEW if data == "digits" else PAIRS[data]:
+                measure_latency(runner, data, pair, args.at_once * args.threads)
+            write_page(store)
+
+
+if __name__ == "__main__":
+    main()

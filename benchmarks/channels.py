@@ -1,0 +1,90 @@
+"""Torch-Pruning (https://github.com/VainF/Torch-Pruning, Fang et al., CVPR 2023): channels, not blocks, are removed.
+
+It cannot trace the zero channels that the CIFAR networks pad their shortcuts with. So the shortcuts are first written
+as 1x1 convolutions that compute the same; it may prune and train these as well.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_eps import EpsilonGate
+from timm_eps.eps_resnet import PoolPadShortcut
+
+STEPS = 10  # of the bisection
+# The narrowest layers have 16 channels; with no whole one left, Torch-Pruning leaves them as they are.
+LARGEST = 0.9
+
+
+def prune(model: nn.Module, images: Tensor, is_enough: Callable[[nn.Module], bool]) -> dict[str, Any]:
+    """Remove channels until it is enough, and no more.
+
+    Every layer but the classifier loses the same share of its channels, those whose groups have the smallest norms.
+
+    Args:
+        model: A transformers model around a CIFAR network; changed in place.
+        images: A batch (B, C, H, W).
+        is_enough: Of a pruned network, whether it is small or fast enough.
+
+    Returns:
+        ``ratio``, the share of each layer's channels that is gone, and ``reached``, whether it is enough; if not even
+        the largest share was, that one is taken.
+    """
+    body = plain(model.timm_model)
+    low, high = 0.0, LARGEST
+    best = without(body, high, images)
+    reached = is_enough(best)
+    for _ in range(STEPS if reached else 0):
+        middle = (low + high) / 2
+        net = without(body, middle, images)
+        if is_enough(net):
+            best, high = net, middle
+        else:
+            low = middle
+    model.timm_model = best
+    model.side_head = None  # it reads channels that are not there any longer
+    return {"ratio": high, "reached": reached}
+
+
+def without(body: nn.Module, ratio: float, images: Tensor) -> nn.Module:
+    """A copy of a network with a share of each layer's channels gone."""
+    import torch_pruning
+
+    pruned = copy.deepcopy(body).eval()
+    torch_pruning.pruner.BasePruner(
+        pruned,
+        images.to(next(pruned.parameters()).device),
+        importance=torch_pruning.importance.GroupMagnitudeImportance(),
+        pruning_ratio=ratio,
+        ignored_layers=[pruned.get_classifier()],
+    ).step()
+    return pruned
+
+
+@torch.no_grad()
+def plain(body: nn.Module) -> nn.Module:
+    """A CIFAR network with convolutions as shortcuts, which computes the same."""
+    body = copy.deepcopy(body)
+    for stage in body.stages:
+        for block in stage.blocks:
+            if isinstance(block.downsample, PoolPadShortcut):
+                inner, outer = block.conv1.in_channels, block.conv1.out_channels
+                convolution = nn.Conv2d(inner, outer, 1, bias=False).to(block.conv1.weight.device)
+                before = (outer - inner) // 2
+                convolution.weight.copy_(torch.eye(outer, inner).roll(before, 0)[:, :, None, None])
+                block.downsample = nn.Sequential(block.downsample.pool, convolution)
+    return body
+
+
+def without_gates(body: nn.Module) -> nn.Module:
+    """A network whose gates never close, without them."""
+    body = copy.deepcopy(body)
+    for block in body.modules():
+        if isinstance(getattr(block, "drop_path", None), EpsilonGate):
+            block.drop_path = nn.Identity()
+    return body

@@ -1,0 +1,62 @@
+"""Pictures of the sweeps: accuracy against blocks, and which blocks stay."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import numpy as np
+import timm
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.jobs import Store
+from benchmarks.plan import ARCHITECTURE, FEW, PAIRS, SWEEPS, sweep, table
+from benchmarks.results import found
+from timm_eps.branches import gates
+
+
+def draw_curves(store: Store, path: Path) -> None:
+    """Accuracy against the share of blocks that stayed, over ε and over the budget; the dense network as a band."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for name, label, marker in (("keep", "by budget", "o"), ("epsilon", "ε fixed", "s")):
+        points = []
+        for value, jobs in sweep(SWEEPS[name]).items():
+            runs = found(store, jobs)
+            if runs:
+                accuracies = [100 * run["accuracy"] for run in runs]
+                points.append((statistics.mean(run["blocks"] for run in runs), accuracies, value))
+        points.sort()
+        middles = [statistics.mean(accuracies) for _, accuracies, _ in points]
+        below = [middle - min(accuracies) for middle, (_, accuracies, _) in zip(middles, points, strict=True)]
+        above = [max(accuracies) - middle for middle, (_, accuracies, _) in zip(middles, points, strict=True)]
+        axis.errorbar([x for x, _, _ in points], middles, [below, above], marker=marker, capsize=3, label=label)
+        for (blocks, _, value), middle in zip(points, middles, strict=True):
+            axis.annotate(value, (blocks, middle), textcoords="offset points", xytext=(5, -11), fontsize=8)
+    dense = [100 * run["accuracy"] for run in found(store, (j for j in table("digits", FEW) if j.method == "dense"))]
+    if dense:
+        axis.axhspan(min(dense), max(dense), color="grey", alpha=0.2, label="dense, all 54 blocks")
+    axis.set(xlabel="residual blocks left", ylabel="accuracy, %", ylim=(max(90, axis.get_ylim()[0]), 100.1))
+    axis.set_title("eps_resnet110 on the digits; range of three seeds", fontsize=11)
+    axis.legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def draw_blocks(store: Store, data: str, path: Path) -> None:
+    """How often each block stayed, over seeds and folds, by budget."""
+    slots = list(gates(timm.create_model(ARCHITECTURE[data])))
+    runs = found(store, (job for job in table(data, PAIRS[data]) if job.method == "budget"))
+    stayed = np.array([[slot not in run["removed"] for slot in slots] for run in runs], dtype=float)
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.bar(range(len(slots)), stayed.mean(0), width=0.9, color="#1b4f72")
+    third = len(slots) // 3
+    for border in (third, 2 * third):
+        axis.axvline(border - 0.5, color="black", linewidth=0.8)
+    axis.set(xlim=(-0.5, len(slots) - 0.5), ylim=(0, 1), ylabel="share of runs", xlabel="residual block")
+    parts = [f"stage {n}: {stayed[:, n * third : (n + 1) * third].sum(1).mean():.1f} stay" for n in range(3)]
+    axis.set_title(f"Which blocks stay, {len(runs)} runs on the {data}; {', '.join(parts)}", fontsize=10)
+    figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,0 +1,132 @@
+"""Runs of methods: each in a process of its own, several at once, none twice.
+
+What a run found is kept in a JSON file under what it depended on, so that a benchmark that was stopped goes on. The
+networks stay in ``outputs/``; where those of a finished run are gone and another run needs them, it is made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import train_hf
+from benchmarks.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a method on a set of data, by further arguments of train_hf.py, with a seed and a part of the data."""
+
+    data: str
+    method: str
+    seed: int
+    fold: int = 0
+    flags: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> list[Job]:
+        """The runs whose networks this one begins with."""
+        return [Job(self.data, method, self.seed, self.fold) for method in METHODS[self.method].needs]
+
+    @property
+    def name(self) -> str:
+        flags = "_".join(flag.lstrip("-").replace("/", "-") for flag in self.flags)
+        return "-".join(filter(None, [self.data, self.method, flags, f"seed{self.seed}", f"fold{self.fold}"]))
+
+
+class Store:
+    """Results by job, in a JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.results: dict[Job, dict[str, Any]] = {}
+        for record in json.loads(path.read_text()) if path.exists() else []:
+            job = record["job"]
+            self.results[Job(**{**job, "flags": tuple(job["flags"])})] = record["result"]
+
+    def add(self, job: Job, result: dict[str, Any]) -> None:
+        self.results[job] = result
+        ordered = sorted(self.results.items(), key=lambda item: item[0].name)
+        records = (json.dumps({"job": asdict(job), "result": found}, sort_keys=True) for job, found in ordered)
+        self.path.write_text("[\n" + ",\n".join(records) + "\n]\n")
+
+
+class Runner:
+    """Carries out jobs, those that they need first.
+
+    Args:
+        store: Where results are kept; what is there is not run again.
+        directory: Where runs write.
+        flags: Arguments of train_hf.py that all runs on a set of data share, by its name.
+        at_once: Number of processes.
+        threads: Of each process on the CPU.
+    """
+
+    def __init__(self, store: Store, directory: Path, flags: dict[str, list[str]], at_once: int, threads: int) -> None:
+        self.store, self.directory, self.flags, self.threads = store, directory, flags, threads
+        self.pool = ThreadPoolExecutor(at_once)
+        self.started: dict[Job, Future[None]] = {}
+
+    def run(self, jobs: Iterable[Job]) -> None:
+        """Carry out the jobs that have no result yet; raises RuntimeError with the log of the first that fails."""
+        self.make_networks(job for job in jobs if job not in self.store.results)
+
+    def make_networks(self, jobs: Iterable[Job]) -> None:
+        """Carry out the jobs whose networks are not there."""
+        jobs = list(jobs)
+        # In this order a job finds those that it waits for in work or done, and never blocks the last process.
+        ordered = list(dict.fromkeys([*(need for job in jobs for need in job.needs), *jobs]))
+        for job in ordered:
+            if job not in self.started:
+                self.started[job] = self.pool.submit(self.carry_out, job)
+        for job in ordered:
+            self.started[job].result()
+            if job not in self.store.results:
+                self.store.add(job, json.loads((self.place(job) / "result.json").read_text()))
+
+    def place(self, job: Job) -> Path:
+        return self.directory / job.name
+
+    def carry_out(self, job: Job) -> None:
+        place = self.place(job)
+        if (place / "result.json").exists():
+            return
+        for need in job.needs:
+            self.started[need].result()
+        place.mkdir(parents=True, exist_ok=True)
+        task = {
+            "method": job.method,
+            "flags": [*self.flags[job.data], *job.flags, *self.varying(job)],
+            "directory": str(place),
+            "earlier": {need.method: str(self.place(need)) for need in job.needs},
+        }
+        with (place / "log.txt").open("w") as log:
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.worker", json.dumps(task)],
+                cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(self.threads)}, stdout=log, stderr=log, check=False,
+            )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"{job.name} failed:\n{(place / 'log.txt').read_text()[-2000:]}")
+        result = json.loads((place / "result.json").read_text())
+        print(f"{job.name}: {100 * result['accuracy']:.2f} %, {result['train_seconds']:.0f} s", flush=True)
+
+    def varying(self, job: Job) -> list[str]:
+        flags = ["--seed", str(job.seed), "--num_threads", str(self.threads)]
+        return [*flags, "--fold", str(job.fold)] if job.data == "digits" else flags
+
+
+def conditions() -> dict[str, Any]:
+    """What a result depends on besides its job."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {"commit": described.stdout.strip() or "unknown", "versions": train_hf.versions()}

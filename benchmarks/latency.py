@@ -1,0 +1,71 @@
+"""Latency of the networks of one seed and fold, measured in turn in one process with nothing beside it.
+
+``__main__.py`` starts it; the answer is printed as JSON, in seconds, medians.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+import train_hf
+from benchmarks.channels import without_gates
+from timm_eps import report
+from timm_eps.branches import gates
+
+NATIVE = "native"
+
+
+def load(place: Path) -> nn.Module:
+    """The timm network of a run."""
+    if (place / "model.pt").exists():  # of Torch-Pruning
+        return torch.load(place / "model.pt", weights_only=False)
+    return AutoModelForImageClassification.from_pretrained(place).timm_model
+
+
+def native(body: nn.Module) -> nn.Module:
+    """The same structure as one would write it who knew nothing of gates: without them, and without placeholders."""
+    body = without_gates(body)
+    for stage in body.stages:
+        stage.blocks = nn.Sequential(*(block for block in stage.blocks if not isinstance(block, nn.Identity)))
+    return body
+
+
+def block_macs(body: nn.Module, architecture: str, image: torch.Tensor) -> int:
+    """Multiply-adds of an image in the blocks alone."""
+    everything = list(gates(timm.create_model(architecture)))
+    rest = timm.create_model(architecture, num_classes=body.num_classes, removed=everything)
+    return report.count_macs(body, image) - report.count_macs(rest.to(image.device), image)
+
+
+def main() -> None:
+    task: dict[str, Any] = json.loads(sys.argv[1])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(task["threads"])
+    nets = {method: load(Path(place)).to(device).eval() for method, place in task["places"].items()}
+    nets[NATIVE] = native(nets["budget"])
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"hardware": f"{task['threads']} threads", "versions": train_hf.versions()}
+    for side in task["sides"]:
+        images = torch.randn(128, 3, side, side, device=device)
+        if not torch.equal(nets[NATIVE](images[:2]), nets["budget"](images[:2])):
+            raise RuntimeError("The native network computes something else.")
+        found[f"seconds at 128, {side}x{side}"] = report.paired_latency(nets, images, task["repeats"])
+        found[f"block macs, {side}x{side}"] = {
+            method: block_macs(nets[method], task["architecture"], images[:1]) for method in ("dense", "budget")
+        }
+    found["seconds at 1"] = report.paired_latency(
+        nets, images[:1, :, : task["sides"][0], : task["sides"][0]], 5 * task["repeats"]
+    )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

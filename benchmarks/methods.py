@@ -1,0 +1,240 @@
+"""The networks that are compared: each method trains one, from the same recipe, and says what it cost.
+
+A method is a function of a :class:`Bench`, which holds the data of one run, and returns the network that is left. Those
+that begin with the dense network take it, trained, from the run of the same seed and fold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
+
+import timm_eps
+import train_hf
+from benchmarks import channels
+from timm_eps import report
+from timm_eps.branches import gates
+
+
+@dataclass
+class Bench:
+    """The data of one run, the networks of the runs that it builds on, and what it cost so far.
+
+    Args:
+        flags: Arguments of train_hf.py that all methods share.
+        directory: Where this run may write.
+        earlier: Directories of the runs that this one needs, by method.
+    """
+
+    flags: list[str]
+    directory: Path
+    earlier: dict[str, Path]
+    epochs: int = 0
+    train_seconds: float = 0.0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.args = self.arguments()
+        self.accelerator = train_hf.start_accelerator(self.args)
+        self.splits, self.pretrained_cfg, _, _ = train_hf.prepare_data(self.args, self.accelerator)
+
+    def arguments(self, *flags: str) -> argparse.Namespace:
+        return train_hf.parse_arguments([*self.flags, *flags, "--output_dir", str(self.directory)])
+
+    def fit(self, *flags: str, model: nn.Module | None = None) -> nn.Module:
+        """Train by the recipe, from a network on if one is given. Returns what is left of it."""
+        args = self.arguments(*flags)
+        training, results = train_hf.train(args, self.accelerator, self.splits, self.pretrained_cfg, model=model)
+        self.epochs += args.num_train_epochs
+        self.train_seconds += results["train_seconds"]
+        self.accuracy = results["eval_accuracy"]
+        timm_eps.remove_closed(training.model)
+        return training.model
+
+    def images(self, count: int) -> Tensor:
+        """The first images to test on, as the network reads them."""
+        images = train_hf.data.Normalize(self.pretrained_cfg)(self.splits["validation"].first(count))
+        return images.to(self.accelerator.device)
+
+    def load(self, method: str) -> nn.Module:
+        """The network of an earlier run, whose cost is added to this one's."""
+        self.epochs += self.result(method)["epochs"]
+        self.train_seconds += self.result(method)["train_seconds"]
+        weight = self.args.side_loss_weight
+        return AutoModelForImageClassification.from_pretrained(self.earlier[method], side_loss_weight=weight)
+
+    def result(self, method: str) -> dict[str, Any]:
+        return json.loads((self.earlier[method] / "result.json").read_text())
+
+    def slots(self) -> list[str]:
+        """All branches of the unpruned network."""
+        return list(gates(timm.create_model(self.args.architecture)))
+
+
+def evenly(slots: Sequence[str], keep: int) -> list[str]:
+    """What to remove so that ``keep`` of the slots stay, at equal distances."""
+    kept = {round((index + 0.5) * len(slots) / keep - 0.5) for index in range(keep)}
+    return [slot for index, slot in enumerate(slots) if index not in kept]
+
+
+def cut(model: nn.Module, slots: Sequence[str]) -> None:
+    """Take branches out of a trained network, whatever they compute."""
+    for slot in slots:
+        gates(model)[slot].closed = True
+    timm_eps.remove_closed(model)
+
+
+def dense(bench: Bench) -> nn.Module:
+    return bench.fit("--no_gates")
+
+
+def dense_without_side(bench: Bench) -> nn.Module:
+    return bench.fit("--no_gates", "--side_loss_weight", "0")
+
+
+def pruned(bench: Bench) -> nn.Module:
+    return bench.fit()
+
+
+def from_scratch(bench: Bench, removed: Sequence[str], *flags: str) -> nn.Module:
+    return bench.fit("--no_gates", "--model_args", json.dumps({"removed": list(removed)}), *flags)
+
+
+def scratch(bench: Bench) -> nn.Module:
+    return from_scratch(bench, bench.result("budget")["removed"])
+
+
+def scratch_with_dense_compute(bench: Bench) -> nn.Module:
+    """As many epochs as cost the multiply-adds of the dense training."""
+    found = bench.result("budget")
+    epochs = round(bench.args.num_train_epochs * bench.result("dense")["macs"] / found["macs"])
+    return from_scratch(bench, found["removed"], "--num_train_epochs", str(epochs))
+
+
+def shallow(bench: Bench) -> nn.Module:
+    return from_scratch(bench, evenly(bench.slots(), bench.result("budget")["blocks"]))
+
+
+def random_blocks(bench: Bench) -> nn.Module:
+    model = bench.load("dense")
+    count = len(bench.result("budget")["removed"])
+    cut(model, random.Random(bench.args.seed).sample(bench.slots(), count))
+    return bench.fit("--no_gates", model=model)
+
+
+def stochastic_depth(bench: Bench) -> nn.Module:
+    """Trained with branches dropped at random, up to half of the time in the last block (Huang et al., ECCV 2016)."""
+    model = bench.fit("--no_gates", "--model_args", json.dumps({"drop_path_rate": 0.5}))
+    for gate in gates(model).values():
+        gate.drop_path = nn.Identity()
+    del model.config.model_args["drop_path_rate"]
+    cut(model, evenly(bench.slots(), bench.result("budget")["blocks"]))
+    return bench.fit("--no_gates", model=model)
+
+
+def torch_pruning_to_size(bench: Bench) -> nn.Module:
+    model, target = bench.load("dense"), bench.result("budget")["params"]
+    bench.notes |= channels.prune(model, bench.images(2), lambda net: report.count_parameters(net) <= target)
+    return bench.fit("--no_gates", "--side_loss_weight", "0", model=model)
+
+
+def torch_pruning_to_latency(bench: Bench) -> nn.Module:
+    model = bench.load("dense")
+    fast = AutoModelForImageClassification.from_pretrained(bench.earlier["budget"]).timm_model.to(model.device)
+    batch = bench.images(128)
+
+    def is_as_fast(net: nn.Module) -> bool:
+        latency = report.paired_latency({"fast": fast, "net": net}, batch)
+        return latency["net"] <= latency["fast"]
+
+    bench.notes |= channels.prune(model, batch[:2], is_as_fast)
+    return bench.fit("--no_gates", "--side_loss_weight", "0", model=model)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a network is made, its name in tables, and the methods whose runs it builds on."""
+
+    name: str
+    make: Callable[[Bench], nn.Module]
+    needs: tuple[str, ...] = ()
+
+
+METHODS = {
+    "dense": Method("dense", dense),
+    "dense_without_side": Method("dense, without side supervision", dense_without_side),
+    "budget": Method("ε-ResNet, ε by budget", pruned),
+    "fixed": Method("ε-ResNet, ε fixed", pruned),
+    "scratch": Method("the found structure from scratch, same epochs", scratch, ("budget",)),
+    "scratch_with_dense_compute": Method(
+        "the found structure from scratch, the dense network's compute", scratch_with_dense_compute, ("budget", "dense")
+    ),
+    "shallow": Method("as many blocks evenly spread, from scratch", shallow, ("budget",)),
+    "random_blocks": Method("random blocks out of the dense network, fine-tuned", random_blocks, ("dense", "budget")),
+    "stochastic_depth": Method("stochastic depth, then evenly removed, fine-tuned", stochastic_depth, ("budget",)),
+    "torch_pruning_to_size": Method(
+        "Torch-Pruning to the same parameters, fine-tuned", torch_pruning_to_size, ("dense", "budget")
+    ),
+    "torch_pruning_to_latency": Method(
+        "Torch-Pruning to the same latency, fine-tuned", torch_pruning_to_latency, ("dense", "budget")
+    ),
+}
+
+
+def saved(model: nn.Module, directory: Path, images: Tensor) -> dict[str, Any]:
+    """Save a network; how large the file is, and whether timm and transformers load it with the same logits.
+
+    What they cannot load is kept as a pickled object, as Torch-Pruning's documentation says.
+    """
+    model.eval()
+    with torch.no_grad():
+        expected = model(images).logits
+    found: dict[str, Any] = {}
+    try:
+        timm_eps.save_pretrained(model, directory)
+    except ValueError as error:
+        found["refused"] = str(error)
+    for name, load in {
+        "timm": lambda: timm.create_model(f"local-dir:{directory}", pretrained=True),
+        "transformers": lambda: AutoModelForImageClassification.from_pretrained(directory),
+    }.items():
+        try:
+            answer = load().to(images.device).eval()(images)
+            found[name] = torch.equal(getattr(answer, "logits", answer), expected)
+        except Exception as error:  # whatever it says: it is not loaded
+            found[name] = False
+            found[f"{name} says"] = f"{type(error).__name__}: {error}"[:300]
+    if found["timm"] and found["transformers"]:
+        found["bytes"] = (directory / "model.safetensors").stat().st_size
+    else:
+        torch.save(channels.without_gates(model.timm_model), directory / "model.pt")
+        found["bytes"] = (directory / "model.pt").stat().st_size
+    return found
+
+
+def measured(bench: Bench, model: nn.Module) -> dict[str, Any]:
+    """What a run found: accuracy, structure and size."""
+    images = bench.images(32)
+    body = model.timm_model
+    removed = list(model.config.model_args.get("removed", []))
+    return {
+        "accuracy": bench.accuracy,
+        "blocks": len(bench.slots()) - len(removed),
+        "epochs": bench.epochs,
+        "macs": report.count_macs(body, images[:1]),
+        "params": report.count_parameters(body),
+        "removed": removed,
+        "saved": saved(model, bench.directory, images),
+        "train_seconds": bench.train_seconds,
+        **bench.notes,
+    }

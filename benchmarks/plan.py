@@ -1,0 +1,62 @@
+"""Which runs each comparison consists of."""
+
+from __future__ import annotations
+
+from benchmarks.jobs import Job
+from benchmarks.methods import METHODS
+
+FLAGS = {
+    "digits": ["--config", "hub_configs/eps_resnet110.digits.json"],
+    "glyphs": ["--config", "benchmarks/glyphs.json"],
+}
+ARCHITECTURE = {"digits": "eps_resnet110", "glyphs": "eps_resnet56"}
+SIDES = {"digits": (8, 32), "glyphs": (32,)}
+EPSILON = {"digits": "2.0", "glyphs": "1.0"}
+# Seeds and folds. Over the five folds each image of the digits is tested once.
+PAIRS = {
+    "digits": [(seed, fold) for seed in range(3) for fold in range(5)],
+    "glyphs": [(seed, 0) for seed in range(3)],
+}
+FEW = [(0, 0), (1, 1), (2, 2)]
+
+# What is changed, to which values; all else is the recipe of the digits. Restarts: the paper's, scaled to 60 epochs.
+_STEPS = ("--lr_milestones", "20", "35", "50", "--lr_restart_milestones", "10", "18", "25")
+SWEEPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "keep": {value: ("--keep", value) for value in ("0.05", "0.1", "0.15", "0.25", "0.35", "0.5", "0.75")},
+    "epsilon": {value: ("--epsilon", value) for value in ("1.0", "1.5", "2.0", "2.5", "3.0", "3.5")},
+    "weight_decay": {value: ("--weight_decay", value) for value in ("1.25e-3", "2.5e-3", "5e-3", "1e-2")},
+    "epsilon_warmup_epochs": {value: ("--epsilon_warmup_epochs", value) for value in ("0", "4", "8", "16")},
+    "ramp_epochs": {value: ("--ramp_epochs", value) for value in ("0", "10", "25", "40")},
+    "patience": {value: ("--patience", value) for value in ("1", "3", "6")},
+    "side_loss_weight": {value: ("--side_loss_weight", value) for value in ("0", "0.1", "0.3")},
+    "learning rate, ε fixed": {
+        "cosine": ("--epsilon", EPSILON["digits"]),
+        "steps": ("--epsilon", EPSILON["digits"], "--lr_scheduler", "multistep", *_STEPS[:4]),
+        "steps, restarting": ("--epsilon", EPSILON["digits"], "--lr_scheduler", "restarting", *_STEPS),
+    },
+}
+
+
+def table(data: str, pairs: list[tuple[int, int]]) -> list[Job]:
+    """Every method, for each seed and fold."""
+    flags = {"fixed": ("--epsilon", EPSILON[data])}
+    return [Job(data, method, *pair, flags.get(method, ())) for method in METHODS for pair in pairs]
+
+
+def sweep(values: dict[str, tuple[str, ...]]) -> dict[str, list[Job]]:
+    """The runs of each value of one setting."""
+    return {value: [setting(flags, *pair) for pair in FEW] for value, flags in values.items()}
+
+
+def setting(flags: tuple[str, ...], seed: int, fold: int) -> Job:
+    """A run on the digits; those of the table are not repeated under another name."""
+    if flags == ("--epsilon", EPSILON["digits"]):
+        return Job("digits", "fixed", seed, fold, flags)
+    is_default = flags in _DEFAULTS
+    return Job("digits", "budget", seed, fold, () if is_default else flags)
+
+
+_DEFAULTS = [
+    ("--keep", "0.25"), ("--weight_decay", "5e-3"), ("--epsilon_warmup_epochs", "8"), ("--ramp_epochs", "25"),
+    ("--patience", "3"), ("--side_loss_weight", "0.1"),
+]  # fmt: skip

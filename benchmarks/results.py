@@ -1,0 +1,211 @@
+"""RESULTS.md: tables of what ``results.json`` holds. Nothing in it is written by hand."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from benchmarks.jobs import Job, Store
+from benchmarks.latency import NATIVE
+from benchmarks.methods import METHODS
+from benchmarks.plan import FEW, PAIRS, SIDES, SWEEPS, sweep, table
+
+OURS = "budget"
+Values = list[float]
+TITLES = {
+    "digits": "The digits of scikit-learn: 1,797 real images, 8x8, 10 classes; five stratified folds",
+    "glyphs": "Synthetic glyphs: 50,000 + 10,000 images, 32x32, 34 classes, of fonts; `benchmarks/glyphs.py`",
+}
+
+
+def mean_and_spread(values: Values, form: str = "{:.2f}") -> str:
+    if not values:
+        return ""
+    mean = form.format(statistics.mean(values))
+    return mean if len(values) < 2 else f"{mean} ± {form.format(statistics.stdev(values))}"
+
+
+def found(store: Store, jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    return [store.results[job] for job in jobs if job in store.results]
+
+
+def by_method(jobs: Iterable[Job]) -> dict[str, list[Job]]:
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.method, []).append(job)
+    return groups
+
+
+def difference(store: Store, jobs: list[Job], others: list[Job]) -> Values:
+    """Points of accuracy that the others are ahead, run by run."""
+    pairs = zip(jobs, others, strict=True)
+    return [
+        100 * (store.results[other]["accuracy"] - store.results[job]["accuracy"])
+        for job, other in pairs
+        if job in store.results and other in store.results
+    ]
+
+
+def verdict(values: Values) -> str:
+    """Whether ε-ResNet is ahead: by more than twice the standard error of the mean difference, or not to be told."""
+    if len(values) < 2:
+        return ""
+    mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+    judged = "ahead" if mean > 2 * error else "**behind**" if mean < -2 * error else "not to be told apart"
+    return f"{mean:+.2f} ± {error:.2f}, {judged}"
+
+
+def latencies(store: Store, data: str, name: str) -> dict[str, Values]:
+    """Latency over the dense network's by method, one value a seed and fold measured."""
+    ratios: dict[str, Values] = {}
+    for result in found(store, (Job(data, "latency", *pair) for pair in FEW)):
+        for method, seconds in result[name].items():
+            ratios.setdefault(method, []).append(seconds / result[name]["dense"])
+    return ratios
+
+
+def ratio(values: Values) -> str:
+    return f"{mean_and_spread(values)}×" if values else ""
+
+
+def methods_table(store: Store, data: str, pairs: list[tuple[int, int]]) -> list[str]:
+    groups = by_method(table(data, pairs))
+    side = SIDES[data][0]
+    at_one, at_many = latencies(store, data, "seconds at 1"), latencies(store, data, f"seconds at 128, {side}x{side}")
+    lines = [
+        "| | epochs | accuracy, % | ε by budget is ahead by, points | blocks | parameters, thousands | multiply-adds, "
+        "millions | latency at 1 | at 128 | training | memory, MiB | file, KiB | in timm | in transformers |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---|",
+    ]
+    for method, jobs in groups.items():
+        runs = found(store, jobs)
+        if not runs:
+            continue
+
+        def column(value: Callable[[dict], float], form: str = "{:.2f}", runs: list[dict] = runs) -> str:
+            return mean_and_spread([value(run) for run in runs], form)
+
+        times = [
+            store.results[job]["train_seconds"] / store.results[dense]["train_seconds"]
+            for job, dense in zip(jobs, groups["dense"], strict=True)
+            if job in store.results and dense in store.results
+        ]
+        loads = ["yes" if all(run["saved"][name] for run in runs) else "**no**" for name in ("timm", "transformers")]
+        cells = [
+            METHODS[method].name + (f", {' '.join(jobs[0].flags).lstrip('-')}" if jobs[0].flags else ""),
+            column(lambda run: run["epochs"], "{:.0f}").split(" ±")[0],
+            column(lambda run: 100 * run["accuracy"]),
+            "" if method == OURS else verdict(difference(store, jobs, groups[OURS])),
+            column(lambda run: run["blocks"], "{:.1f}"),
+            column(lambda run: run["params"] / 1e3, "{:.0f}"),
+            column(lambda run: run["macs"] / 1e6, "{:.2f}"),
+            ratio(at_one.get(method, [])),
+            ratio(at_many.get(method, [])),
+            f"{statistics.median(times):.2f}×" if times else "",
+            f"{statistics.median(run['train_bytes'] for run in runs) / 2**20:.0f}",
+            f"{statistics.median(run['saved']['bytes'] for run in runs) / 2**10:.0f}",
+            *loads,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def speed_table(store: Store, data: str) -> list[str]:
+    """What the structure promises against what it gives."""
+    results = found(store, (Job(data, "latency", *pair) for pair in FEW))
+    lines = ["| | batch | native over pruned | speed-up over dense | that of the blocks' multiply-adds | share |"]
+    lines += ["|---|---:|---:|---:|---:|---:|"]
+    for side in SIDES[data]:
+        name = f"seconds at 128, {side}x{side}"
+        seconds = [result[name] for result in results]
+        macs = [result[f"block macs, {side}x{side}"] for result in results]
+        faster = [each["dense"] / each[OURS] for each in seconds]
+        promised = [each["dense"] / each[OURS] for each in macs]
+        cells = [
+            f"{side}x{side}", "128", mean_and_spread([each[NATIVE] / each[OURS] for each in seconds], "{:.3f}"),
+            f"{mean_and_spread(faster)}×", f"{mean_and_spread(promised)}×",
+            mean_and_spread([a / b for a, b in zip(faster, promised, strict=True)]),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    ones = [result["seconds at 1"] for result in results]
+    faster = [each["dense"] / each[OURS] for each in ones]
+    native = mean_and_spread([each[NATIVE] / each[OURS] for each in ones], "{:.3f}")
+    lines.append(f"| {SIDES[data][0]}x{SIDES[data][0]} | 1 | {native} | {mean_and_spread(faster)}× | | |")
+    return lines
+
+
+def sweep_table(store: Store, name: str) -> list[str]:
+    lines = [f"| {name} | accuracy, % | blocks | parameters gone, % |", "|---|---:|---:|---:|"]
+    dense = {job.seed: job for job in table("digits", FEW) if job.method == "dense"}
+    for value, jobs in sweep(SWEEPS[name]).items():
+        known = [job for job in jobs if job in store.results]
+        runs = found(store, known)
+        whole = [store.results[dense[job.seed]]["params"] for job in known if dense[job.seed] in store.results]
+        gone = [100 * (1 - run["params"] / total) for run, total in zip(runs, whole, strict=False)]
+        if runs:
+            lines.append(
+                f"| {value} | {mean_and_spread([100 * run['accuracy'] for run in runs])} "
+                f"| {mean_and_spread([run['blocks'] for run in runs], '{:.1f}')} | {mean_and_spread(gone, '{:.1f}')} |"
+            )
+    return lines
+
+
+def page(store: Store) -> str:
+    """All of RESULTS.md."""
+    results = [result for job, result in store.results.items() if job.method != "latency"]
+    if not results:
+        return "# Results\n\nNothing was run yet.\n"
+    versions = sorted({f"{name} {version}" for run in results for name, version in run["versions"].items()})
+    lines = [
+        "# Results",
+        "",
+        "Made by `python -m benchmarks`; not to be edited. "
+        f"{len(results)} runs on {', '.join(sorted({run['hardware'] for run in results}))}; {', '.join(versions)}; "
+        f"commits {', '.join(sorted({run['commit'] for run in results}))}.",
+        "",
+        "Mean ± standard deviation over the runs. All methods train by the same recipe; those that begin with a "
+        "trained dense network have its epochs and time added to their own. The fourth column is of pairs of runs of "
+        "the same seed and fold: mean difference ± its standard error. Latencies are over the dense network's, all "
+        "measured in turn in one process. Training time is the median over the dense network's, with two processes on "
+        "two cores. Memory is what training adds to the process.",
+    ]
+    for data, title in TITLES.items():
+        if not found(store, table(data, PAIRS[data])):
+            continue
+        lines += ["", f"## {title}", "", *methods_table(store, data, PAIRS[data])]
+        if found(store, (Job(data, "latency", *pair) for pair in FEW)):
+            lines += ["", "Speed of the pruned network, ε by budget:", "", *speed_table(store, data)]
+    swept = [name for name in SWEEPS if any(found(store, jobs) for jobs in sweep(SWEEPS[name]).values())]
+    if swept:
+        lines += ["", "## What the settings do", "", "Digits, three seeds, each with another fold.", ""]
+        lines += ["![accuracy against blocks](curves.png)", "", "![which blocks stay](blocks.png)"]
+    for name in swept:
+        lines += ["", *sweep_table(store, name)]
+    return "\n".join(lines) + "\n"
+
+
+def compared(fresh: Store, stored: Store, jobs: list[Job]) -> str:
+    """Each figure of new runs beside the stored one; says which differ by more than the stored runs' spread."""
+    figures: dict[str, Callable[[dict], float]] = {
+        "accuracy, %": lambda run: 100 * run["accuracy"],
+        "blocks": lambda run: run["blocks"],
+        "parameters": lambda run: run["params"],
+        "multiply-adds": lambda run: run["macs"],
+    }
+    lines = ["| | | stored | now | |", "|---|---|---:|---:|---|"]
+    for method, group in by_method(jobs).items():
+        for name, value in figures.items():
+            before = [value(run) for run in found(stored, group)]
+            now = [value(run) for run in found(fresh, group)]
+            if not now:
+                continue
+            if not before:
+                lines.append(f"| {METHODS[method].name} | {name} | | {mean_and_spread(now)} | nothing stored |")
+                continue
+            spread = statistics.stdev(before) if len(before) > 1 else 0.0
+            differs = abs(statistics.mean(now) - statistics.mean(before)) > spread
+            cells = METHODS[method].name, name, mean_and_spread(before), mean_and_spread(now)
+            lines.append(f"| {' | '.join(cells)} | {'**differs**' if differs else 'within the spread'} |")
+    return "\n".join(lines)

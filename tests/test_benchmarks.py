@@ -1,0 +1,320 @@
+"""The comparison in benchmarks/: data, methods, the running of jobs, and the page that is made of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import matplotlib
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_eps
+from timm_eps import report
+from timm_eps.branches import gates
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import channels, curves, glyphs, jobs, latency, methods, plan, results  # noqa: E402
+
+# The fonts that come with matplotlib are on every machine that runs the tests.
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+@pytest.fixture(scope="module")
+def fonts():
+    return glyphs.read_fonts(FONTS)
+
+
+def test_only_legible_fonts_are_taken(fonts):
+    """Fonts of symbols alone are among matplotlib's."""
+    families = {font.family for font in fonts}
+    assert {"DejaVu Sans", "DejaVu Serif", "STIXGeneral"} <= families
+    assert not families & {"cmex10", "STIXSizeOneSym"}
+    assert all(font.masks.shape == (34, 64, 64) and font.masks.dtype == np.uint8 for font in fonts)
+
+
+def test_no_family_is_in_both_splits(fonts):
+    train, test = glyphs.divide(fonts, seed=0)
+    assert len(train) + len(test) == len(fonts)
+    assert not {font.family for font in train} & {font.family for font in test}
+    assert glyphs.divide(fonts, seed=1)[1] != test
+    with pytest.raises(ValueError, match="of one family"):
+        glyphs.divide([font for font in fonts if font.family == "DejaVu Sans"], seed=0)
+
+
+def test_a_directory_without_fonts(tmp_path):
+    (tmp_path / "no.ttf").write_bytes(b"not a font")
+    with pytest.raises(ValueError, match="holds no font"):
+        glyphs.read_fonts(tmp_path)
+
+
+def test_the_same_seed_draws_the_same_images(fonts):
+    first, again, other = (list(glyphs.images(fonts, 68, seed, batch=40)) for seed in (0, 0, 1))
+    for (images, labels), (same, same_labels), (others, _) in zip(first, again, other, strict=True):
+        assert images.shape[1:] == (3, 32, 32)
+        assert images.dtype == torch.uint8
+        assert labels == same_labels
+        assert torch.equal(images, same)
+        assert not torch.equal(images, others)
+    assert sorted(label for _, labels in first for label in labels) == sorted([*range(34), *range(34)])
+
+
+def test_images_show_their_characters(fonts):
+    """On average over many, a class looks unlike another."""
+    mean = torch.zeros(34, 3 * 32 * 32)
+    for images, labels in glyphs.images(fonts, 34 * 60, 0):
+        edges = images.float() - images.float().mean((2, 3), keepdim=True)
+        mean.index_add_(0, torch.tensor(labels), edges.abs().flatten(1))
+    correlation = torch.corrcoef(mean)
+    assert correlation[~torch.eye(34, dtype=torch.bool)].max() < 0.99
+
+
+def test_the_data_set_is_one_that_datasets_reads(fonts, tmp_path):
+    glyphs.write(tmp_path / "glyphs", fonts, train=70, test=36, seed=0)
+    loaded = datasets.load_dataset(str(tmp_path / "glyphs"), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(rows) for name, rows in loaded.items()} == {"train": 70, "test": 36}
+    assert loaded["train"].features["label"].names == list(glyphs.CLASSES)
+    assert loaded["test"][0]["image"].size == (32, 32)
+    assert "DejaVu" in (tmp_path / "glyphs" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("keep", [1, 3, 14, 27, 54])
+def test_evenly_spread(keep):
+    slots = [str(index) for index in range(54)]
+    removed = methods.evenly(slots, keep)
+    kept = [index for index in range(54) if str(index) not in removed]
+    assert len(kept) == keep
+    if keep > 1:
+        distances = np.diff(kept)
+        assert distances.max() - distances.min() <= 1
+    assert abs((kept[0] + kept[-1]) / 2 - 26.5) <= 1
+
+
+def test_shortcuts_as_convolutions_compute_the_same():
+    body = timm.create_model("eps_resnet20").eval()
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(channels.plain(body)(images), body(images))
+    assert not any(isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) for module in body.modules())
+    assert not gates(channels.without_gates(body))
+    assert gates(body)
+
+
+@pytest.fixture
+def classifier():
+    config = timm_eps.EpsResNetConfig(architecture="eps_resnet20", side_loss_weight=0.1, num_labels=10)
+    return timm_eps.EpsResNetForImageClassification(config)
+
+
+def test_channels_go_until_it_is_enough_and_no_further(classifier):
+    images, target = torch.randn(2, 3, 16, 16), 50_000
+    found = channels.prune(classifier, images, lambda net: report.count_parameters(net) <= target)
+    assert found["reached"]
+    assert 0.9 * target < report.count_parameters(classifier.timm_model) <= target
+    loss = classifier.train()(images, labels=torch.tensor([1, 2])).loss
+    loss.backward()
+    assert classifier.timm_model.stem.conv.weight.grad is not None
+
+
+def test_what_channels_cannot_reach_is_said(classifier):
+    found = channels.prune(classifier, torch.randn(2, 3, 16, 16), lambda net: False)
+    assert found == {"ratio": channels.LARGEST, "reached": False}
+    assert classifier.timm_model.stem.conv.out_channels == 1
+
+
+def test_the_native_network_is_the_pruned_one_without_what_is_left_of_gates():
+    body = timm.create_model("eps_resnet20", removed=["stages.0.blocks.0.drop_path", "stages.2.blocks.1.drop_path"])
+    images = torch.randn(2, 3, 16, 16)
+    native = latency.native(body.eval())
+    assert torch.equal(native(images), body(images))
+    assert [len(stage.blocks) for stage in native.stages] == [2, 3, 2]
+    assert not any(isinstance(module, timm_eps.EpsilonGate) for module in native.modules())
+
+
+def test_multiply_adds_of_blocks():
+    body = timm.create_model("eps_resnet20")
+    whole = (
+        3 * 2 * 9 * 16 * 16 * 32 * 32
+    )  # three blocks of two convolutions in the first stage; the others cost as much
+    less = (9 * 16 * 16 - 9 * 16 * 32 / 4) * 32 * 32  # the first convolution of a stage reads half the channels
+    assert latency.block_macs(body, "eps_resnet20", torch.randn(1, 3, 32, 32)) == 3 * whole - 2 * less
+
+
+def test_jobs_have_names_of_their_own():
+    everything = [job for data in plan.FLAGS for job in plan.table(data, plan.PAIRS[data])]
+    everything += [job for values in plan.SWEEPS.values() for group in plan.sweep(values).values() for job in group]
+    unique = set(everything)
+    assert len({job.name for job in unique}) == len(unique)
+    table = set(plan.table("digits", plan.PAIRS["digits"]))
+    for name, default in {"keep": "0.25", "weight_decay": "5e-3", "patience": "3", "ramp_epochs": "25"}.items():
+        assert set(plan.sweep(plan.SWEEPS[name])[default]) <= table, "what the table has is not run again"
+
+
+def test_sweeps_change_the_recipe():
+    """A default that moved would be listed as a change, or the other way round."""
+    import train_hf
+
+    default = train_hf.parse_arguments(plan.FLAGS["digits"])
+    for values in plan.SWEEPS.values():
+        for flags in values.values():
+            args = train_hf.parse_arguments([*plan.FLAGS["digits"], *flags])
+            side = args.side_loss_weight if args.side_loss_weight is not None else 0.1
+            same = vars(args) == vars(default) | {"side_loss_weight": args.side_loss_weight} and side == 0.1
+            assert same == (plan.setting(flags, 0, 0).flags == ()), flags
+
+
+def fake_result(job: jobs.Job, accuracy: float) -> dict:
+    kept = {"budget": 14, "scratch": 14}.get(job.method, 54)
+    return {
+        "accuracy": accuracy, "blocks": kept, "epochs": 60, "macs": 10**5 * kept, "params": 10**4 * kept,
+        "removed": list(gates(timm.create_model("eps_resnet110")))[kept:], "train_seconds": float(kept),
+        "saved": {"timm": True, "transformers": job.method != "torch_pruning_to_size", "bytes": 2**20},
+        "train_bytes": 2**20,
+        "hardware": "a machine", "versions": {"timm": "1"}, "commit": "abc",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """Processes that finish at once; the names of what was begun, in order."""
+    begun = []
+
+    def run(command, **options):
+        if "benchmarks.worker" not in command:
+            return subprocess.CompletedProcess(command, 0, stdout="abc")
+        task = json.loads(command[-1])
+        place = Path(task["directory"])
+        for needed in task["earlier"].values():
+            assert (Path(needed) / "result.json").exists(), "needed runs are done before"
+        begun.append(place.name)
+        if task["method"] == "fixed":
+            options["stdout"].write("it broke")
+            return subprocess.CompletedProcess(command, 1)
+        job = jobs.Job("digits", task["method"], 0)
+        (place / "result.json").write_text(json.dumps(fake_result(job, 0.9)))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(jobs.subprocess, "run", run)
+    return begun
+
+
+def test_jobs_run_once_and_after_what_they_need(workers, tmp_path):
+    store = jobs.Store(tmp_path / "results.json")
+
+    def runner() -> jobs.Runner:
+        return jobs.Runner(jobs.Store(store.path), tmp_path, plan.FLAGS, at_once=2, threads=1)
+
+    wanted = [jobs.Job("digits", "random_blocks", 0), jobs.Job("digits", "scratch", 0)]
+    runner().run(wanted)
+    assert sorted(workers) == sorted(
+        f"digits-{name}-seed0-fold0" for name in ("dense", "budget", "random_blocks", "scratch")
+    )
+    runner().run(wanted)
+    assert len(workers) == 4, "nothing is run again"
+    assert set(wanted) <= jobs.Store(store.path).results.keys()
+    (tmp_path / "digits-dense-seed0-fold0" / "result.json").unlink()
+    runner().run([*wanted, jobs.Job("digits", "torch_pruning_to_size", 0)])
+    assert workers[4:] == ["digits-dense-seed0-fold0", "digits-torch_pruning_to_size-seed0-fold0"]
+
+
+def test_a_failed_job_shows_its_log(workers, tmp_path):
+    runner = jobs.Runner(jobs.Store(tmp_path / "results.json"), tmp_path, plan.FLAGS, at_once=2, threads=1)
+    with pytest.raises(RuntimeError, match=r"digits-fixed-epsilon_2\.0-seed0-fold0 failed:\nit broke"):
+        runner.run([jobs.Job("digits", "fixed", 0, 0, ("--epsilon", "2.0"))])
+
+
+@pytest.fixture
+def store(tmp_path):
+    """As if the table and one sweep had been run."""
+    store = jobs.Store(tmp_path / "results.json")
+    for job in plan.table("digits", plan.PAIRS["digits"]):
+        base = {"budget": 0.99, "dense": 0.98, "scratch": 0.995}.get(job.method, 0.99)
+        store.results[job] = fake_result(job, base + 0.001 * ((job.fold + len(job.method) * job.seed) % 3))
+    for group in plan.sweep(plan.SWEEPS["keep"]).values():
+        for job in group:
+            store.results.setdefault(job, fake_result(job, 0.97))
+    for pair in plan.FEW:
+        seconds = {method: 2.0 if method == "dense" else 1.0 for method in [*methods.METHODS, latency.NATIVE]}
+        found = {"seconds at 1": seconds}
+        for side in (8, 32):
+            found |= {
+                f"seconds at 128, {side}x{side}": seconds,
+                f"block macs, {side}x{side}": {"dense": 4, "budget": 1},
+            }
+        store.results[jobs.Job("digits", "latency", *pair)] = found
+    return store
+
+
+def test_the_store_comes_back(store):
+    job, result = next(iter(store.results.items()))
+    store.add(job, result)
+    assert jobs.Store(store.path).results == store.results
+
+
+def test_the_page_says_who_is_ahead(store):
+    page = results.page(store)
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines()}
+    assert "ahead" in rows["dense"]
+    assert "**behind**" in rows[methods.METHODS["scratch"].name]
+    assert "not to be told apart" in rows[methods.METHODS["shallow"].name]
+    assert rows[methods.METHODS["torch_pruning_to_size"].name].endswith("| yes | **no** |")
+    assert "| 8x8 | 128 | 1.000 ± 0.000 | 2.00 ± 0.00× | 4.00 ± 0.00× | 0.50 ± 0.00 |" in page
+    assert "| 0.05 | 97.00 ± 0.00 | 14.0 ± 0.0 |" in page
+
+
+def test_the_pictures(store, tmp_path):
+    curves.draw_curves(store, tmp_path / "curves.png")
+    curves.draw_blocks(store, "digits", tmp_path / "blocks.png")
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("curves.png", "blocks.png"))
+
+
+def test_what_differs_from_the_stored_figures(store, tmp_path):
+    fresh = jobs.Store(tmp_path / "fresh.json")
+    wanted = [job for job in plan.table("digits", plan.FEW) if job.method in ("dense", "budget")]
+    for job in wanted:
+        fresh.results[job] = dict(store.results[job])
+    assert "differs" not in results.compared(fresh, store, wanted)
+    for job in wanted:
+        if job.method == "budget":
+            fresh.results[job]["accuracy"] -= 0.02
+    text = results.compared(fresh, store, wanted)
+    assert text.count("**differs**") == 1
+    assert "nothing stored" in results.compared(fresh, jobs.Store(tmp_path / "none.json"), wanted)
+
+
+def test_every_method_trains_and_says_what_it_cost(tmp_path):
+    """In a few steps: which network comes out, and that the cost of what it began with is counted."""
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps(
+            {"architecture": "eps_resnet20", "num_train_epochs": 3, "epsilon_warmup_epochs": 1, "ramp_epochs": 1,
+             "patience": 1, "keep": 3, "max_train_samples": 128, "max_eval_samples": 100, "num_threads": 1}
+        )
+    )  # fmt: skip
+    found = {}
+    for name, method in methods.METHODS.items():
+        place = tmp_path / name
+        place.mkdir()
+        bench = methods.Bench(["--config", str(config)], place, {need: tmp_path / need for need in method.needs})
+        found[name] = methods.measured(bench, method.make(bench))
+        (place / "result.json").write_text(json.dumps(found[name]))
+    assert {name for name, result in found.items() if result["epochs"] == 6} == {
+        "random_blocks", "stochastic_depth", "torch_pruning_to_size", "torch_pruning_to_latency",
+    }  # fmt: skip
+    assert found["scratch_with_dense_compute"]["epochs"] == round(3 * found["dense"]["macs"] / found["budget"]["macs"])
+    assert found["scratch"]["removed"] == found["budget"]["removed"]
+    for name in ("budget", "scratch", "shallow", "random_blocks", "stochastic_depth"):
+        assert found[name]["blocks"] == 3, name
+    for name, result in found.items():
+        is_channels = name.startswith("torch_pruning")
+        assert result["saved"]["timm"] == result["saved"]["transformers"] == (not is_channels), result["saved"]
+        assert latency.load(tmp_path / name)(torch.randn(1, 3, 8, 8)).shape == (1, 10)
+    assert found["torch_pruning_to_size"]["params"] <= found["budget"]["params"]
+    assert found["random_blocks"]["train_seconds"] > found["dense"]["train_seconds"]
