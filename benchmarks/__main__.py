@@ -89,8 +89,9 @@ def main() -> None:
         if data == "glyphs":
             prepare_glyphs()
         if "table" in args.only:
-            runner.run(table(data, PAIRS[data]))
-            write_page(store)
+            for pair in PAIRS[data]:
+                runner.run(table(data, [pair]))
+                write_page(store)
         if "sweeps" in args.only and data == "digits":
             runner.run(job for values in SWEEPS.values() for jobs in sweep(values).values() for job in jobs)
             write_page(store)

@@ -12,12 +12,12 @@ FLAGS = {
 ARCHITECTURE = {"digits": "eps_resnet110", "glyphs": "eps_resnet56"}
 SIDES = {"digits": (8, 32), "glyphs": (32,)}
 EPSILON = {"digits": "2.0", "glyphs": "1.0"}
-# Seeds and folds. Over the five folds each image of the digits is tested once.
+# Seeds and folds. Over the five folds each image of the digits is tested once; a few come first.
+FEW = [(0, 0), (1, 1), (2, 2)]
 PAIRS = {
-    "digits": [(seed, fold) for seed in range(3) for fold in range(5)],
+    "digits": [*FEW, *((seed, fold) for seed in range(3) for fold in range(5) if seed != fold)],
     "glyphs": [(seed, 0) for seed in range(3)],
 }
-FEW = [(0, 0), (1, 1), (2, 2)]
 
 # What is changed, to which values; all else is the recipe of the digits. Restarts: the paper's, scaled to 60 epochs.
 _STEPS = ("--lr_milestones", "20", "35", "50", "--lr_restart_milestones", "10", "18", "25")
