@@ -49,10 +49,15 @@ def difference(store: Store, jobs: list[Job], others: list[Job]) -> Values:
 
 
 def verdict(values: Values) -> str:
-    """Whether ε-ResNet is ahead: by more than twice the standard error of the mean difference, or not to be told."""
+    """Whether ε-ResNet is ahead: by more than twice the standard error of the mean difference, or not to be told.
+
+    Of a few runs that happen to agree, the standard error means nothing.
+    """
     if len(values) < 2:
         return ""
     mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+    if len(values) < 10:
+        return f"{mean:+.2f} ± {error:.2f}, too few runs"
     judged = "ahead" if mean > 2 * error else "**behind**" if mean < -2 * error else "not to be told apart"
     return f"{mean:+.2f} ± {error:.2f}, {judged}"
 
