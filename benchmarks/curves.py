@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import timm
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -16,25 +17,29 @@ from benchmarks.results import found
 from timm_eps.branches import gates
 
 
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty picture, in inches, with one plot."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
 def draw_curves(store: Store, path: Path) -> None:
     """Accuracy against the share of blocks that stayed, over ε and over the budget; the dense network as a band."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    figure, axis = canvas(7, 4.5)
     for name, label, marker in (("keep", "by budget", "o"), ("epsilon", "ε fixed", "s")):
         points = []
         for value, jobs in sweep(SWEEPS[name]).items():
             runs = found(store, jobs)
             if runs:
                 accuracies = [100 * run["accuracy"] for run in runs]
-                points.append((statistics.mean(run["blocks"] for run in runs), accuracies, value))
-        points.sort()
-        middles = [statistics.mean(accuracies) for _, accuracies, _ in points]
-        below = [middle - min(accuracies) for middle, (_, accuracies, _) in zip(middles, points, strict=True)]
-        above = [max(accuracies) - middle for middle, (_, accuracies, _) in zip(middles, points, strict=True)]
-        axis.errorbar([x for x, _, _ in points], middles, [below, above], marker=marker, capsize=3, label=label)
-        for (blocks, _, value), middle in zip(points, middles, strict=True):
-            axis.annotate(value, (blocks, middle), textcoords="offset points", xytext=(5, -11), fontsize=8)
+                middle = statistics.mean(accuracies)
+                range_ = middle - min(accuracies), max(accuracies) - middle
+                points.append((statistics.mean(run["blocks"] for run in runs), middle, *range_))
+                axis.annotate(value, points[-1][:2], textcoords="offset points", xytext=(5, -11), fontsize=8)
+        if points:
+            blocks, middles, below, above = zip(*sorted(points), strict=True)
+            axis.errorbar(blocks, middles, [below, above], marker=marker, capsize=3, label=label)
     dense = [100 * run["accuracy"] for run in found(store, (j for j in table("digits", FEW) if j.method == "dense"))]
     if dense:
         axis.axhspan(min(dense), max(dense), color="grey", alpha=0.2, label="dense, all 54 blocks")
@@ -49,9 +54,7 @@ def draw_blocks(store: Store, data: str, path: Path) -> None:
     slots = list(gates(timm.create_model(ARCHITECTURE[data])))
     runs = found(store, (job for job in table(data, PAIRS[data]) if job.method == "budget"))
     stayed = np.array([[slot not in run["removed"] for slot in slots] for run in runs], dtype=float)
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    figure, axis = canvas(9, 2.8)
     axis.bar(range(len(slots)), stayed.mean(0), width=0.9, color="#1b4f72")
     third = len(slots) // 3
     for border in (third, 2 * third):

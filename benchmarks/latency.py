@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-import train_hf
 from benchmarks.channels import without_gates
+from benchmarks.jobs import conditions
 from timm_eps import report
 from timm_eps.branches import gates
 
@@ -52,7 +52,7 @@ def main() -> None:
     nets = {method: load(Path(place)).to(device).eval() for method, place in task["places"].items()}
     nets[NATIVE] = native(nets["budget"])
     torch.manual_seed(0)
-    found: dict[str, Any] = {"hardware": f"{task['threads']} threads", "versions": train_hf.versions()}
+    found: dict[str, Any] = {"hardware": f"{task['threads']} threads", **conditions()}
     for side in task["sides"]:
         images = torch.randn(128, 3, side, side, device=device)
         if not torch.equal(nets[NATIVE](images[:2]), nets["budget"](images[:2])):

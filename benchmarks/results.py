@@ -100,7 +100,7 @@ def methods_table(store: Store, data: str, pairs: list[tuple[int, int]]) -> list
         loads = ["yes" if all(run["saved"][name] for run in runs) else "**no**" for name in ("timm", "transformers")]
         cells = [
             METHODS[method].name + (f", {' '.join(jobs[0].flags).lstrip('-')}" if jobs[0].flags else ""),
-            column(lambda run: run["epochs"], "{:.0f}").split(" ±")[0],
+            f"{statistics.mean(run['epochs'] for run in runs):.0f}",
             column(lambda run: 100 * run["accuracy"]),
             "" if method == OURS else verdict(difference(store, jobs, groups[OURS])),
             column(lambda run: run["blocks"], "{:.1f}"),

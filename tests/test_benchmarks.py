@@ -140,9 +140,8 @@ def test_the_native_network_is_the_pruned_one_without_what_is_left_of_gates():
 
 def test_multiply_adds_of_blocks():
     body = timm.create_model("eps_resnet20")
-    whole = (
-        3 * 2 * 9 * 16 * 16 * 32 * 32
-    )  # three blocks of two convolutions in the first stage; the others cost as much
+    # Three blocks of two convolutions in the first stage; the others cost as much.
+    whole = 3 * 2 * 9 * 16 * 16 * 32 * 32
     less = (9 * 16 * 16 - 9 * 16 * 32 / 4) * 32 * 32  # the first convolution of a stage reads half the channels
     assert latency.block_macs(body, "eps_resnet20", torch.randn(1, 3, 32, 32)) == 3 * whole - 2 * less
 
