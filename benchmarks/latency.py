@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.utils import reparameterize_model
 from torch import nn
 from transformers import AutoModelForImageClassification
 
@@ -21,6 +22,7 @@ from timm_eps import report
 from timm_eps.branches import gates
 
 NATIVE = "native"
+REPARAMETERIZED = "reparameterized"
 
 
 def load(place: Path) -> nn.Module:
@@ -51,12 +53,14 @@ def main() -> None:
     torch.set_num_threads(task["threads"])
     nets = {method: load(Path(place)).to(device).eval() for method, place in task["places"].items()}
     nets[NATIVE] = native(nets["budget"])
+    nets[REPARAMETERIZED] = reparameterize_model(nets["budget"])
     torch.manual_seed(0)
     found: dict[str, Any] = {"hardware": f"{task['threads']} threads", **conditions()}
     for side in task["sides"]:
         images = torch.randn(128, 3, side, side, device=device)
-        if not torch.equal(nets[NATIVE](images[:2]), nets["budget"](images[:2])):
-            raise RuntimeError("The native network computes something else.")
+        for same in (NATIVE, REPARAMETERIZED):
+            if not torch.equal(nets[same](images[:2]), nets["budget"](images[:2])):
+                raise RuntimeError(f"The {same} network computes something else.")
         found[f"seconds at 128, {side}x{side}"] = report.paired_latency(nets, images, task["repeats"])
         found[f"block macs, {side}x{side}"] = {
             method: block_macs(nets[method], task["architecture"], images[:1]) for method in ("dense", "budget")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.utils import reparameterize_model
 from torch import nn
 
 import timm_eps
@@ -136,6 +137,8 @@ def test_the_native_network_is_the_pruned_one_without_what_is_left_of_gates():
     assert torch.equal(native(images), body(images))
     assert [len(stage.blocks) for stage in native.stages] == [2, 3, 2]
     assert not any(isinstance(module, timm_eps.EpsilonGate) for module in native.modules())
+    kinds = [[type(module) for module in net.modules()] for net in (native, reparameterize_model(body))]
+    assert kinds[0] == kinds[1]
 
 
 def test_multiply_adds_of_blocks():

@@ -9,6 +9,7 @@ import timm
 import torch
 from conftest import SLOTS, tiny_net
 from timm.models import create_feature_extractor, get_graph_node_names
+from timm.utils import reparameterize_model
 from torch import nn
 
 import timm_eps
@@ -308,3 +309,26 @@ def test_every_branch_ends_in_a_gate():
     model = timm.create_model("eps_resnet20")
     assert list(gates(model)) == SLOTS
     assert all(isinstance(gate, EpsilonGate) and gate.epsilon == 0 for gate in gates(model).values())
+
+
+def test_reparameterized_for_inference_nothing_of_gates_and_placeholders_is_left():
+    removed = ["stages.0.blocks.0.drop_path", "stages.1.blocks.0.drop_path", "stages.2.blocks.1.drop_path"]
+    model = timm.create_model("eps_resnet20", removed=removed, drop_path_rate=0.2).eval()
+    gates(model)["stages.0.blocks.1.drop_path"].closed = True
+    images = torch.randn(2, 3, 32, 32)
+    fused = reparameterize_model(model)
+    assert torch.equal(fused(images), model(images))
+    assert list(gates(fused)) == ["stages.0.blocks.1.drop_path"], "a closed branch stays, with its gate"
+    assert len(gates(model)) == 6, "and the model itself is left alone"
+    # The shortcut of the second stage's first block does something, so it stays in the block's place.
+    assert [list(stage.blocks._modules) for stage in fused.stages] == [["1", "2"], ["0", "1", "2"], ["0", "2"]]
+    assert fused.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(torch.jit.script(fused)(images), model(images))
+
+
+def test_reparameterized_twins_lose_their_gates():
+    model = timm.create_model("eps_test_resnet").eval()
+    images = torch.randn(2, 3, 64, 64)
+    fused = reparameterize_model(model)
+    assert not gates(fused)
+    assert torch.equal(fused(images), model(images))

@@ -135,6 +135,13 @@ class EpsilonGate(nn.Module):
             x = x.new_zeros(()) if self.single_zero else torch.zeros_like(x)
         return self.drop_path(x)
 
+    def fuse(self) -> nn.Module:
+        """What computes the same in evaluation: of an open gate, what stood in the slot before it.
+
+        ``timm.utils.reparameterize_model`` puts it in the gate's place. A closed gate stays: its branch is still there.
+        """
+        return self if self.closed else self.drop_path
+
     def extra_repr(self) -> str:
         return f"epsilon={self._epsilon:g}, closed={self.closed}"
 
