@@ -243,7 +243,10 @@ def store(tmp_path):
         for job in group:
             store.results.setdefault(job, fake_result(job, 0.97))
     for pair in plan.FEW:
-        seconds = {method: 2.0 if method == "dense" else 1.0 for method in [*methods.METHODS, latency.NATIVE]}
+        seconds = {
+            method: 2.0 if method == "dense" else 1.0
+            for method in [*methods.METHODS, latency.NATIVE, latency.REPARAMETERIZED]
+        }
         found = {"seconds at 1": seconds}
         for side in (8, 32):
             found |= {
