@@ -270,7 +270,7 @@ def test_the_page_says_who_is_ahead(store):
     assert "**behind**" in rows[methods.METHODS["scratch"].name]
     assert "not to be told apart" in rows[methods.METHODS["shallow"].name]
     assert rows[methods.METHODS["torch_pruning_to_size"].name].endswith("| yes | **no** |")
-    assert "| 8x8 | 128 | 1.000 ± 0.000 | 2.00 ± 0.00× | 4.00 ± 0.00× | 0.50 ± 0.00 |" in page
+    assert "| 8x8 | 128 | 1.000 ± 0.000 | 1.000 ± 0.000 | 2.00 ± 0.00× | 4.00 ± 0.00× | 0.50 ± 0.00 |" in page
     assert "| 0.05 | 97.00 ± 0.00 | 14.0 ± 0.0 |" in page
 
 
