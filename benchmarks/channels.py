@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_eps import EpsilonGate
 from timm_eps.eps_resnet import PoolPadShortcut
 
 STEPS = 10  # of the bisection
@@ -78,13 +77,4 @@ def plain(body: nn.Module) -> nn.Module:
                 before = (outer - inner) // 2
                 convolution.weight.copy_(torch.eye(outer, inner).roll(before, 0)[:, :, None, None])
                 block.downsample = nn.Sequential(block.downsample.pool, convolution)
-    return body
-
-
-def without_gates(body: nn.Module) -> nn.Module:
-    """A network whose gates never close, without them."""
-    body = copy.deepcopy(body)
-    for block in body.modules():
-        if isinstance(getattr(block, "drop_path", None), EpsilonGate):
-            block.drop_path = nn.Identity()
     return body

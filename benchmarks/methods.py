@@ -16,6 +16,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
@@ -217,7 +218,7 @@ def saved(model: nn.Module, directory: Path, images: Tensor) -> dict[str, Any]:
     if found["timm"] and found["transformers"]:
         found["bytes"] = (directory / "model.safetensors").stat().st_size
     else:
-        torch.save(channels.without_gates(model.timm_model), directory / "model.pt")
+        torch.save(reparameterize_model(model.timm_model), directory / "model.pt")
         found["bytes"] = (directory / "model.pt").stat().st_size
     return found
 

@@ -104,7 +104,7 @@ def test_shortcuts_as_convolutions_compute_the_same():
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(channels.plain(body)(images), body(images))
     assert not any(isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) for module in body.modules())
-    assert not gates(channels.without_gates(body))
+    assert not gates(reparameterize_model(body))
     assert gates(body)
 
 

@@ -103,12 +103,8 @@ class Stage(nn.Module):
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
-    @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Drop the identities, for inference alone: ``timm.utils.reparameterize_model`` calls it.
-
-        At batch 1 each of them costs about as much as an addition.
-        """
+        """Drop the identities, for inference alone: ``timm.utils.reparameterize_model`` calls it."""
         # Under their old names: what was trained can still be loaded.
         left = {name: block for name, block in self.blocks.named_children() if not isinstance(block, nn.Identity)}
         self.blocks = nn.Sequential(OrderedDict(left))
