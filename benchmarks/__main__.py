@@ -4,7 +4,7 @@
     python -m benchmarks                      # all that is not stored yet: hours on two cores; goes on where it stopped
     python -m benchmarks --only table --data glyphs --at_once 1 --threads 2
 
-Figures are kept in benchmarks/results.json; RESULTS.md, curves.png and blocks.png are made of them.
+Figures are kept in benchmarks/results.json; RESULTS.md, curves.png and blocks_*.png are made of them.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ def measure_latency(runner: Runner, data: str, pair: tuple[int, int], threads: i
 
 def write_page(store: Store) -> None:
     (HERE / "RESULTS.md").write_text(results.page(store), encoding="utf-8")
-    if any(job.method == "budget" for job in store.results):
+    if results.found(store, table("digits", PAIRS["digits"])):
         curves.draw_curves(store, HERE / "curves.png")
-        curves.draw_blocks(store, "digits", HERE / "blocks.png")
+    for data in FLAGS:
+        if results.pruned_runs(store, data):
+            curves.draw_blocks(store, data, HERE / results.BLOCKS.format(data))
 
 
 def prepare_glyphs() -> None:

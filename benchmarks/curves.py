@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.jobs import Store
-from benchmarks.plan import ARCHITECTURE, FEW, PAIRS, SWEEPS, sweep, table
-from benchmarks.results import found
+from benchmarks.plan import ARCHITECTURE, FEW, SWEEPS, sweep, table
+from benchmarks.results import found, pruned_runs
 from timm_eps.branches import gates
 
 
@@ -52,7 +52,7 @@ def draw_curves(store: Store, path: Path) -> None:
 def draw_blocks(store: Store, data: str, path: Path) -> None:
     """How often each block stayed, over seeds and folds, by budget."""
     slots = list(gates(timm.create_model(ARCHITECTURE[data])))
-    runs = found(store, (job for job in table(data, PAIRS[data]) if job.method == "budget"))
+    runs = pruned_runs(store, data)
     stayed = np.array([[slot not in run["removed"] for slot in slots] for run in runs], dtype=float)
     figure, axis = canvas(9, 2.8)
     axis.bar(range(len(slots)), stayed.mean(0), width=0.9, color="#1b4f72")

@@ -13,6 +13,7 @@ from benchmarks.methods import METHODS
 from benchmarks.plan import FEW, PAIRS, SIDES, SWEEPS, sweep, table
 
 OURS = "budget"
+BLOCKS = "blocks_{}.png"
 Values = list[float]
 TITLES = {
     "digits": "The digits of scikit-learn: 1,797 real images, 8x8, 10 classes; five stratified folds",
@@ -29,6 +30,11 @@ def mean_and_spread(values: Values, form: str = "{:.2f}") -> str:
 
 def found(store: Store, jobs: Iterable[Job]) -> list[dict[str, Any]]:
     return [store.results[job] for job in jobs if job in store.results]
+
+
+def pruned_runs(store: Store, data: str) -> list[dict[str, Any]]:
+    """Those of the table, by budget."""
+    return found(store, (job for job in table(data, PAIRS[data]) if job.method == OURS))
 
 
 def by_method(jobs: Iterable[Job]) -> dict[str, list[Job]]:
@@ -180,6 +186,8 @@ def page(store: Store) -> str:
         if not found(store, table(data, PAIRS[data])):
             continue
         lines += ["", f"## {title}", "", *methods_table(store, data, PAIRS[data])]
+        if pruned_runs(store, data):
+            lines += ["", f"![which blocks stay]({BLOCKS.format(data)})"]
         if found(store, (Job(data, "latency", *pair) for pair in FEW)):
             lines += [
                 "",
@@ -190,7 +198,7 @@ def page(store: Store) -> str:
     swept = [name for name in SWEEPS if any(found(store, jobs) for jobs in sweep(SWEEPS[name]).values())]
     if swept:
         lines += ["", "## What the settings do", "", "Digits, three seeds, each with another fold.", ""]
-        lines += ["![accuracy against blocks](curves.png)", "", "![which blocks stay](blocks.png)"]
+        lines += ["![accuracy against blocks](curves.png)"]
     for name in swept:
         lines += ["", *sweep_table(store, name)]
     return "\n".join(lines) + "\n"
