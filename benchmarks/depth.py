@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import torch
 from torch.nn import functional as F
 
 import timm_eps
+from timm_eps import report
 from timm_eps.branches import gates
 
 DEPTHS = (110, 200, 500, 752)
@@ -59,14 +59,9 @@ def measure(depth: int, batch_size: int, device: str) -> dict[str, Any]:
         gate.epsilon = torch.inf
     removal = seconds(pruner.step)
     pruned = seconds(step)
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
     return {
-        "build": build, "step": whole, "removal": removal, "step after": pruned, "GiB": peak / 2**30,
-        "removed": len(pruner.history[-1]["removed"]), "blocks": pruner.total,
+        "build": build, "step": whole, "removal": removal, "step after": pruned,
+        "GiB": report.peak_memory(device) / 2**30, "removed": len(pruner.history[-1]["removed"]), "blocks": pruner.total,
     }  # fmt: skip
 
 

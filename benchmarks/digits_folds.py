@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_hf  # noqa: E402
+from benchmarks.results import mean_and_spread  # noqa: E402
 
 TIME = "training time"
 COLUMNS = {
@@ -42,9 +43,8 @@ def row(name: str, runs: list[dict]) -> str:
     cells = []
     for heading, (value, form, unit) in COLUMNS.items():
         values = [value(run) for run in runs]
-        middle = statistics.median if heading == TIME else statistics.mean
-        spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 and heading != TIME else ""
-        cells.append(f"{form.format(middle(values))}{spread}{unit}")
+        shown = form.format(statistics.median(values)) if heading == TIME else mean_and_spread(values, form)
+        cells.append(f"{shown}{unit}")
     return f"| {name} | {' | '.join(cells)} |"
 
 

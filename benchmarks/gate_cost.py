@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import timm_eps  # noqa: F401  registers the models
+from timm_eps import report
 from timm_eps.branches import gates
 
 
@@ -73,10 +72,7 @@ def main() -> None:
         network = build(args.architecture, args.only == "gated", args.device)
         for _ in range(3):
             step(*network, images, labels)
-        if images.is_cuda:
-            print(torch.cuda.max_memory_allocated())
-        else:
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(report.peak_memory(args.device))
         return
 
     networks = {name: build(args.architecture, name == "gated", args.device) for name in ("gated", "plain")}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import SLOTS, tiny_net
@@ -22,6 +25,17 @@ def test_removed_blocks_count_no_longer():
     dense, pruned = tiny_net(), tiny_net(removed=SLOTS[1:3])
     assert count_macs(dense, image) - count_macs(pruned, image) == 2 * 2 * 64 * 16 * 16 * 9
     assert count_parameters(dense) - count_parameters(pruned) == 2 * (2 * 16 * 16 * 9 + 2 * 2 * 16)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell")
+def test_peak_memory_counts_what_is_gone_again():
+    """In a process of its own: this one may have held more before."""
+    program = (
+        "import torch; from timm_eps.report import peak_memory; before = peak_memory(); torch.ones(2**26); "
+        "print(peak_memory() - before)"
+    )
+    grown = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    assert grown == pytest.approx(2**28, rel=0.1)
 
 
 def test_paired_latency_keeps_modes():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .branches import evaluating
 
-__all__ = ["comparison_table", "count_macs", "count_parameters", "draw_blocks", "paired_latency"]
+__all__ = ["comparison_table", "count_macs", "count_parameters", "draw_blocks", "paired_latency", "peak_memory"]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -54,6 +55,16 @@ def paired_latency(
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """The most bytes that this process has held so far: of an accelerator's allocator, or resident on a Unix host."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def comparison_table(results: Mapping[str, Any]) -> str:
