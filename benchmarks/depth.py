@@ -61,7 +61,8 @@ def measure(depth: int, batch_size: int, device: str) -> dict[str, Any]:
     pruned = seconds(step)
     return {
         "build": build, "step": whole, "removal": removal, "step after": pruned,
-        "GiB": report.peak_memory(device) / 2**30, "removed": len(pruner.history[-1]["removed"]), "blocks": pruner.total,
+        "GiB": report.peak_memory(device) / 2**30,
+        "removed": len(pruner.history[-1]["removed"]), "blocks": pruner.total,
     }  # fmt: skip
 
 

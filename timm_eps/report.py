@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -61,10 +60,12 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     """The most bytes that this process has held so far: of an accelerator's allocator, or resident on a Unix host."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # of Linux, where getrusage begins with what the parent process held
+        return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0])
     import resource  # not on Windows
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def comparison_table(results: Mapping[str, Any]) -> str:
