@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,30 @@ def native(body: nn.Module) -> nn.Module:
     return body
 
 
+class InOnnxRuntime(nn.Module):
+    """A network as ONNX Runtime carries it out, with batch norm folded into the convolutions; on the CPU.
+
+    Args:
+        body: The network.
+        images: A batch of the only shape it will be given.
+        threads: Number of threads.
+    """
+
+    def __init__(self, body: nn.Module, images: torch.Tensor, threads: int) -> None:
+        super().__init__()
+        import onnxruntime  # by those alone who measure
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        with tempfile.TemporaryDirectory() as directory:
+            path = f"{directory}/model.onnx"
+            torch.onnx.export(body, (images,), path, input_names=["images"], dynamo=True, verbose=False)
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.session.run(None, {"images": images.numpy()})[0])
+
+
 def block_macs(body: nn.Module, architecture: str, image: torch.Tensor) -> int:
     """Multiply-adds of an image in the blocks alone."""
     everything = list(gates(timm.create_model(architecture)))
@@ -69,6 +94,9 @@ def main() -> None:
             if not torch.equal(nets[same](images[:2]), expected):
                 raise RuntimeError(f"The {same} network computes something else.")
         found[f"seconds at 128, {side}x{side}"] = report.paired_latency(nets, images, task["repeats"])
+        if device.type == "cpu":
+            exported = {name: InOnnxRuntime(nets[name], images, task["threads"]) for name in ("dense", "budget")}
+            found[f"onnx seconds at 128, {side}x{side}"] = report.paired_latency(exported, images, task["repeats"])
         found[f"block macs, {side}x{side}"] = {
             method: block_macs(nets[method], task["architecture"], images[:1]) for method in ("dense", "budget")
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import statistics
 from collections.abc import Callable, Iterable
@@ -81,6 +82,10 @@ def ratio(values: Values) -> str:
     return f"{mean_and_spread(values)}×" if values else ""
 
 
+def share(gained: Values, promised: Values) -> str:
+    return mean_and_spread([a / b for a, b in zip(gained, promised, strict=True)]) if gained else ""
+
+
 def methods_table(store: Store, data: str, pairs: list[tuple[int, int]]) -> list[str]:
     groups = by_method(table(data, pairs))
     side = SIDES[data][0]
@@ -130,8 +135,8 @@ def speed_table(store: Store, data: str) -> list[str]:
     measured = [(size, 128, f"seconds at 128, {size}") for size in sizes]
     lines = [
         "| | batch | native over pruned, as loaded | reparameterized | speed-up over dense, reparameterized | that of "
-        "the blocks' multiply-adds | share |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "the blocks' multiply-adds | share | speed-up in ONNX Runtime | share |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for size, batch, name in [*measured, (sizes[0], 1, "seconds at 1")]:
         seconds = [result[name] for result in results]
@@ -139,11 +144,12 @@ def speed_table(store: Store, data: str) -> list[str]:
             mean_and_spread([each[NATIVE] / each[net] for each in seconds], "{:.3f}") for net in (OURS, REPARAMETERIZED)
         ]
         macs = [result[f"block macs, {size}"] for result in results]
-        faster = [each["dense"] / each[REPARAMETERIZED] for each in seconds]
         promised = [each["dense"] / each[OURS] for each in macs]
-        share = [a / b for a, b in zip(faster, promised, strict=True)]
-        cells = [size, str(batch), *natives, *(f"{mean_and_spread(values)}×" for values in (faster, promised))]
-        lines.append(f"| {' | '.join([*cells, mean_and_spread(share)])} |")
+        faster = [each["dense"] / each[REPARAMETERIZED] for each in seconds]
+        exported = [result[f"onnx {name}"] for result in results if f"onnx {name}" in result]
+        faster_onnx = [each["dense"] / each[OURS] for each in exported]
+        cells = [size, str(batch), *natives, ratio(faster), ratio(promised), share(faster, promised)]
+        lines.append(f"| {' | '.join([*cells, ratio(faster_onnx), share(faster_onnx, promised)])} |")
     return lines
 
 
@@ -206,24 +212,25 @@ def page(store: Store) -> str:
 
 def compared(fresh: Store, stored: Store, jobs: list[Job]) -> str:
     """Each figure of new runs beside the stored one; says which differ by more than the stored runs' spread."""
-    figures: dict[str, Callable[[dict], float]] = {
-        "accuracy, %": lambda run: 100 * run["accuracy"],
-        "blocks": lambda run: run["blocks"],
-        "parameters": lambda run: run["params"],
-        "multiply-adds": lambda run: run["macs"],
+    figures: dict[str, tuple[Callable[[dict], float], str]] = {
+        "accuracy, %": (lambda run: 100 * run["accuracy"], "{:.2f}"),
+        "blocks": (lambda run: run["blocks"], "{:.1f}"),
+        "parameters, thousands": (lambda run: run["params"] / 1e3, "{:.0f}"),
+        "multiply-adds, millions": (lambda run: run["macs"] / 1e6, "{:.2f}"),
     }
     lines = ["| | | stored | now | |", "|---|---|---:|---:|---|"]
+    outcomes = collections.Counter()
     for method, group in by_method(jobs).items():
-        for name, value in figures.items():
-            before = [value(run) for run in found(stored, group)]
-            now = [value(run) for run in found(fresh, group)]
+        for name, (value, form) in figures.items():
+            before, now = ([value(run) for run in found(store, group)] for store in (stored, fresh))
             if not now:
                 continue
-            if not before:
-                lines.append(f"| {METHODS[method].name} | {name} | | {mean_and_spread(now)} | nothing stored |")
-                continue
-            spread = statistics.stdev(before) if len(before) > 1 else 0.0
-            differs = abs(statistics.mean(now) - statistics.mean(before)) > spread
-            cells = METHODS[method].name, name, mean_and_spread(before), mean_and_spread(now)
-            lines.append(f"| {' | '.join(cells)} | {'**differs**' if differs else 'within the spread'} |")
-    return "\n".join(lines)
+            outcome = "nothing stored"
+            if before:
+                spread = statistics.stdev(before) if len(before) > 1 else 0.0
+                differs = abs(statistics.mean(now) - statistics.mean(before)) > spread
+                outcome = "**differs**" if differs else "within the spread"
+            outcomes[outcome] += 1
+            cells = METHODS[method].name, name, mean_and_spread(before, form), mean_and_spread(now, form), outcome
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", ", ".join(f"{outcome}: {count} figures" for outcome, count in outcomes.items())])

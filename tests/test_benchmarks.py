@@ -141,6 +141,12 @@ def test_the_native_network_is_the_pruned_one_without_what_is_left_of_gates():
     assert kinds[0] == kinds[1]
 
 
+def test_onnx_runtime_computes_the_same():
+    body, images = timm.create_model("eps_resnet20", num_classes=5).eval(), torch.randn(3, 3, 16, 16)
+    exported = latency.InOnnxRuntime(body, images, threads=1)
+    torch.testing.assert_close(exported(images), body(images), rtol=1e-3, atol=1e-4)
+
+
 def test_multiply_adds_of_blocks():
     body = timm.create_model("eps_resnet20")
     # Three blocks of two convolutions in the first stage; the others cost as much.
@@ -245,6 +251,7 @@ def store(tmp_path):
         for side in (8, 32):
             found |= {
                 f"seconds at 128, {side}x{side}": seconds,
+                f"onnx seconds at 128, {side}x{side}": {"dense": 3.0, "budget": 1.0},
                 f"block macs, {side}x{side}": {"dense": 4, "budget": 1},
             }
         store.results[jobs.Job("digits", "latency", *pair)] = found
@@ -264,7 +271,10 @@ def test_the_page_says_who_is_ahead(store):
     assert "**behind**" in rows[methods.METHODS["scratch"].name]
     assert "not to be told apart" in rows[methods.METHODS["shallow"].name]
     assert rows[methods.METHODS["torch_pruning_to_size"].name].endswith("| yes | **no** |")
-    assert "| 8x8 | 128 | 1.000 ± 0.000 | 1.000 ± 0.000 | 2.00 ± 0.00× | 4.00 ± 0.00× | 0.50 ± 0.00 |" in page
+    assert (
+        "| 8x8 | 128 | 1.000 ± 0.000 | 1.000 ± 0.000 | 2.00 ± 0.00× | 4.00 ± 0.00× | 0.50 ± 0.00 | 3.00 ± 0.00× "
+        "| 0.75 ± 0.00 |"
+    ) in page
     assert "| 0.05 | 97.00 ± 0.00 | 14.0 ± 0.0 |" in page
 
 
@@ -284,7 +294,8 @@ def test_what_differs_from_the_stored_figures(store, tmp_path):
         if job.method == "budget":
             fresh.results[job]["accuracy"] -= 0.02
     text = results.compared(fresh, store, wanted)
-    assert text.count("**differs**") == 1
+    assert text.count("| **differs** |") == 1
+    assert text.endswith("within the spread: 7 figures, **differs**: 1 figures")
     assert "nothing stored" in results.compared(fresh, jobs.Store(tmp_path / "none.json"), wanted)
 
 
