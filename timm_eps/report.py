@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import re
 import statistics
 import time
@@ -36,6 +37,9 @@ def paired_latency(
 ) -> dict[str, float]:
     """Median seconds of a forward pass, measured in turn so that all models see the same drift of the machine.
 
+    The order is drawn anew in each turn: a model that always follows the same other one finds its cache as that one
+    left it.
+
     Args:
         models: Models by name; run in evaluation mode.
         batch: Images (B, C, H, W).
@@ -44,8 +48,11 @@ def paired_latency(
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
     synchronise: Callable[[], None] = torch.cuda.synchronize if batch.is_cuda else lambda: None
+    order, draw = list(models), random.Random(0)
     for turn in range(warmup + repeats):
-        for name, model in models.items():
+        draw.shuffle(order)
+        for name in order:
+            model = models[name]
             with evaluating(model):
                 synchronise()
                 start = time.perf_counter()
