@@ -21,22 +21,21 @@ from pathlib import Path
 import train_hf
 from benchmarks import curves, glyphs, results
 from benchmarks.jobs import ROOT, Job, Runner, Store
-from benchmarks.plan import ARCHITECTURE, FEW, FLAGS, PAIRS, SIDES, SWEEPS, sweep, table
+from benchmarks.plan import ARCHITECTURE, FEW, FLAGS, PAIRS, SIDES, SWEEPS, latency_jobs, sweep, table
 
 HERE = Path(__file__).parent
 PARTS = ("table", "latency", "sweeps")
 
 
-def measure_latency(runner: Runner, data: str, pair: tuple[int, int], threads: int) -> None:
+def measure_latency(runner: Runner, job: Job, threads: int) -> None:
     """Of all networks of a seed and fold; their runs must be there."""
-    job = Job(data, "latency", *pair)
     if job in runner.store.results:
         return
-    jobs = table(data, [pair])
+    jobs = table(job.data, [(job.seed, job.fold)])
     runner.make_networks(jobs)
     task = {
         "places": {one.method: str(runner.place(one)) for one in jobs},
-        "architecture": ARCHITECTURE[data], "sides": SIDES[data], "repeats": 40, "threads": threads,
+        "architecture": ARCHITECTURE[job.data], "sides": SIDES[job.data], "repeats": 40, "threads": threads,
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.latency", json.dumps(task)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -98,8 +97,8 @@ def main() -> None:
             runner.run(job for values in SWEEPS.values() for jobs in sweep(values).values() for job in jobs)
             write_page(store)
         if "latency" in args.only:
-            for pair in FEW if data == "digits" else PAIRS[data]:
-                measure_latency(runner, data, pair, args.at_once * args.threads)
+            for job in latency_jobs(data):
+                measure_latency(runner, job, args.at_once * args.threads)
             write_page(store)
 
 

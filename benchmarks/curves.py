@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.jobs import Store
 from benchmarks.plan import ARCHITECTURE, FEW, SWEEPS, sweep, table
-from benchmarks.results import found, pruned_runs
+from benchmarks.results import by_method, found, pruned_runs
 from timm_eps.branches import gates
 
 
@@ -40,7 +40,7 @@ def draw_curves(store: Store, path: Path) -> None:
         if points:
             blocks, middles, below, above = zip(*sorted(points), strict=True)
             axis.errorbar(blocks, middles, [below, above], marker=marker, capsize=3, label=label)
-    dense = [100 * run["accuracy"] for run in found(store, (j for j in table("digits", FEW) if j.method == "dense"))]
+    dense = [100 * run["accuracy"] for run in found(store, by_method(table("digits", FEW))["dense"])]
     if dense:
         axis.axhspan(min(dense), max(dense), color="grey", alpha=0.2, label="dense, all 54 blocks")
     axis.set(xlabel="residual blocks left", ylabel="accuracy, %", ylim=(max(90, axis.get_ylim()[0]), 100.1))

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.jobs import Job, Store
 from benchmarks.latency import NATIVE, REPARAMETERIZED
 from benchmarks.methods import METHODS
-from benchmarks.plan import FEW, PAIRS, SIDES, SWEEPS, sweep, table
+from benchmarks.plan import FEW, PAIRS, SIDES, SWEEPS, latency_jobs, sweep, table
 
 OURS = "budget"
 BLOCKS = "blocks_{}.png"
@@ -35,7 +35,7 @@ def found(store: Store, jobs: Iterable[Job]) -> list[dict[str, Any]]:
 
 def pruned_runs(store: Store, data: str) -> list[dict[str, Any]]:
     """Those of the table, by budget."""
-    return found(store, (job for job in table(data, PAIRS[data]) if job.method == OURS))
+    return found(store, by_method(table(data, PAIRS[data]))[OURS])
 
 
 def by_method(jobs: Iterable[Job]) -> dict[str, list[Job]]:
@@ -72,7 +72,7 @@ def verdict(values: Values) -> str:
 def latencies(store: Store, data: str, name: str) -> dict[str, Values]:
     """Latency over the dense network's by method, one value a seed and fold measured."""
     ratios: dict[str, Values] = {}
-    for result in found(store, (Job(data, "latency", *pair) for pair in FEW)):
+    for result in found(store, latency_jobs(data)):
         for method, seconds in result[name].items():
             ratios.setdefault(method, []).append(seconds / result[name]["dense"])
     return ratios
@@ -80,10 +80,6 @@ def latencies(store: Store, data: str, name: str) -> dict[str, Values]:
 
 def ratio(values: Values) -> str:
     return f"{mean_and_spread(values)}×" if values else ""
-
-
-def share(gained: Values, promised: Values) -> str:
-    return mean_and_spread([a / b for a, b in zip(gained, promised, strict=True)]) if gained else ""
 
 
 def methods_table(store: Store, data: str, pairs: list[tuple[int, int]]) -> list[str]:
@@ -130,7 +126,7 @@ def methods_table(store: Store, data: str, pairs: list[tuple[int, int]]) -> list
 
 def speed_table(store: Store, data: str) -> list[str]:
     """What the structure promises against what it gives."""
-    results = found(store, (Job(data, "latency", *pair) for pair in FEW))
+    results = found(store, latency_jobs(data))
     sizes = [f"{side}x{side}" for side in SIDES[data]]
     measured = [(size, 128, f"seconds at 128, {size}") for size in sizes]
     lines = [
@@ -138,24 +134,30 @@ def speed_table(store: Store, data: str) -> list[str]:
         "the blocks' multiply-adds | share | speed-up in ONNX Runtime | share |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
+
+    def speed_up(name: str, net: str, promised: str) -> tuple[str, str]:
+        """That over the dense network, and its share of what the multiply-adds promise, where it was measured."""
+        known = [(result[name], result[promised]) for result in results if name in result]
+        faster = [seconds["dense"] / seconds[net] for seconds, _ in known]
+        shares = [a * macs[OURS] / macs["dense"] for a, (_, macs) in zip(faster, known, strict=True)]
+        return ratio(faster), mean_and_spread(shares)
+
     for size, batch, name in [*measured, (sizes[0], 1, "seconds at 1")]:
         seconds = [result[name] for result in results]
         natives = [
             mean_and_spread([each[NATIVE] / each[net] for each in seconds], "{:.3f}") for net in (OURS, REPARAMETERIZED)
         ]
-        macs = [result[f"block macs, {size}"] for result in results]
-        promised = [each["dense"] / each[OURS] for each in macs]
-        faster = [each["dense"] / each[REPARAMETERIZED] for each in seconds]
-        exported = [result[f"onnx {name}"] for result in results if f"onnx {name}" in result]
-        faster_onnx = [each["dense"] / each[OURS] for each in exported]
-        cells = [size, str(batch), *natives, ratio(faster), ratio(promised), share(faster, promised)]
-        lines.append(f"| {' | '.join([*cells, ratio(faster_onnx), share(faster_onnx, promised)])} |")
+        macs = f"block macs, {size}"
+        faster, share = speed_up(name, REPARAMETERIZED, macs)
+        promised = ratio([result[macs]["dense"] / result[macs][OURS] for result in results])
+        cells = [size, str(batch), *natives, faster, promised, share, *speed_up(f"onnx {name}", OURS, macs)]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def sweep_table(store: Store, name: str) -> list[str]:
     lines = [f"| {name} | accuracy, % | blocks | parameters gone, % |", "|---|---:|---:|---:|"]
-    dense = {job.seed: job for job in table("digits", FEW) if job.method == "dense"}
+    dense = {job.seed: job for job in by_method(table("digits", FEW))["dense"]}
     for value, jobs in sweep(SWEEPS[name]).items():
         known = [job for job in jobs if job in store.results]
         runs = found(store, known)
@@ -194,7 +196,7 @@ def page(store: Store) -> str:
         lines += ["", f"## {title}", "", *methods_table(store, data, PAIRS[data])]
         if pruned_runs(store, data):
             lines += ["", f"![which blocks stay]({BLOCKS.format(data)})"]
-        if found(store, (Job(data, "latency", *pair) for pair in FEW)):
+        if found(store, latency_jobs(data)):
             lines += [
                 "",
                 "Speed of the pruned network, ε by budget; reparameterized is by timm's `reparameterize_model`:",
