@@ -220,7 +220,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
 
 
 def build_pruner(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> EpsilonPruner:
-    ramp = {} if args.keep is None else {"ramp_epochs": args.ramp_epochs}
+    ramp = {} if args.keep is None else {"ramp_epochs": args.ramp_epochs, "criterion": args.criterion}
     return EpsilonPruner(
         model, optimizer, keep=args.keep, epsilon=args.epsilon, warmup_epochs=args.epsilon_warmup_epochs,
         patience=args.patience, live_removal=not args.no_live_removal, **ramp,
@@ -276,7 +276,8 @@ class Training:
         self.optimizer = build_optimizer(args, self.model)
         self.batches = data.TrainingBatches(
             splits["train"], args.per_device_train_batch_size, args.seed, num_workers=args.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda", buffer_size=args.shuffle_buffer_size, **share,
+            pin_memory=accelerator.device.type == "cuda", buffer_size=args.shuffle_buffer_size,
+            per_epoch=args.steps_per_epoch and args.steps_per_epoch * args.gradient_accumulation_steps, **share,
         )  # fmt: skip
         steps_per_epoch = math.ceil(len(self.batches) / args.gradient_accumulation_steps)
         self.scheduler = build_scheduler(args, self.optimizer, steps_per_epoch * args.num_train_epochs)
@@ -398,10 +399,12 @@ class Training:
             restarts = pruner and args.lr_scheduler == "restarting"
             self.scheduler.step(pruner.discarded if restarts else None)
         self.lap()
-        progress.accuracies.append(self.evaluate()[0])
+        found: dict[str, float] = {"train_loss": progress.losses[-1]}
+        if args.eval_strategy == "epoch":
+            progress.accuracies.append(self.evaluate()[0])
+            found["eval_accuracy"] = progress.accuracies[-1]
         progress.epoch, progress.batch = progress.epoch + 1, 0
         self.loss.zero_()
-        found = {"train_loss": progress.losses[-1], "eval_accuracy": progress.accuracies[-1]}
         if pruner:
             found |= {"blocks": pruner.total - pruner.discarded}
             found |= {f"response/{slot}": value for slot, value in pruner.history[-1]["responses"].items()}
@@ -412,7 +415,8 @@ class Training:
     def summary(self) -> str:
         progress, pruner = self.progress, self.pruner
         left = f", blocks {pruner.total - pruner.discarded}/{pruner.total}" if pruner else ""
-        return f"loss {progress.losses[-1]:.4f}, accuracy {progress.accuracies[-1]:.4f}{left}"
+        right = f", accuracy {progress.accuracies[-1]:.4f}" if progress.accuracies else ""
+        return f"loss {progress.losses[-1]:.4f}{right}{left}"
 
     def log(self, values: dict[str, Any]) -> None:
         prefix = "" if self.pruner or self.args.no_gates else "dense/"

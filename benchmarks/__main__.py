@@ -21,25 +21,28 @@ from pathlib import Path
 import train_hf
 from benchmarks import curves, glyphs, results
 from benchmarks.jobs import ROOT, Job, Runner, Store
-from benchmarks.plan import ARCHITECTURE, FEW, FLAGS, PAIRS, SIDES, SWEEPS, latency_jobs, sweep, table
+from benchmarks.plan import ARCHITECTURE, CLASSES, FEW, FLAGS, PAIRS, SIDES, SWEEPS, depths, latency_jobs, sweep, table
 
 HERE = Path(__file__).parent
 PARTS = ("table", "latency", "sweeps")
 
 
-def measure_latency(runner: Runner, job: Job, threads: int) -> None:
-    """Of all networks of a seed and fold; their runs must be there."""
-    if job in runner.store.results:
+def measure_latency(store: Store, job: Job, threads: int) -> None:
+    """Of the networks that the runs of a seed and fold found; what is not there yet has no latency."""
+    runs = {one.method: store.results[one] for one in table(job.data, [(job.seed, job.fold)]) if one in store.results}
+    if job in store.results or not {"dense", "budget"} <= runs.keys():
         return
-    jobs = table(job.data, [(job.seed, job.fold)])
-    runner.make_networks(jobs)
     task = {
-        "places": {one.method: str(runner.place(one)) for one in jobs},
-        "architecture": ARCHITECTURE[job.data], "sides": SIDES[job.data], "repeats": 40, "threads": threads,
+        "found": {
+            method: {name: run[name] for name in ("params", "removed", "ratio") if name in run}
+            for method, run in runs.items()
+        },
+        "architecture": ARCHITECTURE[job.data], "classes": CLASSES[job.data], "sides": SIDES[job.data],
+        "repeats": 40, "threads": threads,
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.latency", json.dumps(task)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    runner.store.add(job, json.loads(done.stdout))
+    store.add(job, json.loads(done.stdout))
 
 
 def write_page(store: Store) -> None:
@@ -93,12 +96,13 @@ def main() -> None:
             for pair in PAIRS[data]:
                 runner.run(table(data, [pair]))
                 write_page(store)
-        if "sweeps" in args.only and data == "digits":
-            runner.run(job for values in SWEEPS.values() for jobs in sweep(values).values() for job in jobs)
+        if "sweeps" in args.only:
+            settings = [sweep(values) for values in SWEEPS.values()] if data == "digits" else [depths()]
+            runner.run(job for groups in settings for jobs in groups.values() for job in jobs)
             write_page(store)
         if "latency" in args.only:
             for job in latency_jobs(data):
-                measure_latency(runner, job, args.at_once * args.threads)
+                measure_latency(store, job, args.at_once * args.threads)
             write_page(store)
 
 

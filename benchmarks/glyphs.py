@@ -141,7 +141,7 @@ def images(fonts: list[Typeface], count: int, seed: int, batch: int = 500) -> It
 
         generator = torch.Generator().manual_seed(choice.getrandbits(60))
         characters = masks(labels)
-        others = [masks([choice.randrange(len(CLASSES)) for _ in labels]) for _ in range(2)]
+        others = [masks([choice.randrange(len(CLASSES)) for _ in labels])]
         yield compose(characters, others, generator), labels
 
 
@@ -154,7 +154,7 @@ def compose(characters: Tensor, others: list[Tensor], generator: torch.Generator
 
     ground, ink = texture(uniform), texture(uniform)
     # Lighter or darker than the ground by at least a little, so that there is something to read.
-    contrast = uniform(0.5, 0.9, 1, 1, 1) * torch.where(uniform(0, 1, 1, 1, 1) < 0.5, -1.0, 1.0)
+    contrast = uniform(0.6, 0.9, 1, 1, 1) * torch.where(uniform(0, 1, 1, 1, 1) < 0.5, -1.0, 1.0)
     level = uniform(0.25, 0.75, 1, 1, 1)
     ground = ground + level - contrast / 2
     ink = ink + level + contrast / 2
@@ -188,14 +188,14 @@ def distort(masks: Tensor, centre: Tensor, uniform) -> Tensor:
 
     Drawn at twice the resolution and averaged: (B, 1, 32, 32).
     """
-    angle, shear = uniform(-0.3, 0.3, 1), uniform(-0.2, 0.2, 1)
-    wide, high = uniform(0.7, 1, 1), uniform(0.7, 1, 1)
+    angle, shear = uniform(-0.2, 0.2, 1), uniform(-0.15, 0.15, 1)
+    wide, high = uniform(0.8, 1, 1), uniform(0.8, 1, 1)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 2).view(-1, 2, 2)
     bend = torch.stack([1 / wide, shear, torch.zeros_like(shear), 1 / high], 2).view(-1, 2, 2)
     matrix = bend @ turn
     affine = torch.cat([matrix, -matrix @ centre[:, :, None]], 2)
     grid = F.affine_grid(affine, [len(masks), 1, 2 * SIDE, 2 * SIDE], align_corners=False)
-    warp = F.interpolate(uniform(-0.12, 0.12, 2, 4, 4), 2 * SIDE, mode="bicubic").permute(0, 2, 3, 1)
+    warp = F.interpolate(uniform(-0.08, 0.08, 2, 4, 4), 2 * SIDE, mode="bicubic").permute(0, 2, 3, 1)
     return F.avg_pool2d(F.grid_sample(masks, grid + warp, align_corners=False), 2)
 
 

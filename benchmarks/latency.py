@@ -1,6 +1,7 @@
 """Latency of the networks of one seed and fold, measured in turn in one process with nothing beside it.
 
-``__main__.py`` starts it; the answer is printed as JSON, in seconds, medians.
+Speed follows from the structure, which ``results.json`` holds, and not from the weights: the networks are built anew,
+untrained. ``__main__.py`` starts it; the answer is printed as JSON, in seconds, medians.
 """
 
 from __future__ import annotations
@@ -9,15 +10,14 @@ import copy
 import json
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.utils import reparameterize_model
 from torch import nn
-from transformers import AutoModelForImageClassification
 
+from benchmarks import channels
 from benchmarks.jobs import conditions
 from timm_eps import report
 from timm_eps.branches import gates
@@ -26,11 +26,20 @@ NATIVE = "native"
 REPARAMETERIZED = "reparameterized"
 
 
-def load(place: Path) -> nn.Module:
-    """The timm network of a run."""
-    if (place / "model.pt").exists():  # of Torch-Pruning
-        return torch.load(place / "model.pt", weights_only=False)
-    return AutoModelForImageClassification.from_pretrained(place).timm_model
+def build(architecture: str, classes: int, found: dict[str, Any]) -> nn.Module:
+    """An untrained network of the structure that a run found.
+
+    Raises:
+        RuntimeError: It has other parameters than the run's, so its structure is another one.
+    """
+    if "ratio" in found:  # of Torch-Pruning: each layer loses this share of its channels, whatever the weights are
+        whole = channels.plain(timm.create_model(architecture, num_classes=classes))
+        body = reparameterize_model(channels.without(whole, found["ratio"], torch.zeros(2, 3, 32, 32)))
+    else:
+        body = timm.create_model(architecture, num_classes=classes, removed=found["removed"])
+    if (built := report.count_parameters(body)) != found["params"]:
+        raise RuntimeError(f"What was built has {built} parameters, the network of the run {found['params']}.")
+    return body
 
 
 def native(body: nn.Module) -> nn.Module:
@@ -82,7 +91,10 @@ def main() -> None:
     task: dict[str, Any] = json.loads(sys.argv[1])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(task["threads"])
-    nets = {method: load(Path(place)).to(device).eval() for method, place in task["places"].items()}
+    architecture = task["architecture"]
+    nets = {
+        method: build(architecture, task["classes"], found).to(device).eval() for method, found in task["found"].items()
+    }
     nets[NATIVE] = native(nets["budget"])
     nets[REPARAMETERIZED] = reparameterize_model(nets["budget"])
     torch.manual_seed(0)
@@ -98,7 +110,7 @@ def main() -> None:
             exported = {name: InOnnxRuntime(nets[name], images, task["threads"]) for name in ("dense", "budget")}
             found[f"onnx seconds at 128, {side}x{side}"] = report.paired_latency(exported, images, task["repeats"])
         found[f"block macs, {side}x{side}"] = {
-            method: block_macs(nets[method], task["architecture"], images[:1]) for method in ("dense", "budget")
+            method: block_macs(nets[method], architecture, images[:1]) for method in ("dense", "budget")
         }
     found["seconds at 1"] = report.paired_latency(
         nets, images[:1, :, : task["sides"][0], : task["sides"][0]], 5 * task["repeats"]

@@ -143,6 +143,11 @@ def stochastic_depth(bench: Bench) -> nn.Module:
     return bench.fit("--no_gates", model=model)
 
 
+def finetuned(bench: Bench) -> nn.Module:
+    """What Torch-Pruning gets too: a trained network, and as many epochs again to prune it in."""
+    return bench.fit(model=bench.load("dense"))
+
+
 def torch_pruning_to_size(bench: Bench) -> nn.Module:
     model, target = bench.load("dense"), bench.result("budget")["params"]
     bench.notes |= channels.prune(model, bench.images(2), lambda net: report.count_parameters(net) <= target)
@@ -176,6 +181,7 @@ METHODS = {
     "dense_without_side": Method("dense, without side supervision", dense_without_side),
     "budget": Method("ε-ResNet, ε by budget", pruned),
     "fixed": Method("ε-ResNet, ε fixed", pruned),
+    "finetuned": Method("ε-ResNet on the trained dense network, ε by budget", finetuned, ("dense",)),
     "scratch": Method("the found structure from scratch, same epochs", scratch, ("budget",)),
     "scratch_with_dense_compute": Method(
         "the found structure from scratch, the dense network's compute", scratch_with_dense_compute, ("budget", "dense")

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.jobs import Job, Store
 from benchmarks.latency import NATIVE, REPARAMETERIZED
 from benchmarks.methods import METHODS
-from benchmarks.plan import FEW, PAIRS, SIDES, SWEEPS, latency_jobs, sweep, table
+from benchmarks.plan import FEW, PAIRS, SIDES, SWEEPS, depths, latency_jobs, sweep, table
 
 OURS = "budget"
 BLOCKS = "blocks_{}.png"
@@ -171,6 +171,16 @@ def sweep_table(store: Store, name: str) -> list[str]:
     return lines
 
 
+def depth_table(store: Store) -> list[str]:
+    """Whether depth helps on the glyphs, and what the small network comes to."""
+    lines = ["| dense network | epochs | runs | accuracy, % | parameters, thousands |", "|---|---:|---:|---:|---:|"]
+    for name, jobs in depths().items():
+        if runs := found(store, jobs):
+            accuracy = mean_and_spread([100 * run["accuracy"] for run in runs])
+            lines.append(f"| {name} | {runs[0]['epochs']} | {len(runs)} | {accuracy} | {runs[0]['params'] / 1e3:.0f} |")
+    return lines
+
+
 def page(store: Store) -> str:
     """All of RESULTS.md."""
     results = [result for job, result in store.results.items() if job.method != "latency"]
@@ -203,6 +213,8 @@ def page(store: Store) -> str:
                 "",
                 *speed_table(store, data),
             ]
+        if data == "glyphs":
+            lines += ["", *depth_table(store)]
     swept = [name for name in SWEEPS if any(found(store, jobs) for jobs in sweep(SWEEPS[name]).values())]
     if swept:
         lines += ["", "## What the settings do", "", "Digits, three seeds, each with another fold.", ""]

@@ -17,6 +17,7 @@ def main() -> None:
     directory = Path(task["directory"])
     bench = Bench(task["flags"], directory, {method: Path(place) for method, place in task["earlier"].items()})
     device = bench.accelerator.device
+    report.reset_peak_memory(device)  # reading the images may have taken more than training will
     before = report.peak_memory(device)
     model = METHODS[task["method"]].make(bench)
     result = {"train_bytes": report.peak_memory(device) - before, **measured(bench, model), **conditions()}

@@ -141,6 +141,12 @@ def test_the_native_network_is_the_pruned_one_without_what_is_left_of_gates():
     assert kinds[0] == kinds[1]
 
 
+def test_a_network_whose_structure_is_not_that_of_the_run_is_not_measured():
+    found = {"removed": ["stages.0.blocks.0.drop_path"], "params": 1}
+    with pytest.raises(RuntimeError, match="the network of the run 1"):
+        latency.build("eps_resnet20", 10, found)
+
+
 def test_onnx_runtime_computes_the_same():
     body, images = timm.create_model("eps_resnet20", num_classes=5).eval(), torch.randn(3, 3, 16, 16)
     exported = latency.InOnnxRuntime(body, images, threads=1)
@@ -334,15 +340,15 @@ def test_every_method_trains_and_says_what_it_cost(tmp_path):
         found[name] = methods.measured(bench, method.make(bench))
         (place / "result.json").write_text(json.dumps(found[name]))
     assert {name for name, result in found.items() if result["epochs"] == 6} == {
-        "random_blocks", "stochastic_depth", "torch_pruning_to_size", "torch_pruning_to_latency",
+        "finetuned", "random_blocks", "stochastic_depth", "torch_pruning_to_size", "torch_pruning_to_latency",
     }  # fmt: skip
     assert found["scratch_with_dense_compute"]["epochs"] == round(3 * found["dense"]["macs"] / found["budget"]["macs"])
     assert found["scratch"]["removed"] == found["budget"]["removed"]
-    for name in ("budget", "scratch", "shallow", "random_blocks", "stochastic_depth"):
+    for name in ("budget", "finetuned", "scratch", "shallow", "random_blocks", "stochastic_depth"):
         assert found[name]["blocks"] == 3, name
     for name, result in found.items():
         is_channels = name.startswith("torch_pruning")
         assert result["saved"]["timm"] == result["saved"]["transformers"] == (not is_channels), result["saved"]
-        assert latency.load(tmp_path / name)(torch.randn(1, 3, 8, 8)).shape == (1, 10)
+        assert latency.build("eps_resnet20", 10, result)(torch.randn(1, 3, 8, 8)).shape == (1, 10)
     assert found["torch_pruning_to_size"]["params"] <= found["budget"]["params"]
     assert found["random_blocks"]["train_seconds"] > found["dense"]["train_seconds"]

@@ -171,6 +171,20 @@ def test_an_epoch_goes_on_at_any_batch(kind, workers):
             assert_same(rest, whole[skip:])
 
 
+@pytest.mark.parametrize("kind", [ImageTensors, ImageFiles])
+@pytest.mark.parametrize("per_epoch", [1, 2, 3, 7])
+def test_epochs_of_so_many_batches_go_on_where_the_one_before_ended(kind, per_epoch):
+    split = made(kind, numbered(10), TRAINING)
+    for rank, processes in ((0, 1), (1, 2)):
+        passes = TrainingBatches(split, 4, 5, rank, processes)
+        parts = TrainingBatches(split, 4, 5, rank, processes, per_epoch=per_epoch)
+        assert len(parts) == len(parts.epoch(0)) == per_epoch
+        count = 12 // per_epoch
+        expected = flat(list(passes.epoch(number)) for number in range(12 // len(passes)))
+        assert_same(flat(list(parts.epoch(number)) for number in range(count)), expected[: count * per_epoch])
+        assert_same(parts.epoch(count - 1, per_epoch - 1), expected[count * per_epoch - 1 : count * per_epoch])
+
+
 @pytest.mark.parametrize("kind", [ImageFiles, ImageStream])
 def test_crops_differ_between_epochs_images_and_runs(kind):
     rows = datasets.concatenate_datasets([numbered(1)] * 8)

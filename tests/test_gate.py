@@ -170,3 +170,60 @@ def test_new_epsilon_does_not_recompile():
         gate.epsilon = epsilon
         assert bool(compiled(torch.ones(2, 2)).any()) == (epsilon <= 1)
     assert counter.frame_count == 1
+
+
+def test_importance_is_what_the_loss_would_change_without_the_branch():
+    """To first order; squared, and summed over the batches until it is reset."""
+    gate = EpsilonGate().train()
+    gate.measure_importance()
+    expected = 0.0
+    for _ in range(3):
+        x, slope = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+        (gate(x) * slope).sum().backward()
+        assert torch.equal(x.grad, slope), "the gain of one changes no gradient"
+        expected += (x * slope).sum().item() ** 2
+    assert gate.importance.item() == pytest.approx(expected, rel=1e-5)
+    gate.reset_response()
+    assert gate.importance.item() == 0
+    gate.measure_importance(False)
+    gate(torch.ones(1, requires_grad=True)).backward()
+    assert gate.importance.item() == 0
+
+
+def test_measuring_importance_changes_no_bit():
+    gate, measuring = EpsilonGate(1.0).train(), EpsilonGate(1.0).train()
+    measuring.measure_importance()
+    for dtype in (torch.float32, torch.bfloat16):
+        for scale in (0.01, 1.0):
+            x = (scale * torch.randn(2, 3, 4, 4)).to(dtype)
+            answer = measuring(x)
+            assert answer.dtype == dtype
+            assert torch.equal(answer, gate(x))
+    assert not list(measuring.parameters())
+    assert not measuring.state_dict()
+
+
+def test_a_closed_gate_has_no_importance():
+    gate = EpsilonGate(5.0).train()
+    gate.measure_importance()
+    gate(torch.ones(2, requires_grad=True)).sum().backward()
+    assert gate.importance.item() == 0
+    gate(9 * torch.ones(2, requires_grad=True)).sum().backward()
+    assert gate.importance.item() == 18**2
+
+
+@pytest.mark.parametrize("how", ["script", "compile", "checkpoint"])
+def test_importance_however_the_gate_is_run(how):
+    def measured(run) -> float:
+        gate = EpsilonGate().train()
+        gate.measure_importance()
+        x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        (run(gate, x) ** 2).sum().backward()
+        return gate.importance.item()
+
+    runs = {
+        "script": lambda gate, x: torch.jit.script(gate)(x),
+        "compile": lambda gate, x: torch.compile(gate, fullgraph=True, backend="aot_eager")(x),
+        "checkpoint": lambda gate, x: torch.utils.checkpoint.checkpoint(gate, x, use_reentrant=False),
+    }
+    assert measured(runs[how]) == pytest.approx(measured(lambda gate, x: gate(x))) != 0

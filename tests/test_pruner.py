@@ -122,6 +122,69 @@ def test_budget_is_never_overshot(model):
     assert len(model.removed) == 3
 
 
+def test_a_budget_leaves_branches_that_stay_open_on_every_batch(model):
+    """The response of one batch is often smaller than that of an epoch, by which the branches are ranked."""
+    pruner = EpsilonPruner(model, keep=7, patience=2)
+    respond(model, {slot: float(index + 1) for index, slot in enumerate(SLOTS)})
+    pruner.step()
+    assert pruner.epsilon == 2.5
+    weak = torch.full((2, 3), 0.1)
+    for index, (slot, gate) in enumerate(gates(model).items()):
+        assert gate.epsilon == (2.5 if index < 2 else 0.0), slot
+        assert torch.equal(gate.train()(weak), weak if index >= 2 else torch.zeros_like(weak)), slot
+
+
+def matter(model: nn.Module, importances: dict[str, float], default: float = 1.0) -> None:
+    """As if an epoch had measured these importances."""
+    for slot, gate in gates(model).items():
+        gate.importance.fill_(importances.get(slot, default))
+
+
+def test_a_budget_by_importance(model):
+    """The least important close, whatever they respond, at an ε of their own; the others have none."""
+    pruner = EpsilonPruner(model, keep=7, patience=2, criterion="importance")
+    responses = {SLOTS[0]: 0.5, SLOTS[3]: 20.0, SLOTS[8]: 0.0}
+    respond(model, responses, default=1.0)
+    matter(model, {SLOTS[0]: 5.0, SLOTS[3]: 1e-3, SLOTS[8]: 0.0})
+    assert pruner.step() == []
+    thresholds = {slot: gate.epsilon for slot, gate in gates(model).items()}
+    assert thresholds.pop(SLOTS[3]) == pruner.epsilon == 40.0
+    assert 0 < thresholds.pop(SLOTS[8]) < 1e-30, "an empty branch closes too"
+    assert set(thresholds.values()) == {0.0}
+    assert pruner.history[-1]["importances"][SLOTS[0]] == 5.0
+    for expected in ([], [SLOTS[3], SLOTS[8]]):
+        respond(model, responses)
+        matter(model, {SLOTS[3]: 0.0, SLOTS[8]: 0.0})  # as those of closed gates
+        assert sorted(pruner.step()) == expected
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_what_was_not_measured_is_not_closed(model, value):
+    """There was no backward pass, or the loss diverged."""
+    pruner = EpsilonPruner(model, keep=3, patience=1, criterion="importance")
+    for _ in range(3):
+        respond(model, {})
+        matter(model, {}, default=value)
+        assert pruner.step() == []
+    assert pruner.epsilon == 0.0
+
+
+def test_real_training_by_importance(model, optimizer):
+    pruner = EpsilonPruner(model, optimizer, keep=4, warmup_epochs=1, ramp_epochs=3, patience=2, criterion="importance")
+    for _ in range(8):
+        for _ in range(4):
+            train_step(model, optimizer)
+        before = {slot: float(gate.importance) for slot, gate in gates(model).items()}
+        assert all(value > 0 for slot, value in before.items() if not gates(model)[slot].epsilon)
+        pruner.step()
+    assert len(gates(model)) == 4
+    resumed = EpsilonPruner(tiny_net(), keep=4, criterion="importance")
+    train_step(model, optimizer)
+    resumed.load_state_dict(json.loads(json.dumps(pruner.state_dict())))
+    assert resumed.state_dict() == pruner.state_dict()
+    assert all(gate.importance > 0 for gate in gates(resumed.model).values())
+
+
 def test_keep_as_a_fraction(model):
     pruner = EpsilonPruner(model, keep=1 / 3, patience=1)
     for _ in range(3):
@@ -317,6 +380,8 @@ def test_exactly_one_of_epsilon_and_keep(model, given):
         ({"epsilon": 1.0, "patience": 0}, "patience must be"),
         ({"epsilon": 1.0, "warmup_epochs": -1}, "warmup_epochs must be"),
         ({"epsilon": 1.0, "ramp_epochs": 3}, "ramp_epochs=3 goes with keep"),
+        ({"epsilon": 1.0, "criterion": "importance"}, "criterion='importance' goes with keep"),
+        ({"keep": 0.5, "criterion": "size"}, "criterion must be one of response, importance, got 'size'"),
     ],
 )
 def test_bad_arguments(model, given, message):

@@ -38,6 +38,16 @@ def test_peak_memory_counts_what_is_gone_again():
     assert grown == pytest.approx(2**28, rel=0.1)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can forget a peak")
+def test_a_peak_of_memory_is_forgotten():
+    program = (
+        "import torch; from timm_eps.report import peak_memory, reset_peak_memory; torch.ones(2**26); "
+        "before = peak_memory(); reset_peak_memory(); print(before - peak_memory())"
+    )
+    fallen = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    assert fallen == pytest.approx(2**28, rel=0.2)
+
+
 def test_paired_latency_keeps_modes():
     models = {"a": tiny_net().train(), "b": tiny_net(removed=SLOTS)}
     seconds = paired_latency(models, torch.zeros(1, 3, 8, 8), repeats=3)

@@ -124,6 +124,19 @@ def test_checkpoints_change_nothing(whole, tmp_path):
     assert outcome(tmp_path / "without") == outcome(whole)
 
 
+def test_epochs_of_so_many_steps_are_taken_up_too(tmp_path):
+    """Of three steps where a pass has four, so they end within one; and importances are measured on from where it was."""
+    steps = ["--steps_per_epoch", "3", "--checkpointing_steps", "4", "--criterion", "importance"]
+    results = run(tmp_path / "whole", *steps)
+    assert results["blocks_kept"] == 3, "blocks go by these epochs"
+    assert len(results["eval_accuracy_by_epoch"]) == 4
+    assert names(tmp_path / "whole") == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    for step in (4, 8):
+        out = stopped_at(tmp_path / "whole", f"checkpoint-{step}", name=f"stopped-{step}")
+        run(out, *steps, *LATEST)
+        assert outcome(out) == outcome(tmp_path / "whole")
+
+
 def folder_of_images(directory: Path) -> list[str]:
     rng = np.random.default_rng(0)
     for split, count in (("train", 40), ("val", 10)):

@@ -13,7 +13,10 @@ from timm_eps.schedule import BudgetEpsilon, ConstantEpsilon
 
 def test_constant_after_warmup():
     schedule = ConstantEpsilon(2.5, warmup_epochs=3)
-    assert [schedule(epoch, {}, 54) for epoch in range(5)] == [0, 0, 0, 2.5, 2.5]
+    responses = {"a": 1.0, "b": 9.0}
+    assert [schedule(epoch, responses, 54) for epoch in range(5)] == [
+        *[{"a": 0, "b": 0}] * 3, *[{"a": 2.5, "b": 2.5}] * 2
+    ]  # fmt: skip
 
 
 def test_budget_ramp_is_cubic_and_ends_at_the_budget():
@@ -35,21 +38,23 @@ def test_budget_epsilon_separates_exactly_as_many():
     responses = {f"b{i}": float(i) for i in range(1, 11)}
     for kept in range(1, 10):
         epsilon = BudgetEpsilon(kept)(0, responses, total=10)
-        assert sum(r < epsilon for r in responses.values()) == 10 - kept
+        assert epsilon.keys() == responses.keys()
+        assert [r < epsilon[slot] for slot, r in responses.items()] == [True] * (10 - kept) + [False] * kept
+        assert set(epsilon.values()) <= {10 - kept + 0.5, 0.0}, "one ε, and none for the branches that stay"
 
 
 def test_budget_counts_the_removed_ones_in():
     responses = {f"b{i}": float(i) for i in range(1, 5)}  # 6 of 10 are gone already
-    epsilon = BudgetEpsilon(3)(0, responses, total=10)
-    assert sum(r < epsilon for r in responses.values()) == 1
-    assert BudgetEpsilon(5)(0, responses, total=10) == 0.0
+    assert BudgetEpsilon(3)(0, responses, total=10) == {"b1": 1.5, "b2": 0.0, "b3": 0.0, "b4": 0.0}
+    assert not any(BudgetEpsilon(5)(0, responses, total=10).values())
 
 
 def test_budget_ignores_nan():
     """A diverged branch cannot be closed and must not take the place of one that can."""
     epsilon = BudgetEpsilon(1)(0, {"a": math.nan, "b": 1.0, "c": 2.0}, total=3)
-    assert 2.0 < epsilon < math.inf
-    assert BudgetEpsilon(1)(0, {"a": math.nan, "b": math.nan, "c": math.inf}, total=3) == 0.0
+    assert epsilon["a"] == 0.0
+    assert 2.0 < epsilon["b"] == epsilon["c"] < math.inf
+    assert not any(BudgetEpsilon(1)(0, {"a": math.nan, "b": math.nan, "c": math.inf}, total=3).values())
 
 
 @pytest.mark.parametrize("keep", [0, 0.0, 1.0, 1.5, -0.5, -3, True, math.nan, "half", None])

@@ -85,14 +85,20 @@ def test_compare_dense_is_the_same_recipe_without_gates(tmp_path):
     assert "training time" in (tmp_path / "both/README.md").read_text()
 
 
+def test_the_final_network_alone_is_tested_on_request(tmp_path):
+    often, once = run(tmp_path, name="often"), run(tmp_path, "--eval_strategy", "no", name="once")
+    assert once["eval_accuracy_by_epoch"] == []
+    assert once["eval_accuracy"] == often["eval_accuracy"] == often["eval_accuracy_by_epoch"][-1]
+
+
 def test_config_file_and_flags(tmp_path):
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"keep": 5, "num_train_epochs": 7, "seed": 3}))
+    config.write_text(json.dumps({"keep": 5, "criterion": "importance", "num_train_epochs": 7, "seed": 3}))
     parse = train_hf.parse_arguments
     args = parse(["--config", str(config), "--num_train_epochs", "2"])
     assert (args.keep, args.num_train_epochs, args.seed) == (5, 2, 3)
     args = parse(["--config", str(config), "--epsilon", "2.5"])
-    assert (args.keep, args.epsilon) == (None, 2.5), "a flag wins over the file, also over its opposite there"
+    assert (args.keep, args.epsilon, args.criterion) == (None, 2.5, "response"), "a flag wins over the file, also over its opposite there"
     args = parse(["--config", str(config), "--no_gates"])
     assert (args.keep, args.epsilon, args.no_gates) == (None, None, True)
     args = parse([])
@@ -121,6 +127,8 @@ def test_config_file_and_flags(tmp_path):
         (["--flip", "--augmentation", "distort"], "--flip goes with --augmentation crop or resized_crop"),
         (["--color_jitter", "0.1", "0.1", "0.1"], "--color_jitter goes with --augmentation resized_crop"),
         (["--nesterov", "--optimizer", "adamw"], "--nesterov goes with --optimizer sgd"),
+        (["--steps_per_epoch", "9", "--streaming"], "--steps_per_epoch and --streaming exclude each other"),
+        (["--epsilon", "1", "--criterion", "importance"], "--criterion importance goes with --keep"),
         (["--report_to", "tensorboard"], "--report_to goes with --with_tracking"),
         (["--logging_steps", "5"], "--logging_steps goes with --with_tracking"),
         (["--logging_steps", "0", "--with_tracking"], "--logging_steps: must be at least 1, got 0"),

@@ -48,15 +48,14 @@ def epsilon_gate(x: Tensor, epsilon: Tensor | float) -> Tensor:
         ``x`` if any ``|x_i| >= epsilon`` or any element is NaN (so that the loss shows it), else zeros; same shape
         and dtype as ``x``.
     """
-    return _gated(x, max_response(x), torch.as_tensor(epsilon, device=x.device))
-
-
-def _gated(x: Tensor, response: Tensor, epsilon: Tensor) -> Tensor:
-    # "not below" rather than "at or above": a NaN response must leave the gate open.
-    is_open = torch.logical_not(response < epsilon)
     # A product and not a selection of detached zeros: with no gradient at all (None instead of zeros) optimizers skip
     # the parameter, weight decay included, and the branch would never empty.
-    return x * is_open.to(x.dtype)
+    return x * _is_open(max_response(x), torch.as_tensor(epsilon, device=x.device)).to(x.dtype)
+
+
+def _is_open(response: Tensor, epsilon: Tensor) -> Tensor:
+    # "not below" rather than "at or above": a NaN response must leave the gate open.
+    return torch.logical_not(response < epsilon)
 
 
 class EpsilonGate(nn.Module):
@@ -78,6 +77,9 @@ class EpsilonGate(nn.Module):
         epsilon (float): Threshold in activation units. Setting it checks it.
         response (Tensor): Largest ``max|F|`` seen in training since :meth:`reset_response`, 0-dimensional float;
             -1 if there was no training since.
+        importance (Tensor): While it is measured, see :meth:`measure_importance`: the sum over the batches since
+            :meth:`reset_response` of the square of what the loss would change, to first order, without the branch;
+            0-dimensional float.
         closed (bool): Whether the branch is zero in evaluation.
 
     Raises:
@@ -101,6 +103,8 @@ class EpsilonGate(nn.Module):
         # No buffer: DistributedDataParallel gives every process the buffers of the first one before each step, and
         # what the others have seen would be lost.
         self.response = torch.full((), NOT_SEEN)
+        self.importance = torch.zeros(())
+        self.gain: Tensor | None = None
         self._epsilon = 0.0
         self.epsilon = epsilon
 
@@ -114,10 +118,34 @@ class EpsilonGate(nn.Module):
         self.threshold.fill_(self._epsilon)
 
     def reset_response(self) -> None:
-        """Forget the responses seen so far."""
-        if self.response.device != self.threshold.device:
-            self.response = torch.empty_like(self.response, device=self.threshold.device)
+        """Forget the responses seen so far, and the importance."""
+        device = self.threshold.device
+        if self.response.device != device:
+            self.response = torch.empty_like(self.response, device=device)
+            self.importance = torch.empty_like(self.importance, device=device)
         self.response.fill_(NOT_SEEN)
+        self.importance.zero_()
+
+    @torch.jit.ignore
+    def measure_importance(self, measure: bool = True) -> None:
+        """Begin to measure ``importance`` in training, or stop.
+
+        The branch is multiplied by a gain of one. The loss L falls or rises by ``dL/dgain``, that is the sum of F dL/dF
+        over a batch, if the branch is left out, to first order ("Importance Estimation for Neural Network Pruning",
+        P. Molchanov et al., CVPR 2019, https://arxiv.org/abs/1906.10771, equation 8). It costs one pass over F in the
+        backward pass. A closed gate has no importance.
+        """
+        self.gain = None
+        if measure:
+            self.gain = torch.ones((), device=self.threshold.device, requires_grad=True)
+            self.gain.register_post_accumulate_grad_hook(self._note_importance)
+
+    def _note_importance(self, gain: Tensor) -> None:
+        assert gain.grad is not None, "the hook runs when there is one"
+        if self.importance.device != gain.device:
+            self.importance = self.importance.to(gain.device)
+        self.importance += gain.grad.square()
+        gain.grad = None
 
     def init_non_persistent_buffers(self) -> None:
         """Give the buffers their values after they were materialised from the meta device (timm's convention)."""
@@ -130,7 +158,11 @@ class EpsilonGate(nn.Module):
             if self.response.device != x.device:
                 self.response = self.response.to(x.device)
             self.response.copy_(torch.maximum(self.response, response.to(self.response.dtype)))
-            x = _gated(x, response, self.threshold)
+            weight = _is_open(response, self.threshold).to(x.dtype)
+            gain = self.gain
+            if gain is not None:
+                weight = weight * gain.to(x)
+            x = x * weight  # a product, as in epsilon_gate
         elif self.closed:
             x = x.new_zeros(()) if self.single_zero else torch.zeros_like(x)
         return self.drop_path(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,9 @@ from .branches import gates, timm_body
 from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery import add_gates, remove, removed_slots, replay_removed
 
-__all__ = ["EpsilonPruner", "forgetting_lost"]
+__all__ = ["CRITERIA", "EpsilonPruner", "forgetting_lost"]
+
+CRITERIA = ("response", "importance")
 
 
 class EpsilonPruner:
@@ -39,13 +41,17 @@ class EpsilonPruner:
         ramp_epochs: With ``keep``: epochs from the first closed branch to the full budget.
         patience: Epochs in a row that a branch must stay closed before it is removed.
         live_removal: Remove during training. Without it, closed branches stay until :func:`remove_closed` or a save.
+        criterion: With ``keep``, by which branches are ranked: ``'response'``, the largest of an epoch, or
+            ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`). By
+            importance each branch that is due gets an ε of its own, twice its response.
 
     Attributes:
         epoch (int): Epochs finished.
-        epsilon (float): Threshold of the current epoch.
+        epsilon (float): Threshold of the current epoch; with ``keep`` that of the branches which are due to close.
         total (int): Number of branches of the unpruned network.
         history (list[dict]): One record an epoch: ``epoch``, ``epsilon``, ``responses`` (slot to float), ``closed``
-            (list of slots, those shut on every batch) and ``removed`` (those that went after it).
+            (list of slots, those shut on every batch) and ``removed`` (those that went after it); by importance also
+            ``importances``.
 
     Raises:
         ValueError: Both or neither of ``epsilon`` and ``keep``, a value out of range, a model without residual
@@ -63,11 +69,16 @@ class EpsilonPruner:
         ramp_epochs: int = 0,
         patience: int = 3,
         live_removal: bool = True,
+        criterion: str = "response",
     ) -> None:
         if (epsilon is None) == (keep is None):
             raise ValueError(f"Give exactly one of epsilon and keep, got epsilon={epsilon!r} and keep={keep!r}.")
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience must be a whole number of epochs, at least 1, got {patience!r}.")
+        if criterion not in CRITERIA:
+            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
+        if epsilon is not None and criterion != "response":
+            raise ValueError(f"criterion={criterion!r} goes with keep; a constant epsilon is one for the responses.")
         if keep is not None:
             self.schedule: BudgetEpsilon | ConstantEpsilon = BudgetEpsilon(keep, warmup_epochs, ramp_epochs)
         elif ramp_epochs:
@@ -78,6 +89,7 @@ class EpsilonPruner:
         self.optimizer = optimizer
         self.patience = patience
         self.live_removal = live_removal
+        self.criterion = criterion
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         if not gates(model) and not removed_slots(model):
@@ -87,8 +99,10 @@ class EpsilonPruner:
         self.total = len(self._streaks) + len(removed_slots(model))
         if isinstance(keep, int) and keep > self.total:
             raise ValueError(f"keep={keep} branches, but {type(timm_body(model)).__name__} has only {self.total}.")
+        for gate in gates(model).values():
+            gate.measure_importance(criterion == "importance")
         # A budget needs responses to measure by, so its first epoch is open whatever the warm-up.
-        self._set_epsilon(self.schedule(0, dict.fromkeys(self._streaks, 0.0), self.total) if keep is None else 0.0)
+        self._set_thresholds(self.schedule(0, dict.fromkeys(self._streaks, math.inf), self.total))
 
     @property
     def discarded(self) -> int:
@@ -113,41 +127,56 @@ class EpsilonPruner:
             # NaN is not below ε: a diverged branch stays open.
             is_below = response < found[slot].threshold.item()
             self._streaks[slot] = self._streaks[slot] + 1 if is_below else 0
-        # When all responses fall at once, more branches are below ε than the budget asks for. Those that it does not
-        # ask for stay open: ε will be lower in the next epoch.
-        allowed = self.schedule.to_close(self.epoch, self.total) - (self.total - len(found))
-        below = sorted(
-            (slot for slot in responses if self._streaks[slot]),
-            key=lambda slot: (self._streaks[slot] < self.patience, responses[slot]),
-        )
-        shut = below[: max(allowed, 0)]
-        for slot in responses:
-            found[slot].closed = slot in shut
-        removed = self._remove([slot for slot in shut if self._streaks[slot] >= self.patience])
-        self.history.append(
-            {
-                "epoch": self.epoch,
-                "epsilon": self.epsilon,
-                "responses": responses,
-                "closed": [slot for slot in found if slot in below],
-                "removed": removed,
-            }
-        )
+            found[slot].closed = is_below
+        closed = [slot for slot in responses if found[slot].closed]
+        removed = self._remove([slot for slot in closed if self._streaks[slot] >= self.patience])
+        record = {
+            "epoch": self.epoch,
+            "epsilon": self.epsilon,
+            "responses": responses,
+            "closed": closed,
+            "removed": removed,
+        }
+        if self.criterion == "importance":
+            record["importances"] = {slot: float(found[slot].importance) for slot in responses}
+        self.history.append(record)
         self.epoch += 1
-        remaining = {slot: responses.get(slot, math.inf) for slot in self._streaks}
-        self._set_epsilon(self.schedule(self.epoch, remaining, self.total))
+        self._set_thresholds(self._next_thresholds())
         return removed
+
+    def _next_thresholds(self) -> dict[str, float]:
+        """ε of each branch in the epoch that begins, by what the last one showed."""
+        responses = self.history[-1]["responses"]
+        remaining = {slot: responses.get(slot, math.inf) for slot in self._streaks}
+        if self.criterion == "response":
+            return self.schedule(self.epoch, remaining, self.total)
+        assert isinstance(self.schedule, BudgetEpsilon), "a constant epsilon has no other criterion"
+        importances = self.history[-1]["importances"]
+
+        def rank(slot: str) -> float:
+            # What is open and responds but got no gradient was not measured: nobody called backward.
+            if slot not in responses or (responses[slot] > 0 == importances[slot] and not self._streaks[slot]):
+                return math.inf
+            return importances[slot]
+
+        ranks = {slot: rank(slot) for slot in self._streaks}
+        due, _ = self.schedule.divide(self.epoch, ranks, self.total)
+        found = gates(self.model)
+        # Of an empty branch at least the smallest number there is: 0 is not below 0.
+        least = {slot: torch.finfo(found[slot].threshold.dtype).tiny for slot in due}
+        return {slot: max(2 * remaining[slot], least[slot]) if slot in due else 0.0 for slot in self._streaks}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` needs, as plain numbers, strings, lists and dicts."""
         found = gates(self.model)
         return {
             "epoch": self.epoch,
-            "epsilon": self.epsilon,
+            "epsilon": {slot: gate.epsilon for slot, gate in found.items()},
             "removed": removed_slots(self.model),
             "streaks": dict(self._streaks),
             "closed": [slot for slot, gate in found.items() if gate.closed],
             "responses": {slot: float(gate.response) for slot, gate in found.items()},
+            "importances": {slot: float(gate.importance) for slot, gate in found.items()},
             "history": list(self.history),
         }
 
@@ -159,7 +188,7 @@ class EpsilonPruner:
         Raises:
             ValueError: The state is of another architecture, or the model has lost blocks that the state still has.
         """
-        if missing := {"epoch", "epsilon", "removed", "streaks", "closed", "responses", "history"} - state.keys():
+        if missing := {"epoch", "epsilon", "removed", "streaks", "closed", "responses", "importances", "history"} - state.keys():
             raise ValueError(f"Not the state of an EpsilonPruner: it lacks {sorted(missing)}.")
         already = set(removed_slots(self.model))
         if lost := already - set(state["removed"]):
@@ -175,9 +204,10 @@ class EpsilonPruner:
         self.history = list(state["history"])
         for slot, gate in found.items():
             gate.closed = slot in state["closed"]
-        self._set_epsilon(state["epsilon"])
+        self._set_thresholds(state["epsilon"])
         for slot, gate in found.items():
             gate.response.fill_(state["responses"][slot])
+            gate.importance.fill_(state["importances"][slot])
 
     def share_responses(self) -> None:
         """Under ``torch.distributed``: give every process the largest response of all of them, for each gate.
@@ -196,6 +226,11 @@ class EpsilonPruner:
         dist.all_reduce(responses, op=dist.ReduceOp.MAX)
         for gate, response in zip(found.values(), responses, strict=True):
             gate.response.copy_(response)
+        if self.criterion == "importance":
+            importances = torch.stack([gate.importance.float().to(device) for gate in found.values()])
+            dist.all_reduce(importances)
+            for gate, importance in zip(found.values(), importances / dist.get_world_size(), strict=True):
+                gate.importance.copy_(importance)
 
     def _collect_responses(self) -> dict[str, float]:
         """The epoch's response of each branch that ran in training; one that is frozen in evaluation mode has none."""
@@ -213,10 +248,10 @@ class EpsilonPruner:
             del self._streaks[slot]
         return removed
 
-    def _set_epsilon(self, epsilon: float) -> None:
-        self.epsilon = epsilon
-        for gate in gates(self.model).values():
-            gate.epsilon = epsilon
+    def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
+        self.epsilon = max(thresholds.values(), default=0.0)
+        for slot, gate in gates(self.model).items():
+            gate.epsilon = thresholds[slot]
             gate.reset_response()
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .branches import evaluating
 
-__all__ = ["comparison_table", "count_macs", "count_parameters", "draw_blocks", "paired_latency", "peak_memory"]
+__all__ = ["comparison_table", "count_macs", "count_parameters", "draw_blocks", "paired_latency", "peak_memory", "reset_peak_memory"]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -64,7 +64,7 @@ def paired_latency(
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
-    """The most bytes that this process has held so far: of an accelerator's allocator, or resident on a Unix host."""
+    """The most bytes this process has held since the last reset: of an accelerator's allocator, or resident on Unix."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -73,6 +73,14 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def reset_peak_memory(device: torch.device | str = "cpu") -> None:
+    """Let :func:`peak_memory` begin with what is held now. Only Linux and CUDA can; elsewhere it does nothing."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif (switch := Path("/proc/self/clear_refs")).exists():
+        switch.write_text("5")  # of proc(5): "reset the peak resident set size"
 
 
 def comparison_table(results: Mapping[str, Any]) -> str:

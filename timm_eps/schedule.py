@@ -1,7 +1,7 @@
 """What ε is in each epoch, and the learning rate that begins anew when blocks were discarded.
 
-An ε schedule maps (epoch, responses of the epoch before) to a threshold. Both schedules hold ε = 0 while the network
-warms up: a branch that starts near zero would otherwise be shut before it has learnt anything, and stay shut.
+An ε schedule maps (epoch, responses of the epoch before) to a threshold for each branch. Both schedules hold ε = 0 while
+the network warms up: a branch that starts near zero would otherwise be shut before it has learnt anything, and stay shut.
 """
 
 from __future__ import annotations
@@ -34,13 +34,9 @@ class ConstantEpsilon:
         self.epsilon = check_epsilon(epsilon)
         self.warmup_epochs = _check_epochs("warmup_epochs", warmup_epochs)
 
-    def __call__(self, epoch: int, responses: Mapping[str, float], total: int) -> float:
-        """ε for ``epoch`` (counted from 0)."""
-        return self.epsilon if epoch >= self.warmup_epochs else 0.0
-
-    def to_close(self, epoch: int, total: int) -> int:
-        """How many of ``total`` branches may be gone after ``epoch``: all of them."""
-        return total
+    def __call__(self, epoch: int, responses: Mapping[str, float], total: int) -> dict[str, float]:
+        """ε of each branch for ``epoch`` (counted from 0)."""
+        return dict.fromkeys(responses, self.epsilon if epoch >= self.warmup_epochs else 0.0)
 
 
 class BudgetEpsilon:
@@ -49,6 +45,9 @@ class BudgetEpsilon:
     After warm-up the number of branches to close rises along a cubic ramp (Zhu and Gupta, "To prune, or not to
     prune", arXiv 1710.01878, equation 1): fast at first, slowly towards the end. In each epoch ε is set so that this
     many branches responded less than ε in the epoch before, the removed ones counted in.
+
+    Only these branches get ε, the others zero. A response is the largest of an epoch, and that of a single batch can be
+    far smaller: under one ε for all, branches that are to stay would be shut on most batches meanwhile.
 
     Args:
         keep: Fraction (float, 0 < keep < 1) or number (int, at least 1) of branches to keep.
@@ -70,30 +69,35 @@ class BudgetEpsilon:
         self.ramp_epochs = _check_epochs("ramp_epochs", ramp_epochs)
 
     def to_close(self, epoch: int, total: int) -> int:
-        """How many of ``total`` branches are to be closed in ``epoch``, and may be gone after it."""
+        """How many of ``total`` branches are to be closed or gone in ``epoch``."""
         kept = min(self.keep, total) if isinstance(self.keep, int) else max(1, round(self.keep * total))
         done = (epoch - self.warmup_epochs + 1) / max(1, self.ramp_epochs)
         return round((total - kept) * (1.0 - (1.0 - min(max(done, 0.0), 1.0)) ** 3))
 
-    def __call__(self, epoch: int, responses: Mapping[str, float], total: int) -> float:
-        """ε for ``epoch`` (counted from 0).
+    def __call__(self, epoch: int, responses: Mapping[str, float], total: int) -> dict[str, float]:
+        """ε of each branch for ``epoch`` (counted from 0).
 
         Args:
             epoch: The epoch that begins.
             responses: Response of each branch that is still there, in the epoch before; infinity if it did not run.
             total: Number of branches that the model was built with.
         """
-        close = self.to_close(epoch, total) - (total - len(responses))
-        if close <= 0:
-            return 0.0
-        # Without end or not a number: cannot be closed, so it must not take the place of one that can.
-        ordered = sorted(response for response in responses.values() if math.isfinite(response))
-        if not ordered:
-            return 0.0
-        if close >= len(ordered):
-            return ordered[-1] * 1.01
+        due, others = self.divide(epoch, responses, total)
+        if not due:
+            return dict.fromkeys(responses, 0.0)
+        largest = responses[due[-1]]
         # Halfway to the next response, so that neither rounding nor a small change lets a branch slip over.
-        return (ordered[close - 1] + ordered[close]) / 2
+        epsilon = (largest + responses[others[0]]) / 2 if others else largest * 1.01
+        return {slot: epsilon if slot in due else 0.0 for slot in responses}
+
+    def divide(self, epoch: int, ranks: Mapping[str, float], total: int) -> tuple[list[str], list[str]]:
+        """The branches that are to be closed in ``epoch``, those of the lowest rank, and the others, in order.
+
+        One whose rank has no end or is not a number cannot be closed, and is in neither list.
+        """
+        close = max(self.to_close(epoch, total) - (total - len(ranks)), 0)
+        ordered = sorted((slot for slot, value in ranks.items() if math.isfinite(value)), key=ranks.__getitem__)
+        return ordered[:close], ordered[close:]
 
 
 def _check_epochs(name: str, value: int) -> int:

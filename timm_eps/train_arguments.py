@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .pruner import CRITERIA
+
 __all__ = ["binding_arguments", "hub_id", "on_digits", "parse_arguments", "used_arguments"]
 
 
@@ -64,11 +66,23 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     gate("--no_gates", action="store_true", help="train the dense network only")
     gate("--epsilon_warmup_epochs", type=at_least(0), default=8, help="epochs with all gates open first")
     gate("--ramp_epochs", type=at_least(0), default=25, help="with --keep: epochs from there to the full budget")
+    gate(
+        "--criterion",
+        choices=CRITERIA,
+        default="response",
+        help="with --keep: which branches close first, by their response or by what the loss would change without them",
+    )
     gate("--patience", type=at_least(1), default=3, help="epochs in a row a block is closed before it is removed")
     gate("--no_live_removal", action="store_true", help="remove closed blocks at the end, not during training")
     gate("--side_loss_weight", type=float, help="weight of the side head's loss; default 0.1 for CIFAR networks")
     train = parser.add_argument_group("training").add_argument
     train("--num_train_epochs", type=at_least(1), default=60)
+    train(
+        "--steps_per_epoch",
+        type=at_least(1),
+        help="an epoch is so many steps of the optimizer, not a pass through the images; all that goes by epochs does",
+    )
+    train("--eval_strategy", choices=["epoch", "no"], default="epoch", help="no: test the final network only")
     train("--per_device_train_batch_size", type=at_least(2), default=128)
     train("--per_device_eval_batch_size", type=at_least(1), default=512)
     train("--gradient_accumulation_steps", type=at_least(1), default=1)
@@ -127,6 +141,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
         "no_gates": ["keep", "epsilon", "compare_dense"],
         "dataset_name": ["train_dir"],
         "per_pixel_mean": ["pretrained", "streaming"],
+        "steps_per_epoch": ["streaming"],
         "model_name_or_path": ["architecture", "crop_pct", "image_size", "model_args", "per_pixel_mean", "pretrained"],
     }.items():
         if getattr(args, flag) and (clash := next((name for name in excluded if getattr(args, name)), None)):
@@ -152,6 +167,8 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
             parser.error(f"--{flag} goes with --{option} {' or '.join(fitting)}")
     if args.keep is None and args.epsilon is None and not args.no_gates:
         args.keep = 0.25
+    if args.criterion != "response" and args.keep is None:
+        parser.error(f"--criterion {args.criterion} goes with --keep")
     if args.model_name_or_path is None and args.architecture is None:
         args.architecture = "eps_resnet110"
     if args.output_dir is None:
@@ -205,7 +222,8 @@ def read_config(given: argparse.Namespace) -> list[str]:
     if unknown := sorted(stored.keys() - vars(given).keys()):
         raise ValueError(f"--config {path} holds {unknown[0]!r}, which is no argument; train_hf.py --help lists them.")
     if given.keep is not None or given.epsilon is not None or given.no_gates:
-        stored = {name: value for name, value in stored.items() if name not in ("keep", "epsilon", "no_gates")}
+        replaced = {"keep", "epsilon", "no_gates"} | ({"criterion"} if given.keep is None else set())
+        stored = {name: value for name, value in stored.items() if name not in replaced}
     arguments = []
     for name, value in stored.items():
         if value is not None and value is not False:
@@ -248,7 +266,8 @@ def used_arguments(args: argparse.Namespace) -> dict[str, Any]:
         unsaid |= {"dataloader_num_workers"} if not args.streaming else set()
     if not args.streaming:
         unsaid |= {"shuffle_buffer_size"}
-    plain = {"train_split_name": "train", "augmentation": "crop", "corrupt_images": "error"}
+    plain = {"train_split_name": "train", "augmentation": "crop", "corrupt_images": "error", "eval_strategy": "epoch"}
+    plain |= {"criterion": "response"}
     unsaid |= {name for name, value in plain.items() if vars(args)[name] == value}
     if args.no_gates:
         unsaid |= {"epsilon_warmup_epochs", "ramp_epochs", "patience", "no_live_removal"}

@@ -55,6 +55,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         ramp_epochs: With ``keep``: epochs from the first closed branch to the full budget.
         patience: Epochs in a row that a branch must stay closed before it is removed.
         live_removal: Remove during training. Without it closed branches stay until the model is saved.
+        criterion: With ``keep``, by which branches are ranked: ``'response'`` or ``'importance'``, as for the pruner.
 
     Attributes:
         pruner (EpsilonPruner | None): There from the beginning of the training on.
@@ -75,6 +76,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         ramp_epochs: int = 0,
         patience: int = 3,
         live_removal: bool = True,
+        criterion: str = "response",
     ) -> None:
         self.arguments: dict[str, Any] = {
             "epsilon": epsilon,
@@ -83,6 +85,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
             "ramp_epochs": ramp_epochs,
             "patience": patience,
             "live_removal": live_removal,
+            "criterion": criterion,
         }
         self.pruner: EpsilonPruner | None = None
         self._wrapper: DistributedDataParallel | None = None

@@ -33,6 +33,9 @@ class TrainingBatches:
     others in each epoch. So is a last batch of one image a process, whose variance batch norm cannot take. The place
     of an image that cannot be read is taken by another one of its batch.
 
+    An epoch is one pass through the images, or ``per_epoch`` batches, which go on where the epoch before ended: as
+    after so many steps of training a network is judged, whatever the size of the data set.
+
     An epoch of a stream is its ``length`` of images, shuffled in a buffer and divided among the processes; where a
     process comes to the end of its part, it begins again.
 
@@ -45,6 +48,7 @@ class TrainingBatches:
         num_workers: Processes that read images; 0 reads in this one. Images in memory need none.
         pin_memory: Whether batches are put where an accelerator fetches them without waiting.
         buffer_size: Number of images of a stream among which the next one is drawn.
+        per_epoch: Batches of an epoch, if it is not a pass; not for streams, whose length says it.
 
     Raises:
         ValueError: There are not enough images for a batch in each process, or a stream has no length.
@@ -58,6 +62,7 @@ class TrainingBatches:
     num_workers: int = 0
     pin_memory: bool = False
     buffer_size: int = 1000
+    per_epoch: int | None = None
 
     def __post_init__(self) -> None:
         length = len(self.split)
@@ -70,7 +75,7 @@ class TrainingBatches:
             raise ValueError(f"{length} training images are not enough for {self.processes} processes.")
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return self.per_epoch or len(self.sizes)
 
     def epoch(self, number: int, skip: int = 0) -> DataLoader:
         """Batches of (images uint8 (B, C, H, W), labels (B,), names of images that could not be read).
@@ -84,14 +89,22 @@ class TrainingBatches:
         return _loader(self.split, batches, self.num_workers, self.pin_memory, _fill)
 
     def _from_table(self, epoch: int, skip: int) -> Iterator[list[Any]]:
-        generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
-        order = torch.randperm(len(self.split), generator=generator)  # type: ignore[arg-type]
-        seeds = torch.randint(2**62, order.shape, generator=generator)
-        for batch in range(skip, len(self)):
+        first = epoch * len(self)
+        of_pass: int | None = None
+        for index in range(first + skip, first + len(self)):
+            number, batch = divmod(index, len(self.sizes))
+            if number != of_pass:
+                order, seeds, of_pass = *self._order(number), number
             start = batch * self.batch_size * self.processes + self.rank * self.sizes[batch]
             part = slice(start, start + self.sizes[batch])
             pairs = zip(order[part].tolist(), seeds[part].tolist(), strict=True)
             yield order[part].tolist() if isinstance(self.split, ImageTensors) else list(pairs)
+
+    def _order(self, number: int) -> tuple[Tensor, Tensor]:
+        """Of a pass through the images: their indices, and a seed for what is random in reading each."""
+        generator = torch.Generator().manual_seed(_seed(self.seed, number))
+        order = torch.randperm(len(self.split), generator=generator)  # type: ignore[arg-type]
+        return order, torch.randint(2**62, order.shape, generator=generator)
 
     def _from_stream(self, epoch: int, skip: int) -> Iterator[list[Any]]:
         seeds = random.Random(_seed(self.seed, epoch, self.rank))
