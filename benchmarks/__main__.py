@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 import train_hf
-from benchmarks import curves, glyphs, results
+from benchmarks import curves, glyphs, plan, results
 from benchmarks.jobs import ROOT, Job, Runner, Store
-from benchmarks.plan import ARCHITECTURE, CLASSES, FEW, FLAGS, PAIRS, SIDES, SWEEPS, depths, latency_jobs, sweep, table
+from benchmarks.methods import METHODS
 
 HERE = Path(__file__).parent
 PARTS = ("table", "latency", "sweeps")
@@ -29,7 +29,9 @@ PARTS = ("table", "latency", "sweeps")
 
 def measure_latency(store: Store, job: Job, threads: int) -> None:
     """Of the networks that the runs of a seed and fold found; what is not there yet has no latency."""
-    runs = {one.method: store.results[one] for one in table(job.data, [(job.seed, job.fold)]) if one in store.results}
+    runs = {
+        one.method: store.results[one] for one in plan.table(job.data, [(job.seed, job.fold)]) if one in store.results
+    }
     if job in store.results or not {"dense", "budget"} <= runs.keys():
         return
     task = {
@@ -37,7 +39,7 @@ def measure_latency(store: Store, job: Job, threads: int) -> None:
             method: {name: run[name] for name in ("params", "removed", "ratio") if name in run}
             for method, run in runs.items()
         },
-        "architecture": ARCHITECTURE[job.data], "classes": CLASSES[job.data], "sides": SIDES[job.data],
+        "architecture": plan.ARCHITECTURE[job.data], "classes": plan.CLASSES[job.data], "sides": plan.SIDES[job.data],
         "repeats": 40, "threads": threads,
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.latency", json.dumps(task)]
@@ -47,9 +49,9 @@ def measure_latency(store: Store, job: Job, threads: int) -> None:
 
 def write_page(store: Store) -> None:
     (HERE / "RESULTS.md").write_text(results.page(store), encoding="utf-8")
-    if results.found(store, table("digits", PAIRS["digits"])):
+    if results.found(store, plan.table("digits", plan.PAIRS["digits"])):
         curves.draw_curves(store, HERE / "curves.png")
-    for data in FLAGS:
+    for data in plan.FLAGS:
         if results.pruned_runs(store, data):
             curves.draw_blocks(store, data, HERE / results.BLOCKS.format(data))
 
@@ -66,9 +68,9 @@ def run_again(args: argparse.Namespace) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     fresh = Store(directory / "results.json")
-    jobs = table("digits", FEW)
-    Runner(fresh, directory, FLAGS, args.at_once, args.threads).run(jobs)
-    print("\n".join(["", *results.methods_table(fresh, "digits", FEW), ""]))
+    jobs = plan.small_table()
+    Runner(fresh, directory, plan.FLAGS, args.at_once, args.threads).run(jobs)
+    print("\n".join(["", *results.methods_table(fresh, "digits", plan.FEW), ""]))
     print(results.compared(fresh, Store(HERE / "results.json"), jobs))
     print(f"\n{(time.monotonic() - start) / 60:.0f} minutes, {args.at_once} processes of {args.threads} threads.")
 
@@ -77,7 +79,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
-    parser.add_argument("--data", choices=list(FLAGS), nargs="+", default=list(FLAGS))
+    parser.add_argument("--data", choices=list(plan.FLAGS), nargs="+", default=list(plan.FLAGS))
+    parser.add_argument("--methods", choices=list(METHODS), nargs="+", default=list(METHODS), help="rows of the table")
     parser.add_argument("--at_once", type=int, default=train_hf.available_cores(), help="processes that train")
     parser.add_argument("--threads", type=int, default=1, help="of each of them")
     args = parser.parse_args()
@@ -88,20 +91,20 @@ def main() -> None:
     store = Store(HERE / "results.json")
     directory = ROOT / "outputs" / "benchmarks"
     directory.mkdir(parents=True, exist_ok=True)
-    runner = Runner(store, directory, FLAGS, args.at_once, args.threads)
+    runner = Runner(store, directory, plan.FLAGS, args.at_once, args.threads)
     for data in args.data:
         if data == "glyphs":
             prepare_glyphs()
         if "table" in args.only:
-            for pair in PAIRS[data]:
-                runner.run(table(data, [pair]))
+            for pair in plan.PAIRS[data]:
+                runner.run(job for job in plan.table(data, [pair]) if job.method in args.methods)
                 write_page(store)
         if "sweeps" in args.only:
-            settings = [sweep(values) for values in SWEEPS.values()] if data == "digits" else [depths()]
+            settings = [plan.sweep(values) for values in plan.SWEEPS.values()] if data == "digits" else [plan.depths()]
             runner.run(job for groups in settings for jobs in groups.values() for job in jobs)
             write_page(store)
         if "latency" in args.only:
-            for job in latency_jobs(data):
+            for job in plan.latency_jobs(data):
                 measure_latency(store, job, args.at_once * args.threads)
             write_page(store)
 

@@ -1,6 +1,7 @@
 """What a gate costs: one training step with gates against the same network without, time and peak memory.
 
     python benchmarks/gate_cost.py                        # eps_resnet110, batch 128, 32x32, on the CPU
+    python benchmarks/gate_cost.py --importance           # gates that measure the importance of their branch
     python benchmarks/gate_cost.py --device cuda
 
 Steps of both networks alternate, and the ratio is taken pair by pair, so that a machine whose speed drifts is unfair
@@ -25,12 +26,13 @@ from timm_eps import report
 from timm_eps.branches import gates
 
 
-def build(architecture: str, gated: bool, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(args: argparse.Namespace, gated: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = timm.create_model(architecture).to(device).train()
+    model = timm.create_model(args.architecture).to(args.device).train()
     for slot, gate in gates(model).items():
         if gated:
             gate.epsilon = 1e-6  # the gate works, and closes nothing
+            gate.measure_importance(args.importance)
         else:
             block, _, name = slot.rpartition(".")
             setattr(model.get_submodule(block), name, gate.drop_path)
@@ -49,6 +51,7 @@ def peak_memory(args: argparse.Namespace, gated: bool) -> int:
     """Peak bytes of a process that does nothing but three steps."""
     command = [sys.executable, __file__, "--only", "gated" if gated else "plain", "--architecture", args.architecture]
     command += ["--batch_size", str(args.batch_size), "--image_size", str(args.image_size), "--device", args.device]
+    command += ["--importance"] * args.importance
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -63,19 +66,20 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--importance", action="store_true")
     parser.add_argument("--only", choices=["gated", "plain"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=args.device)
     labels = torch.randint(10, (args.batch_size,), device=args.device)
 
     if args.only:
-        network = build(args.architecture, args.only == "gated", args.device)
+        network = build(args, args.only == "gated")
         for _ in range(3):
             step(*network, images, labels)
         print(report.peak_memory(args.device))
         return
 
-    networks = {name: build(args.architecture, name == "gated", args.device) for name in ("gated", "plain")}
+    networks = {name: build(args, name == "gated") for name in ("gated", "plain")}
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     for turn in range(args.pairs + 1):
         for name, network in networks.items():
@@ -90,6 +94,7 @@ def main() -> None:
         torch.cuda.get_device_name() if images.is_cuda else f"{torch.get_num_threads()} threads {platform.machine()}"
     )
     size = f"batch {args.batch_size}, {args.image_size}x{args.image_size}"
+    size += ", importance measured" if args.importance else ""
     print(f"{args.architecture}, {size}, {where}, torch {torch.__version__}")
     medians = ", ".join(f"{name} {statistics.median(values):.3f} s" for name, values in seconds.items())
     print(f"a step, median: {medians}")

@@ -144,8 +144,8 @@ def stochastic_depth(bench: Bench) -> nn.Module:
 
 
 def finetuned(bench: Bench) -> nn.Module:
-    """What Torch-Pruning gets too: a trained network, and as many epochs again to prune it in."""
-    return bench.fit(model=bench.load("dense"))
+    """What Torch-Pruning gets too: a trained network, and as many epochs again. It needs no epochs to warm up."""
+    return bench.fit("--epsilon_warmup_epochs", "1", model=bench.load("dense"))
 
 
 def torch_pruning_to_size(bench: Bench) -> nn.Module:
@@ -180,6 +180,7 @@ METHODS = {
     "dense": Method("dense", dense),
     "dense_without_side": Method("dense, without side supervision", dense_without_side),
     "budget": Method("ε-ResNet, ε by budget", pruned),
+    "other_criterion": Method("ε-ResNet, ε by budget", pruned),
     "fixed": Method("ε-ResNet, ε fixed", pruned),
     "finetuned": Method("ε-ResNet on the trained dense network, ε by budget", finetuned, ("dense",)),
     "scratch": Method("the found structure from scratch, same epochs", scratch, ("budget",)),

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.jobs import Job, Store
 from benchmarks.latency import NATIVE, REPARAMETERIZED
 from benchmarks.methods import METHODS
-from benchmarks.plan import FEW, PAIRS, SIDES, SWEEPS, depths, latency_jobs, sweep, table
+from benchmarks.plan import FEW, PAIRS, SIDES, SWEEPS, criterion, depths, latency_jobs, sweep, table
 
 OURS = "budget"
 BLOCKS = "blocks_{}.png"
@@ -105,8 +105,9 @@ def methods_table(store: Store, data: str, pairs: list[tuple[int, int]]) -> list
             if job in store.results and dense in store.results
         ]
         loads = ["yes" if all(run["saved"][name] for run in runs) else "**no**" for name in ("timm", "transformers")]
+        told = " ".join(jobs[0].flags).lstrip("-") or (f"criterion {criterion(data)}" if method == OURS else "")
         cells = [
-            METHODS[method].name + (f", {' '.join(jobs[0].flags).lstrip('-')}" if jobs[0].flags else ""),
+            METHODS[method].name + (f", {told}" if told else ""),
             f"{statistics.mean(run['epochs'] for run in runs):.0f}",
             column(lambda run: 100 * run["accuracy"]),
             "" if method == OURS else verdict(difference(store, jobs, groups[OURS])),

@@ -164,11 +164,25 @@ def test_multiply_adds_of_blocks():
 def test_jobs_have_names_of_their_own():
     everything = [job for data in plan.FLAGS for job in plan.table(data, plan.PAIRS[data])]
     everything += [job for values in plan.SWEEPS.values() for group in plan.sweep(values).values() for job in group]
+    everything += [job for group in plan.depths().values() for job in group]
     unique = set(everything)
     assert len({job.name for job in unique}) == len(unique)
     table = set(plan.table("digits", plan.PAIRS["digits"]))
     for name, default in {"keep": "0.25", "weight_decay": "5e-3", "patience": "3", "ramp_epochs": "25"}.items():
         assert set(plan.sweep(plan.SWEEPS[name])[default]) <= table, "what the table has is not run again"
+
+
+def test_the_other_criterion_is_the_one_that_the_recipe_has_not():
+    for data in plan.FLAGS:
+        (flags,) = {job.flags for job in plan.table(data, plan.PAIRS[data]) if job.method == "other_criterion"}
+        assert {flags[1], plan.criterion(data)} == {"response", "importance"}
+
+
+def test_the_small_table_is_a_part_of_the_whole():
+    small = plan.small_table()
+    assert set(small) < set(plan.table("digits", plan.FEW))
+    assert {job.method for job in small} == methods.METHODS.keys() - set(plan.SLOW)
+    assert all(need.method not in plan.SLOW for job in small for need in job.needs)
 
 
 def test_sweeps_change_the_recipe():
@@ -300,6 +314,17 @@ def test_the_page_says_who_is_ahead(store):
     for size in (8, 32):  # one of the three measured where there is no ONNX Runtime
         del store.results[plan.latency_jobs("digits")[0]][f"onnx seconds at 128, {size}x{size}"]
     assert results.page(store) == page
+
+
+def test_the_page_says_whether_depth_helps(tmp_path):
+    store = jobs.Store(tmp_path / "results.json")
+    for name, group in plan.depths().items():
+        for job in group:
+            result = fake_result(job, 0.8 if name == "ResNet-20" else 0.9)
+            store.results[job] = result | {"epochs": 150 if "times" in name else 15}
+    page = results.page(store)
+    assert "| ResNet-20 | 15 | 3 | 80.00 ± 0.00 | 540 |" in page
+    assert "| ResNet-20, ten times as long | 150 | 3 | 90.00 ± 0.00 | 540 |" in page
 
 
 def test_the_pictures(store, tmp_path):

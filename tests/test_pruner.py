@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import timm_eps
 from timm_eps import EpsilonPruner
-from timm_eps.branches import gates
+from timm_eps.branches import branch_sizes, gates
 
 
 def respond(model: nn.Module, responses: dict[str, float], default: float = 10.0) -> None:
@@ -156,6 +156,23 @@ def test_a_budget_by_importance(model):
         respond(model, responses)
         matter(model, {SLOTS[3]: 0.0, SLOTS[8]: 0.0})  # as those of closed gates
         assert sorted(pruner.step()) == expected
+
+
+def test_importance_is_held_against_the_size(model):
+    """Over the square root of the parameters: a branch of four times the size must be twice as important to stay."""
+    sizes = branch_sizes(model)
+    for slot, size in sizes.items():
+        block = model.get_submodule(slot.removesuffix(".drop_path"))
+        assert size == sum(parameter.numel() for parameter in block.parameters())
+    fair = {slot: 1e-3 * math.sqrt(size) for slot, size in sizes.items()}
+    for weak in (SLOTS[1], SLOTS[7]):
+        pruner = EpsilonPruner(model, keep=8, criterion="importance")
+        respond(model, {})
+        matter(model, fair | {weak: 0.99 * fair[weak]})
+        pruner.step()
+        assert [slot for slot, gate in gates(model).items() if gate.epsilon] == [weak]
+    two = branch_sizes(timm_eps.EpsilonPruner(timm.create_model("test_vit", num_classes=2), keep=0.5).model)
+    assert two["blocks.0.drop_path1"] == two["blocks.0.drop_path2"] > 1
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])

@@ -125,7 +125,7 @@ def test_checkpoints_change_nothing(whole, tmp_path):
 
 
 def test_epochs_of_so_many_steps_are_taken_up_too(tmp_path):
-    """Of three steps where a pass has four, so they end within one; and importances are measured on from where it was."""
+    """Of three steps where a pass has four, so they end within one. Importances are measured on as well."""
     steps = ["--steps_per_epoch", "3", "--checkpointing_steps", "4", "--criterion", "importance"]
     results = run(tmp_path / "whole", *steps)
     assert results["blocks_kept"] == 3, "blocks go by these epochs"

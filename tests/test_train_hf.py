@@ -98,7 +98,8 @@ def test_config_file_and_flags(tmp_path):
     args = parse(["--config", str(config), "--num_train_epochs", "2"])
     assert (args.keep, args.num_train_epochs, args.seed) == (5, 2, 3)
     args = parse(["--config", str(config), "--epsilon", "2.5"])
-    assert (args.keep, args.epsilon, args.criterion) == (None, 2.5, "response"), "a flag wins over the file, also over its opposite there"
+    given = args.keep, args.epsilon, args.criterion
+    assert given == (None, 2.5, "response"), "a flag wins over the file, also over its opposite there"
     args = parse(["--config", str(config), "--no_gates"])
     assert (args.keep, args.epsilon, args.no_gates) == (None, None, True)
     args = parse([])

@@ -92,7 +92,18 @@ def decisions(rank: int) -> dict:
         gates(model)[slot].response.fill_(responses[rank])
     pruner.share_responses()
     shared = [gate.response.item() for gate in gates(model).values()]
-    return {"slots": slots, "shared": shared, "removed": pruner.step()}
+    removed = pruner.step()
+    by_importance = EpsilonPruner(model, keep=7, criterion="importance")
+    for gate in gates(model).values():
+        gate.response.fill_(1.0)
+        gate.importance.fill_((1.0, 4.0)[rank])
+    gates(model)[slots[8]].importance.fill_((0.5, 2.5)[rank])
+    for _ in range(2):  # sharing again changes nothing
+        by_importance.share_responses()
+    importances = [gate.importance.item() for gate in gates(model).values()]
+    by_importance.step()
+    due = [slot for slot, gate in gates(model).items() if gate.epsilon]
+    return {"slots": slots, "shared": shared, "removed": removed, "importances": importances, "due": due}
 
 
 def batch_norms(rank: int) -> dict:

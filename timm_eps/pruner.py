@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from .branches import gates, timm_body
+from .branches import branch_sizes, gates, timm_body
 from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery import add_gates, remove, removed_slots, replay_removed
 
 __all__ = ["CRITERIA", "EpsilonPruner", "forgetting_lost"]
 
 CRITERIA = ("response", "importance")
+_STATE = {"epoch", "epsilon", "removed", "streaks", "closed", "responses", "importances", "history"}
 
 
 class EpsilonPruner:
@@ -42,8 +43,9 @@ class EpsilonPruner:
         patience: Epochs in a row that a branch must stay closed before it is removed.
         live_removal: Remove during training. Without it, closed branches stay until :func:`remove_closed` or a save.
         criterion: With ``keep``, by which branches are ranked: ``'response'``, the largest of an epoch, or
-            ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`). By
-            importance each branch that is due gets an ε of its own, twice its response.
+            ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`), over
+            the square root of their size. By importance each branch that is due gets an ε of its own, twice its
+            response.
 
     Attributes:
         epoch (int): Epochs finished.
@@ -153,11 +155,14 @@ class EpsilonPruner:
         assert isinstance(self.schedule, BudgetEpsilon), "a constant epsilon has no other criterion"
         importances = self.history[-1]["importances"]
 
+        sizes = branch_sizes(timm_body(self.model))
+
         def rank(slot: str) -> float:
             # What is open and responds but got no gradient was not measured: nobody called backward.
             if slot not in responses or (responses[slot] > 0 == importances[slot] and not self._streaks[slot]):
                 return math.inf
-            return importances[slot]
+            # Over the size itself only small branches would stay, over nothing hardly a parameter would go.
+            return importances[slot] / math.sqrt(sizes[slot])
 
         ranks = {slot: rank(slot) for slot in self._streaks}
         due, _ = self.schedule.divide(self.epoch, ranks, self.total)
@@ -188,7 +193,7 @@ class EpsilonPruner:
         Raises:
             ValueError: The state is of another architecture, or the model has lost blocks that the state still has.
         """
-        if missing := {"epoch", "epsilon", "removed", "streaks", "closed", "responses", "importances", "history"} - state.keys():
+        if missing := _STATE - state.keys():
             raise ValueError(f"Not the state of an EpsilonPruner: it lacks {sorted(missing)}.")
         already = set(removed_slots(self.model))
         if lost := already - set(state["removed"]):

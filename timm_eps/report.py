@@ -17,7 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .branches import evaluating
 
-__all__ = ["comparison_table", "count_macs", "count_parameters", "draw_blocks", "paired_latency", "peak_memory", "reset_peak_memory"]
+__all__ = [
+    "comparison_table",
+    "count_macs",
+    "count_parameters",
+    "draw_blocks",
+    "paired_latency",
+    "peak_memory",
+    "reset_peak_memory",
+]
 
 
 def count_parameters(model: nn.Module) -> int:

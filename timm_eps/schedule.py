@@ -1,7 +1,7 @@
 """What ε is in each epoch, and the learning rate that begins anew when blocks were discarded.
 
-An ε schedule maps (epoch, responses of the epoch before) to a threshold for each branch. Both schedules hold ε = 0 while
-the network warms up: a branch that starts near zero would otherwise be shut before it has learnt anything, and stay shut.
+An ε schedule maps (epoch, responses of the epoch before) to a threshold for each branch. Both hold ε = 0 while the
+network warms up: a branch that starts near zero would otherwise be shut before it has learnt anything, and stay shut.
 """
 
 from __future__ import annotations
