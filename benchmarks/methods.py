@@ -144,8 +144,9 @@ def stochastic_depth(bench: Bench) -> nn.Module:
 
 
 def finetuned(bench: Bench) -> nn.Module:
-    """What Torch-Pruning gets too: a trained network, and as many epochs again. It needs no epochs to warm up."""
-    return bench.fit("--epsilon_warmup_epochs", "1", model=bench.load("dense"))
+    """What Torch-Pruning gets too: a trained network, and as many epochs again. It hardly needs to warm up."""
+    few = bench.args.num_train_epochs // 15
+    return bench.fit("--epsilon_warmup_epochs", str(few), model=bench.load("dense"))
 
 
 def torch_pruning_to_size(bench: Bench) -> nn.Module:

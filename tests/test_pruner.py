@@ -175,6 +175,17 @@ def test_importance_is_held_against_the_size(model):
     assert two["blocks.0.drop_path1"] == two["blocks.0.drop_path2"] > 1
 
 
+@pytest.mark.parametrize(("keep", "per_stage"), [(4, [2, 1, 1]), (3, [1, 1, 1]), (2, [2, 0, 0])])
+def test_by_importance_each_stage_keeps_a_branch(model, keep, per_stage):
+    """The first stage looks by far the most important; where the budget has less branches than stages, it decides."""
+    pruner = EpsilonPruner(model, keep=keep, patience=1, criterion="importance")
+    for _ in range(2):
+        respond(model, {})
+        matter(model, {slot: 100.0 + index for index, slot in enumerate(SLOTS[:3])})
+        pruner.step()
+    assert [sum(slot.startswith(f"stages.{stage}.") for slot in gates(model)) for stage in range(3)] == per_stage
+
+
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
 def test_what_was_not_measured_is_not_closed(model, value):
     """There was no backward pass, or the loss diverged."""

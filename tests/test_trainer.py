@@ -34,6 +34,7 @@ from transformers.utils import logging as hf_logging
 import timm_eps
 from timm_eps import EpsilonCallback, EpsResNetBackbone, EpsResNetConfig, EpsResNetForImageClassification
 from timm_eps.branches import gates
+from timm_eps.pruner import CRITERIA
 from timm_eps.surgery import closed_slots, removed_slots
 
 BUDGET = dict(keep=4, warmup_epochs=1, ramp_epochs=2, patience=2)
@@ -556,14 +557,15 @@ def test_an_interrupted_trainer_resumes_itself(trained, tmp_path):
     assert_same_weights(trainer.model, whole.model)
 
 
-def test_an_optimizer_of_ones_own_resumes(tmp_path):
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_an_optimizer_of_ones_own_resumes(tmp_path, criterion):
     """Trainer is given it when the model still has all its blocks."""
 
     def run(checkpoint: str | None) -> Trainer:
         model = fresh_model()
         optimizer = torch.optim.SGD(timm_eps.param_groups(model, 5e-3), lr=1e-2, momentum=0.9)
         options = dict(num_train_epochs=4, number=16, save_strategy="epoch", optimizers=(optimizer, None))
-        trainer = make_trainer(tmp_path, model, budget=SOON, **options)
+        trainer = make_trainer(tmp_path, model, budget=SOON | {"criterion": criterion}, **options)
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 
@@ -587,8 +589,10 @@ def test_an_optimizer_of_ones_own_resumes(tmp_path):
     ],
     ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()),
 )
-def test_goes_with_trainers_options(tmp_path, options):
-    trainer = make_trainer(tmp_path, budget=dict(keep=2, patience=1), num_train_epochs=3, number=16, **SGD, **options)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_goes_with_trainers_options(tmp_path, options, criterion):
+    budget = dict(keep=2, patience=1, criterion=criterion)
+    trainer = make_trainer(tmp_path, budget=budget, num_train_epochs=3, number=16, **SGD, **options)
     trainer.train()
     records = pruning_callback(trainer).pruner.history
     assert any(record["removed"] for record in records[:-1]), "it trained on after a removal"

@@ -32,6 +32,7 @@ __all__ = [
     "input_size",
     "probe_batch",
     "slots_by_block",
+    "stage_of",
     "timm_body",
     "traces_open_and_shut",
 ]
@@ -78,6 +79,12 @@ def block_path(body: nn.Module, slot: str) -> str:
     while type(body.get_submodule(path)) in (nn.Sequential, nn.ModuleList):
         path = path.rpartition(".")[0]
     return path
+
+
+def stage_of(slot: str) -> str:
+    """``stages.1.blocks.4.drop_path`` -> ``stages.1``, ``layer2.0.drop_path`` -> ``layer2``."""
+    within = re.match(r"(.*)\.\d+\.", slot)
+    return (within[1] if within else slot).removesuffix(".blocks")
 
 
 def slots_by_block(body: nn.Module, slots: Iterable[str]) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from .branches import branch_sizes, gates, timm_body
+from .branches import branch_sizes, gates, stage_of, timm_body
 from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery import add_gates, remove, removed_slots, replay_removed
 
@@ -45,7 +45,7 @@ class EpsilonPruner:
         criterion: With ``keep``, by which branches are ranked: ``'response'``, the largest of an epoch, or
             ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`), over
             the square root of their size. By importance each branch that is due gets an ε of its own, twice its
-            response.
+            response, and the foremost branch of each stage stays, if the budget has room for as many.
 
     Attributes:
         epoch (int): Epochs finished.
@@ -165,6 +165,11 @@ class EpsilonPruner:
             return importances[slot] / math.sqrt(sizes[slot])
 
         ranks = {slot: rank(slot) for slot in self._streaks}
+        # To first order the last branch of a stage may look dispensable, when nothing else does its work.
+        measured = sorted((slot for slot in ranks if math.isfinite(ranks[slot])), key=ranks.__getitem__)
+        foremost = {stage_of(slot): slot for slot in measured}
+        if len(foremost) <= self.schedule.kept(self.total):
+            ranks |= dict.fromkeys(foremost.values(), math.inf)
         due, _ = self.schedule.divide(self.epoch, ranks, self.total)
         found = gates(self.model)
         # Of an empty branch at least the smallest number there is: 0 is not below 0.

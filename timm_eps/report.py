@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .branches import evaluating
+from .branches import evaluating, stage_of
 
 __all__ = [
     "comparison_table",
@@ -152,7 +152,7 @@ def draw_blocks(
 
     position = {slot: index for index, slot in enumerate(slots)}
     gone = set(removed)
-    stages = [_stage(slot) for slot in slots]
+    stages = [stage_of(slot) for slot in slots]
     borders = [index for index in range(1, len(slots)) if stages[index] != stages[index - 1]]
 
     figure = Figure(figsize=(11, 6.5 if history else 2.2), layout="constrained")
@@ -201,9 +201,3 @@ def draw_blocks(
     last.set_xticklabels([stages[a] for a in ends[:-1]])
     last.set_xlabel("residual branch, from the input to the output")
     figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def _stage(slot: str) -> str:
-    """``stages.1.blocks.4.drop_path`` -> ``stages.1``, ``layer2.0.drop_path`` -> ``layer2``."""
-    within = re.match(r"(.*)\.\d+\.", slot)
-    return (within[1] if within else slot).removesuffix(".blocks")

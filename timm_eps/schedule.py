@@ -68,11 +68,14 @@ class BudgetEpsilon:
         self.warmup_epochs = _check_epochs("warmup_epochs", warmup_epochs)
         self.ramp_epochs = _check_epochs("ramp_epochs", ramp_epochs)
 
+    def kept(self, total: int) -> int:
+        """How many of ``total`` branches stay in the end."""
+        return min(self.keep, total) if isinstance(self.keep, int) else max(1, round(self.keep * total))
+
     def to_close(self, epoch: int, total: int) -> int:
         """How many of ``total`` branches are to be closed or gone in ``epoch``."""
-        kept = min(self.keep, total) if isinstance(self.keep, int) else max(1, round(self.keep * total))
         done = (epoch - self.warmup_epochs + 1) / max(1, self.ramp_epochs)
-        return round((total - kept) * (1.0 - (1.0 - min(max(done, 0.0), 1.0)) ** 3))
+        return round((total - self.kept(total)) * (1.0 - (1.0 - min(max(done, 0.0), 1.0)) ** 3))
 
     def __call__(self, epoch: int, responses: Mapping[str, float], total: int) -> dict[str, float]:
         """ε of each branch for ``epoch`` (counted from 0).
