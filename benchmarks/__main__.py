@@ -2,7 +2,7 @@
 
     python -m benchmarks --quick              # the small table anew, three seeds, compared with the stored figures
     python -m benchmarks                      # all that is not stored yet: hours on two cores; goes on where it stopped
-    python -m benchmarks --only table --data glyphs --at_once 1 --threads 2
+    python -m benchmarks --only table --data glyphs --methods dense budget --at_once 1 --threads 2
 
 Figures are kept in benchmarks/results.json; RESULTS.md, curves.png and blocks_*.png are made of them.
 """
@@ -68,7 +68,7 @@ def run_again(args: argparse.Namespace) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     fresh = Store(directory / "results.json")
-    jobs = plan.small_table()
+    jobs = [job for job in plan.small_table() if job.method in args.methods]
     Runner(fresh, directory, plan.FLAGS, args.at_once, args.threads).run(jobs)
     print("\n".join(["", *results.methods_table(fresh, "digits", plan.FEW), ""]))
     print(results.compared(fresh, Store(HERE / "results.json"), jobs))

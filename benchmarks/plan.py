@@ -62,6 +62,13 @@ def criterion(data: str) -> str:
     return parse_arguments(FLAGS[data]).criterion
 
 
+def length_of_epochs(data: str) -> str:
+    """A sentence on the epochs of the recipe."""
+    args = parse_arguments(FLAGS[data])
+    length = f"{args.steps_per_epoch} steps" if args.steps_per_epoch else "a pass through the training images"
+    return f"An epoch is {length}, a batch {args.per_device_train_batch_size} images."
+
+
 def small_table() -> list[Job]:
     """Of a few runs on the digits, without the slow methods."""
     return [job for job in table("digits", FEW) if job.method not in SLOW]

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.jobs import Job, Store
 from benchmarks.latency import NATIVE, REPARAMETERIZED
 from benchmarks.methods import METHODS
-from benchmarks.plan import FEW, PAIRS, SIDES, SWEEPS, criterion, depths, latency_jobs, sweep, table
+from benchmarks.plan import FEW, PAIRS, SIDES, SWEEPS, criterion, depths, latency_jobs, length_of_epochs, sweep, table
 
 OURS = "budget"
 BLOCKS = "blocks_{}.png"
@@ -204,7 +204,7 @@ def page(store: Store) -> str:
     for data, title in TITLES.items():
         if not found(store, table(data, PAIRS[data])):
             continue
-        lines += ["", f"## {title}", "", *methods_table(store, data, PAIRS[data])]
+        lines += ["", f"## {title}", "", length_of_epochs(data), "", *methods_table(store, data, PAIRS[data])]
         if pruned_runs(store, data):
             lines += ["", f"![which blocks stay]({BLOCKS.format(data)})"]
         if found(store, latency_jobs(data)):
