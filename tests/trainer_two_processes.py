@@ -112,7 +112,8 @@ def gradients(rank: int) -> dict:
         gate.response.fill_(0.5 if index in (1, 5) else 2.0)
     removed = pruner.step()
     wrap_again(wrapper)
-    pruner._set_epsilon(0.0)
+    for gate in gates(model).values():
+        gate.epsilon = 0.0
     alone = [gradients_of(copy.deepcopy(model), half) for half in range(2)]
     before = digest(model)
     found = gradients_of(wrapper, rank)
