@@ -27,15 +27,18 @@ def test_removed_blocks_count_no_longer():
     assert count_parameters(dense) - count_parameters(pruned) == 2 * (2 * 16 * 16 * 9 + 2 * 2 * 16)
 
 
+def number_printed_by(program: str) -> int:
+    """In a process of its own: this one may have held more memory before."""
+    return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell")
 def test_peak_memory_counts_what_is_gone_again():
-    """In a process of its own: this one may have held more before."""
     program = (
         "import torch; from timm_eps.report import peak_memory; before = peak_memory(); torch.ones(2**26); "
         "print(peak_memory() - before)"
     )
-    grown = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
-    assert grown == pytest.approx(2**28, rel=0.1)
+    assert number_printed_by(program) == pytest.approx(2**28, rel=0.1)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can forget a peak")
@@ -44,8 +47,7 @@ def test_a_peak_of_memory_is_forgotten():
         "import torch; from timm_eps.report import peak_memory, reset_peak_memory; torch.ones(2**26); "
         "before = peak_memory(); reset_peak_memory(); print(before - peak_memory())"
     )
-    fallen = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
-    assert fallen == pytest.approx(2**28, rel=0.2)
+    assert number_printed_by(program) == pytest.approx(2**28, rel=0.2)
 
 
 def test_paired_latency_keeps_modes():

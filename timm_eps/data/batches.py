@@ -33,8 +33,7 @@ class TrainingBatches:
     others in each epoch. So is a last batch of one image a process, whose variance batch norm cannot take. The place
     of an image that cannot be read is taken by another one of its batch.
 
-    An epoch is one pass through the images, or ``per_epoch`` batches, which go on where the epoch before ended: as
-    after so many steps of training a network is judged, whatever the size of the data set.
+    An epoch is one pass through the images, or ``per_epoch`` batches, which go on where the epoch before ended.
 
     An epoch of a stream is its ``length`` of images, shuffled in a buffer and divided among the processes; where a
     process comes to the end of its part, it begins again.
