@@ -46,7 +46,7 @@ SWEEPS: dict[str, dict[str, tuple[str, ...]]] = {
 DEPTHS: dict[str, tuple[str, ...]] = {
     "ResNet-20": ("--architecture", "eps_resnet20"),
     "ResNet-56": (),
-    "ResNet-20, ten times as long": ("--architecture", "eps_resnet20", "--num_train_epochs", "150"),
+    "ResNet-20, ten times as long": ("--architecture", "eps_resnet20", "--num_train_epochs", "750"),
 }
 
 

@@ -198,19 +198,22 @@ def test_what_was_not_measured_is_not_closed(model, value):
 
 
 def test_real_training_by_importance(model, optimizer):
-    pruner = EpsilonPruner(model, optimizer, keep=4, warmup_epochs=1, ramp_epochs=3, patience=2, criterion="importance")
-    for _ in range(8):
+    """It is measured from the epoch before the first branches close until the budget is reached, resumed or not."""
+    settings = {"keep": 4, "warmup_epochs": 2, "ramp_epochs": 3, "patience": 2, "criterion": "importance"}
+    pruner = EpsilonPruner(model, optimizer, **settings)
+    for epoch in range(9):
         for _ in range(4):
             train_step(model, optimizer)
-        before = {slot: float(gate.importance) for slot, gate in gates(model).items()}
-        assert all(value > 0 for slot, value in before.items() if not gates(model)[slot].epsilon)
+        is_measured = epoch >= 1 and len(gates(model)) > 4
+        for gate in gates(model).values():
+            assert (gate.importance > 0) == (is_measured and gate.epsilon == 0)
+        resumed = EpsilonPruner(tiny_net(), **settings)
+        resumed.load_state_dict(json.loads(json.dumps(pruner.state_dict())))
+        assert resumed.state_dict() == pruner.state_dict()
+        assert all((gate.gain is not None) == is_measured for gate in gates(resumed.model).values())
         pruner.step()
+        assert ("importances" in pruner.history[-1]) == is_measured
     assert len(gates(model)) == 4
-    resumed = EpsilonPruner(tiny_net(), keep=4, criterion="importance")
-    train_step(model, optimizer)
-    resumed.load_state_dict(json.loads(json.dumps(pruner.state_dict())))
-    assert resumed.state_dict() == pruner.state_dict()
-    assert all(gate.importance > 0 for gate in gates(resumed.model).values())
 
 
 def test_keep_as_a_fraction(model):

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from .branches import branch_sizes, gates, stage_of, timm_body
+from .branches import branch_sizes, gates, timm_body
+from .importance import importance_ranks
 from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery import add_gates, remove, removed_slots, replay_removed
 
@@ -45,15 +46,16 @@ class EpsilonPruner:
         criterion: With ``keep``, by which branches are ranked: ``'response'``, the largest of an epoch, or
             ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`), over
             the square root of their size. By importance each branch that is due gets an ε of its own, twice its
-            response, and the foremost branch of each stage stays, if the budget has room for as many.
+            response, and the foremost branch of each stage stays, if the budget has room for as many. It is measured
+            in the epochs after which branches are to close, in no others.
 
     Attributes:
         epoch (int): Epochs finished.
         epsilon (float): Threshold of the current epoch; with ``keep`` that of the branches which are due to close.
         total (int): Number of branches of the unpruned network.
         history (list[dict]): One record an epoch: ``epoch``, ``epsilon``, ``responses`` (slot to float), ``closed``
-            (list of slots, those shut on every batch) and ``removed`` (those that went after it); by importance also
-            ``importances``.
+            (list of slots, those shut on every batch) and ``removed`` (those that went after it); where they were
+            measured also ``importances``.
 
     Raises:
         ValueError: Both or neither of ``epsilon`` and ``keep``, a value out of range, a model without residual
@@ -101,8 +103,6 @@ class EpsilonPruner:
         self.total = len(self._streaks) + len(removed_slots(model))
         if isinstance(keep, int) and keep > self.total:
             raise ValueError(f"keep={keep} branches, but {type(timm_body(model)).__name__} has only {self.total}.")
-        for gate in gates(model).values():
-            gate.measure_importance(criterion == "importance")
         # A budget needs responses to measure by, so its first epoch is open whatever the warm-up.
         self._set_thresholds(self.schedule(0, dict.fromkeys(self._streaks, math.inf), self.total))
 
@@ -123,6 +123,7 @@ class EpsilonPruner:
             The slot paths removed now.
         """
         found = gates(self.model)
+        is_measured = self._measuring
         responses = self._collect_responses()
         for slot, response in responses.items():
             # In the gate's own precision, or a response right at ε would be judged differently than in training.
@@ -139,12 +140,19 @@ class EpsilonPruner:
             "closed": closed,
             "removed": removed,
         }
-        if self.criterion == "importance":
+        if is_measured:
             record["importances"] = {slot: float(found[slot].importance) for slot in responses}
         self.history.append(record)
         self.epoch += 1
         self._set_thresholds(self._next_thresholds())
         return removed
+
+    @property
+    def _measuring(self) -> bool:
+        """Whether branches are to be ranked by importance after this epoch."""
+        if not isinstance(self.schedule, BudgetEpsilon) or self.criterion != "importance":
+            return False
+        return self.schedule.to_close(self.epoch + 1, self.total) > self.total - len(self._streaks)
 
     def _next_thresholds(self) -> dict[str, float]:
         """ε of each branch in the epoch that begins, by what the last one showed."""
@@ -152,24 +160,16 @@ class EpsilonPruner:
         remaining = {slot: responses.get(slot, math.inf) for slot in self._streaks}
         if self.criterion == "response":
             return self.schedule(self.epoch, remaining, self.total)
+        if "importances" not in self.history[-1]:
+            return dict.fromkeys(self._streaks, 0.0)
         assert isinstance(self.schedule, BudgetEpsilon), "a constant epsilon has no other criterion"
-        importances = self.history[-1]["importances"]
-
-        sizes = branch_sizes(timm_body(self.model))
-
-        def rank(slot: str) -> float:
+        importances = dict.fromkeys(self._streaks, math.inf) | {
+            slot: importance
+            for slot, importance in self.history[-1]["importances"].items()
             # What is open and responds but got no gradient was not measured: nobody called backward.
-            if slot not in responses or (responses[slot] > 0 == importances[slot] and not self._streaks[slot]):
-                return math.inf
-            # Over the size itself only small branches would stay, over nothing hardly a parameter would go.
-            return importances[slot] / math.sqrt(sizes[slot])
-
-        ranks = {slot: rank(slot) for slot in self._streaks}
-        # To first order the last branch of a stage may look dispensable, when nothing else does its work.
-        measured = sorted((slot for slot in ranks if math.isfinite(ranks[slot])), key=ranks.__getitem__)
-        foremost = {stage_of(slot): slot for slot in measured}
-        if len(foremost) <= self.schedule.kept(self.total):
-            ranks |= dict.fromkeys(foremost.values(), math.inf)
+            if slot in self._streaks and (importance or self._streaks[slot] or not responses[slot])
+        }
+        ranks = importance_ranks(importances, branch_sizes(timm_body(self.model)), self.schedule.kept(self.total))
         due, _ = self.schedule.divide(self.epoch, ranks, self.total)
         found = gates(self.model)
         # Of an empty branch at least the smallest number there is: 0 is not below 0.
@@ -230,17 +230,18 @@ class EpsilonPruner:
             return
         # A gate that has not run yet may have its response elsewhere.
         device = next(iter(found.values())).threshold.device
-        responses = torch.stack([gate.response.float().to(device) for gate in found.values()])
-        # MAX does not carry NaN on every backend; infinity keeps a gate open just as well.
-        responses = torch.nan_to_num(responses, nan=torch.inf, posinf=torch.inf)
-        dist.all_reduce(responses, op=dist.ReduceOp.MAX)
-        for gate, response in zip(found.values(), responses, strict=True):
-            gate.response.copy_(response)
-        if self.criterion == "importance":
-            importances = torch.stack([gate.importance.float().to(device) for gate in found.values()])
-            dist.all_reduce(importances)
-            for gate, importance in zip(found.values(), importances / dist.get_world_size(), strict=True):
-                gate.importance.copy_(importance)
+
+        def share(name: str, op: Any, divisor: int = 1) -> None:
+            values = torch.stack([getattr(gate, name).float().to(device) for gate in found.values()])
+            # MAX does not carry NaN on every backend; infinity keeps a gate open just as well.
+            values = torch.nan_to_num(values, nan=torch.inf, posinf=torch.inf)
+            dist.all_reduce(values, op=op)
+            for gate, value in zip(found.values(), values / divisor, strict=True):
+                getattr(gate, name).copy_(value)
+
+        share("response", dist.ReduceOp.MAX)
+        if self._measuring:
+            share("importance", dist.ReduceOp.SUM, dist.get_world_size())
 
     def _collect_responses(self) -> dict[str, float]:
         """The epoch's response of each branch that ran in training; one that is frozen in evaluation mode has none."""
@@ -263,6 +264,8 @@ class EpsilonPruner:
         for slot, gate in gates(self.model).items():
             gate.epsilon = thresholds[slot]
             gate.reset_response()
+            if self._measuring != (gate.gain is not None):
+                gate.measure_importance(self._measuring)
 
 
 @contextmanager
