@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import timm_eps
 from timm_eps import EpsilonPruner
-from timm_eps.branches import branch_sizes, gates
+from timm_eps.branches import gates
+from timm_eps.importance import importance_ranks, shares
 
 
 def respond(model: nn.Module, responses: dict[str, float], default: float = 10.0) -> None:
@@ -158,25 +159,8 @@ def test_a_budget_by_importance(model):
         assert sorted(pruner.step()) == expected
 
 
-def test_importance_is_held_against_the_size(model):
-    """Over the square root of the parameters: a branch of four times the size must be twice as important to stay."""
-    sizes = branch_sizes(model)
-    for slot, size in sizes.items():
-        block = model.get_submodule(slot.removesuffix(".drop_path"))
-        assert size == sum(parameter.numel() for parameter in block.parameters())
-    fair = {slot: 1e-3 * math.sqrt(size) for slot, size in sizes.items()}
-    for weak in (SLOTS[1], SLOTS[7]):
-        pruner = EpsilonPruner(model, keep=8, criterion="importance")
-        respond(model, {})
-        matter(model, fair | {weak: 0.99 * fair[weak]})
-        pruner.step()
-        assert [slot for slot, gate in gates(model).items() if gate.epsilon] == [weak]
-    two = branch_sizes(timm_eps.EpsilonPruner(timm.create_model("test_vit", num_classes=2), keep=0.5).model)
-    assert two["blocks.0.drop_path1"] == two["blocks.0.drop_path2"] > 1
-
-
-@pytest.mark.parametrize(("keep", "per_stage"), [(4, [2, 1, 1]), (3, [1, 1, 1]), (2, [2, 0, 0])])
-def test_by_importance_each_stage_keeps_a_branch(model, keep, per_stage):
+@pytest.mark.parametrize(("keep", "per_stage"), [(7, [3, 2, 2]), (4, [2, 1, 1]), (3, [1, 1, 1]), (2, [2, 0, 0])])
+def test_by_importance_each_stage_keeps_its_share(model, keep, per_stage):
     """The first stage looks by far the most important; where the budget has less branches than stages, it decides."""
     pruner = EpsilonPruner(model, keep=keep, patience=1, criterion="importance")
     for _ in range(2):
@@ -184,6 +168,33 @@ def test_by_importance_each_stage_keeps_a_branch(model, keep, per_stage):
         matter(model, {slot: 100.0 + index for index, slot in enumerate(SLOTS[:3])})
         pruner.step()
     assert [sum(slot.startswith(f"stages.{stage}.") for slot in gates(model)) for stage in range(3)] == per_stage
+
+
+def test_ranks_by_importance():
+    importances = {"layer1.0.drop_path": 3.0, "layer1.1.drop_path": 1.0, "layer1.2.drop_path": 2.0}
+    importances |= {f"layer2.{index}.drop_path": 100.0 * index for index in range(1, 6)}
+    removed = ["layer2.0.drop_path"]
+    ranks = importance_ranks(importances, removed, kept=3)  # one of three, two of six
+    least_first = sorted((slot for slot in ranks if math.isfinite(ranks[slot])), key=ranks.__getitem__)
+    assert least_first == [
+        f"{block}.drop_path" for block in ("layer1.1", "layer2.1", "layer1.2", "layer2.2", "layer2.3")
+    ]
+    importances["layer1.1.drop_path"] = math.nan
+    assert importance_ranks(importances, removed, kept=3)["layer1.1.drop_path"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("counts", "kept", "expected"),
+    [
+        ([9, 9, 9], 6, [2, 2, 2]),
+        ([18, 18, 18], 14, [5, 5, 4]),
+        ([3, 4, 6, 3], 5, [1, 1, 2, 1]),
+        ([1, 1, 30], 4, [1, 1, 2]),
+        ([2, 7], 9, [2, 7]),
+    ],
+)
+def test_shares_of_the_stages(counts, kept, expected):
+    assert list(shares(dict(enumerate(counts)), kept).values()) == expected
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])

@@ -25,7 +25,6 @@ __all__ = [
     "block_path",
     "branch_ends",
     "branch_parameters",
-    "branch_sizes",
     "evaluating",
     "find_slots",
     "gates",
@@ -164,15 +163,6 @@ def branch_parameters(body: nn.Module, slots: Iterable[str]) -> dict[str, nn.Par
     dense, shut = traces_open_and_shut(net, probe_batch(net), slots)
     lost = dense.live - shut.live
     return {name: parameter for name, parameter in body.named_parameters() if id(own[name]) in lost}
-
-
-def branch_sizes(body: nn.Module) -> dict[str, float]:
-    """About how many parameters each branch has, at least one: its block's, in equal shares if that has several."""
-    return {
-        slot: max(1.0, sum(parameter.numel() for parameter in body.get_submodule(block).parameters()) / len(slots))
-        for block, slots in slots_by_block(body, gates(body)).items()
-        for slot in slots
-    }
 
 
 def traces_open_and_shut(net: nn.Module, batch: Tensor, slots: Iterable[str]) -> tuple[Trace, Trace]:

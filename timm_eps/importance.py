@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import collections
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from .branches import stage_of
 
 __all__ = ["importance_ranks"]
 
 
-def importance_ranks(importances: Mapping[str, float], sizes: Mapping[str, float], kept: int) -> dict[str, float]:
-    """Rank of each branch: the lowest go first, and one whose rank is infinite or not a number stays.
+def importance_ranks(importances: Mapping[str, float], removed: Iterable[str], kept: int) -> dict[str, float]:
+    """Rank of each branch: the lowest go first, and one whose rank is infinite stays.
 
-    The rank is the importance over the square root of the size: over the size itself only small branches would stay,
-    over nothing hardly a parameter would go. The foremost branch of each stage has an infinite one: to first order the
-    last branch of a stage may look dispensable, when nothing else does its work.
+    Each stage keeps its share of the budget, those of its branches that are the most important, and the stages shrink
+    side by side. Importances of different stages do not compare: over nothing the large branches of late stages stay
+    and hardly a parameter goes, over the size the small ones of the first stage do.
 
     Args:
-        importances: Of each branch, as :meth:`EpsilonGate.measure_importance` has it; infinity if it was not measured.
-        sizes: Parameters of each branch.
-        kept: How many branches stay in the end. Where these are fewer than the stages, no stage is favoured.
+        importances: Of each branch that is there, as :meth:`EpsilonGate.measure_importance` has it; infinity or no
+            number if it was not measured.
+        removed: Slots of the branches that are gone.
+        kept: How many branches stay in the end. Where these are fewer than the stages, importance alone decides.
     """
-    ranks = {slot: importance / math.sqrt(sizes[slot]) for slot, importance in importances.items()}
-    foremost: dict[str, str] = {}
-    for slot, rank in ranks.items():
-        stage = stage_of(slot)
-        if math.isfinite(rank) and (stage not in foremost or rank >= ranks[foremost[stage]]):
-            foremost[stage] = slot
-    if len(foremost) <= kept:
-        ranks |= dict.fromkeys(foremost.values(), math.inf)
+    counts = collections.Counter(stage_of(slot) for slot in (*importances, *removed))
+    if kept < len(counts):
+        return dict(importances)
+    places = shares(counts, kept)
+    stages: dict[str, list[str]] = {stage: [] for stage in counts}
+    for slot in importances:
+        stages[stage_of(slot)].append(slot)
+    ranks = dict.fromkeys(importances, math.inf)
+    for stage, slots in stages.items():
+        measured = sorted((slot for slot in slots if math.isfinite(importances[slot])), key=importances.__getitem__)
+        excess = max(len(slots) - places[stage], 0)
+        for position, slot in enumerate(measured[:excess]):
+            ranks[slot] = (position - excess) / counts[stage]
     return ranks
+
+
+def shares(counts: Mapping[str, int], kept: int) -> dict[str, int]:
+    """How many of ``kept`` places each stage has: one, and the others in proportion to its branches (D'Hondt)."""
+    places = dict.fromkeys(counts, 1)
+    for _ in range(kept - len(counts)):
+        places[max(counts, key=lambda stage: counts[stage] / (places[stage] + 1))] += 1
+    return places

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from .branches import branch_sizes, gates, timm_body
+from .branches import gates, timm_body
 from .importance import importance_ranks
 from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery import add_gates, remove, removed_slots, replay_removed
@@ -44,10 +44,9 @@ class EpsilonPruner:
         patience: Epochs in a row that a branch must stay closed before it is removed.
         live_removal: Remove during training. Without it, closed branches stay until :func:`remove_closed` or a save.
         criterion: With ``keep``, by which branches are ranked: ``'response'``, the largest of an epoch, or
-            ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`), over
-            the square root of their size. By importance each branch that is due gets an ε of its own, twice its
-            response, and the foremost branch of each stage stays, if the budget has room for as many. It is measured
-            in the epochs after which branches are to close, in no others.
+            ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`). By
+            importance each stage keeps its share of the budget, and each branch that is due gets an ε of its own,
+            twice its response. It is measured in the epochs after which branches are to close, in no others.
 
     Attributes:
         epoch (int): Epochs finished.
@@ -169,7 +168,7 @@ class EpsilonPruner:
             # What is open and responds but got no gradient was not measured: nobody called backward.
             if slot in self._streaks and (importance or self._streaks[slot] or not responses[slot])
         }
-        ranks = importance_ranks(importances, branch_sizes(timm_body(self.model)), self.schedule.kept(self.total))
+        ranks = importance_ranks(importances, removed_slots(self.model), self.schedule.kept(self.total))
         due, _ = self.schedule.divide(self.epoch, ranks, self.total)
         found = gates(self.model)
         # Of an empty branch at least the smallest number there is: 0 is not below 0.
