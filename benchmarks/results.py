@@ -87,9 +87,10 @@ def methods_table(store: Store, data: str, pairs: list[tuple[int, int]]) -> list
     side = SIDES[data][0]
     at_one, at_many = latencies(store, data, "seconds at 1"), latencies(store, data, f"seconds at 128, {side}x{side}")
     lines = [
-        "| | epochs | accuracy, % | ε by budget is ahead by, points | blocks | parameters, thousands | multiply-adds, "
-        "millions | latency at 1 | at 128 | training | memory, MiB | file, KiB | in timm | in transformers |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---|",
+        "| | runs | epochs | accuracy, % | ε by budget is ahead by, points | blocks | parameters, thousands "
+        "| multiply-adds, millions | latency at 1 | at 128 | training | memory, MiB | file, KiB | in timm "
+        "| in transformers |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---|",
     ]
     for method, jobs in groups.items():
         runs = found(store, jobs)
@@ -102,12 +103,14 @@ def methods_table(store: Store, data: str, pairs: list[tuple[int, int]]) -> list
         times = [
             store.results[job]["train_seconds"] / store.results[dense]["train_seconds"]
             for job, dense in zip(jobs, groups["dense"], strict=True)
-            if job in store.results and dense in store.results
+            if {job, dense} <= store.results.keys()
+            and store.results[job]["hardware"] == store.results[dense]["hardware"]
         ]
         loads = ["yes" if all(run["saved"][name] for run in runs) else "**no**" for name in ("timm", "transformers")]
         told = " ".join(jobs[0].flags).lstrip("-") or (f"criterion {criterion(data)}" if method == OURS else "")
         cells = [
             METHODS[method].name + (f", {told}" if told else ""),
+            f"{len(runs)}",
             f"{statistics.mean(run['epochs'] for run in runs):.0f}",
             column(lambda run: 100 * run["accuracy"]),
             "" if method == OURS else verdict(difference(store, jobs, groups[OURS])),
@@ -196,10 +199,10 @@ def page(store: Store) -> str:
         f"commits {', '.join(sorted({run['commit'] for run in results}))}.",
         "",
         "Mean ± standard deviation over the runs. All methods train by the same recipe; those that begin with a "
-        "trained dense network have its epochs and time added to their own. The fourth column is of pairs of runs of "
+        "trained dense network have its epochs and time added to their own. The fifth column is of pairs of runs of "
         "the same seed and fold: mean difference ± its standard error. Latencies are over the dense network's, all "
-        "measured in turn in one process. Training time is the median over the dense network's, with two processes on "
-        "two cores. Memory is what training adds to the process.",
+        "measured in turn in one process. Training time is the median over the dense network's on the same machine, "
+        "with two processes on two cores. Memory is what training adds to the process.",
     ]
     for data, title in TITLES.items():
         if not found(store, table(data, PAIRS[data])):

@@ -316,6 +316,15 @@ def test_the_page_says_who_is_ahead(store):
     assert results.page(store) == page
 
 
+def test_training_times_of_another_machine_do_not_count(store):
+    before = results.page(store)
+    assert " 0.26× " in before
+    for job in plan.table("digits", plan.PAIRS["digits"]):
+        if job.method == "budget" and job.seed:
+            store.results[job] |= {"train_seconds": 1e6, "hardware": "another"}
+    assert results.page(store) == before.replace("a machine;", "a machine, another;")
+
+
 def test_the_page_says_whether_depth_helps(tmp_path):
     store = jobs.Store(tmp_path / "results.json")
     for name, group in plan.depths().items():
