@@ -16,6 +16,7 @@ from typing import Any
 
 import timm
 import torch
+from accelerate.utils import set_seed
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
@@ -72,6 +73,7 @@ class Bench:
         self.epochs += self.result(method)["epochs"]
         self.train_seconds += self.result(method)["train_seconds"]
         weight = self.args.side_loss_weight
+        set_seed(self.args.seed)  # the side head is not saved, so it begins anew
         return AutoModelForImageClassification.from_pretrained(self.earlier[method], side_loss_weight=weight)
 
     def result(self, method: str) -> dict[str, Any]:

@@ -380,6 +380,9 @@ def test_every_method_trains_and_says_what_it_cost(tmp_path):
     assert found["scratch"]["removed"] == found["budget"]["removed"]
     for name in ("budget", "finetuned", "scratch", "shallow", "random_blocks", "stochastic_depth"):
         assert found[name]["blocks"] == 3, name
+    bench = methods.Bench(["--config", str(config)], tmp_path, {"dense": tmp_path / "dense"})
+    heads = [bench.load("dense").side_head.state_dict() for _ in range(2)]
+    assert all(torch.equal(heads[0][key], heads[1][key]) for key in heads[0]), "what was not saved is drawn by the seed"
     for name, result in found.items():
         is_channels = name.startswith("torch_pruning")
         assert result["saved"]["timm"] == result["saved"]["transformers"] == (not is_channels), result["saved"]

@@ -97,7 +97,7 @@ def decisions(rank: int) -> dict:
     for gate in gates(model).values():
         gate.response.fill_(1.0)
         gate.importance.fill_((1.0, 4.0)[rank])
-    gates(model)[slots[8]].importance.fill_((0.5, 2.5)[rank])
+    gates(model)[slots[4]].importance.fill_((0.5, 2.5)[rank])
     for _ in range(2):  # sharing again changes nothing
         by_importance.share_responses()
     importances = [gate.importance.item() for gate in gates(model).values()]
