@@ -195,7 +195,7 @@ def page(store: Store) -> str:
         "# Results",
         "",
         "Made by `python -m benchmarks`; not to be edited. "
-        f"{len(results)} runs on {', '.join(sorted({run['hardware'] for run in results}))}; {', '.join(versions)}; "
+        f"{len(results)} runs on {' and '.join(sorted({run['hardware'] for run in results}))}; {', '.join(versions)}; "
         f"commits {', '.join(sorted({run['commit'] for run in results}))}.",
         "",
         "Mean ± standard deviation over the runs. All methods train by the same recipe; those that begin with a "

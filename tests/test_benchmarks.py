@@ -322,7 +322,7 @@ def test_training_times_of_another_machine_do_not_count(store):
     for job in plan.table("digits", plan.PAIRS["digits"]):
         if job.method == "budget" and job.seed:
             store.results[job] |= {"train_seconds": 1e6, "hardware": "another"}
-    assert results.page(store) == before.replace("a machine;", "a machine, another;")
+    assert results.page(store) == before.replace("a machine;", "a machine and another;")
 
 
 def test_the_page_says_whether_depth_helps(tmp_path):
