@@ -27,14 +27,11 @@ def importance_ranks(importances: Mapping[str, float], removed: Iterable[str], k
     counts = collections.Counter(stage_of(slot) for slot in (*importances, *removed))
     if kept < len(counts):
         return dict(importances)
-    places = shares(counts, kept)
-    stages: dict[str, list[str]] = {stage: [] for stage in counts}
-    for slot in importances:
-        stages[stage_of(slot)].append(slot)
     ranks = dict.fromkeys(importances, math.inf)
-    for stage, slots in stages.items():
-        measured = sorted((slot for slot in slots if math.isfinite(importances[slot])), key=importances.__getitem__)
-        excess = max(len(slots) - places[stage], 0)
+    for stage, places in shares(counts, kept).items():
+        there = [slot for slot in importances if stage_of(slot) == stage]
+        measured = sorted((slot for slot in there if math.isfinite(importances[slot])), key=importances.__getitem__)
+        excess = max(len(there) - places, 0)
         for position, slot in enumerate(measured[:excess]):
             ranks[slot] = (position - excess) / counts[stage]
     return ranks

@@ -122,7 +122,7 @@ class EpsilonPruner:
             The slot paths removed now.
         """
         found = gates(self.model)
-        is_measured = self._measuring
+        is_measured = self._measuring  # asked now: branches that go change the answer
         responses = self._collect_responses()
         for slot, response in responses.items():
             # In the gate's own precision, or a response right at ε would be judged differently than in training.
@@ -260,11 +260,12 @@ class EpsilonPruner:
 
     def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
         self.epsilon = max(thresholds.values(), default=0.0)
+        measuring = self._measuring
         for slot, gate in gates(self.model).items():
             gate.epsilon = thresholds[slot]
             gate.reset_response()
-            if self._measuring != (gate.gain is not None):
-                gate.measure_importance(self._measuring)
+            if measuring != (gate.gain is not None):
+                gate.measure_importance(measuring)
 
 
 @contextmanager
