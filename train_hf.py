@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -744,20 +743,8 @@ def push(args: argparse.Namespace, model: nn.Module, repo_id: str, message: str,
 
 
 def hardware(accelerator: Accelerator) -> str:
-    if accelerator.device.type == "cpu":
-        one = f"{torch.get_num_threads()} threads of {processor()}"
-    else:
-        is_cuda = accelerator.device.type == "cuda"
-        one = torch.cuda.get_device_name(accelerator.device) if is_cuda else accelerator.device.type
+    one = report.hardware(accelerator.device)
     return one if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes, each {one}"
-
-
-def processor() -> str:
-    """Architecture and, where Linux tells it, the model of this machine's processor."""
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return ", ".join([platform.machine(), *models[:1]])
 
 
 def base_model(args: argparse.Namespace) -> str | None:

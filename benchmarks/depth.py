@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -82,8 +81,8 @@ def main() -> None:
             command = [sys.executable, __file__, "--only", str(depth), "--batch_size", str(args.batch_size)]
             done = subprocess.run([*command, "--device", args.device], capture_output=True, text=True, check=True)
             found[depth].append(json.loads(done.stdout))
-    where = f"{torch.get_num_threads()} threads {platform.machine()}" if args.device == "cpu" else args.device
-    print(f"Batch {args.batch_size}, 32x32, {where}, torch {torch.__version__}; medians of {args.rounds} rounds.\n")
+    where = f"{report.hardware(args.device)}, torch {torch.__version__}"
+    print(f"Batch {args.batch_size}, 32x32, {where}; medians of {args.rounds} rounds.\n")
     print("| depth | build | step | a block of it | removal of half | step after it | peak memory |")
     print("|---:|---:|---:|---:|---:|---:|---:|")
     for depth, rounds in found.items():

@@ -11,7 +11,6 @@ to neither. Memory is the peak of a process of its own for each network (on CUDA
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import subprocess
 import sys
@@ -90,12 +89,9 @@ def main() -> None:
     ratios = [g / p for g, p in zip(seconds["gated"], seconds["plain"], strict=True)]
     memory = [(peak_memory(args, True), peak_memory(args, False)) for _ in range(3)]
     memory_ratios = [g / p for g, p in memory]
-    where = (
-        torch.cuda.get_device_name() if images.is_cuda else f"{torch.get_num_threads()} threads {platform.machine()}"
-    )
     size = f"batch {args.batch_size}, {args.image_size}x{args.image_size}"
     size += ", importance measured" if args.importance else ""
-    print(f"{args.architecture}, {size}, {where}, torch {torch.__version__}")
+    print(f"{args.architecture}, {size}, {report.hardware(images.device)}, torch {torch.__version__}")
     medians = ", ".join(f"{name} {statistics.median(values):.3f} s" for name, values in seconds.items())
     print(f"a step, median: {medians}")
     print(f"time, gated / plain: {spread(ratios)}")

@@ -11,7 +11,6 @@ network with a quarter of its blocks, whose steps are the shortest.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_hf
-from timm_eps import data, remove_closed
+from timm_eps import data, remove_closed, report
 from timm_eps.branches import gates
 
 CIFAR = {"mean": (0.49, 0.48, 0.45), "std": (0.5, 0.5, 0.5)}
@@ -91,8 +90,7 @@ def main() -> None:
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(train_hf.available_cores())
-    where = f"{torch.get_num_threads()} threads {platform.machine()}" if device.type == "cpu" else args.device
-    print(f"{where}, torch {torch.__version__}")
+    print(f"{report.hardware(device)}, torch {torch.__version__}")
     for name, augment in {
         "pad, crop, flip": data.PadCropFlip(4, flip=True),
         "the set for SVHN": data.Distort(4),

@@ -98,7 +98,7 @@ def main() -> None:
     nets[NATIVE] = native(nets["budget"])
     nets[REPARAMETERIZED] = reparameterize_model(nets["budget"])
     torch.manual_seed(0)
-    found: dict[str, Any] = {"hardware": f"{task['threads']} threads", **conditions()}
+    found: dict[str, Any] = {"hardware": report.hardware(device), **conditions()}
     for side in task["sides"]:
         images = torch.randn(128, 3, side, side, device=device)
         expected = nets["budget"](images[:2])

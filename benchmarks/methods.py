@@ -109,6 +109,14 @@ def pruned(bench: Bench) -> nn.Module:
     return bench.fit()
 
 
+def pruned_with_dense_compute(bench: Bench) -> nn.Module:
+    """As many epochs as cost the multiply-adds of the dense training, if all blocks went when the ramp ends."""
+    args, found = bench.args, bench.result("budget")
+    whole = args.epsilon_warmup_epochs + args.ramp_epochs
+    saved = bench.result("dense")["macs"] / found["macs"]
+    return bench.fit("--num_train_epochs", str(whole + round((args.num_train_epochs - whole) * saved)))
+
+
 def from_scratch(bench: Bench, removed: Sequence[str], *flags: str) -> nn.Module:
     return bench.fit("--no_gates", "--model_args", json.dumps({"removed": list(removed)}), *flags)
 
@@ -185,6 +193,9 @@ METHODS = {
     "budget": Method("ε-ResNet, ε by budget", pruned),
     "other_criterion": Method("ε-ResNet, ε by budget", pruned),
     "fixed": Method("ε-ResNet, ε fixed", pruned),
+    "budget_with_dense_compute": Method(
+        "ε-ResNet, ε by budget, the dense network's compute", pruned_with_dense_compute, ("budget", "dense")
+    ),
     "finetuned": Method("ε-ResNet on the trained dense network, ε by budget", finetuned, ("dense",)),
     "scratch": Method("the found structure from scratch, same epochs", scratch, ("budget",)),
     "scratch_with_dense_compute": Method(

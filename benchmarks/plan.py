@@ -19,8 +19,8 @@ EPSILON = {"digits": "2.5", "glyphs": "6.0"}  # digits: the least tried at which
 FEW = [(0, 0), (1, 1), (2, 2)]
 # What the quick mode leaves out of the table takes half of its time.
 SLOW = (
-    "dense_without_side", "other_criterion", "scratch_with_dense_compute", "stochastic_depth",
-    "torch_pruning_to_latency",
+    "dense_without_side", "other_criterion", "budget_with_dense_compute", "scratch_with_dense_compute",
+    "stochastic_depth", "torch_pruning_to_latency",
 )  # fmt: skip
 PAIRS = {
     "digits": [*FEW, *((seed, fold) for seed in range(3) for fold in range(5) if seed != fold)],

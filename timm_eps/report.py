@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import platform
 import random
 import re
 import statistics
@@ -22,6 +23,7 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "draw_blocks",
+    "hardware",
     "paired_latency",
     "peak_memory",
     "reset_peak_memory",
@@ -38,6 +40,17 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
     with evaluating(model), FlopCounterMode(display=False) as counter:
         model(image)
     return counter.get_total_flops() // 2
+
+
+def hardware(device: torch.device | str) -> str:
+    """What computes: the accelerator, or this process's threads and, where Linux tells it, the processor's model."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        described = Path("/proc/cpuinfo")
+        lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return ", ".join([f"{torch.get_num_threads()} threads of {platform.machine()}", *models[:1]])
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def paired_latency(
