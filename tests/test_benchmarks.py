@@ -376,9 +376,13 @@ def test_every_method_trains_and_says_what_it_cost(tmp_path):
     assert {name for name, result in found.items() if result["epochs"] == 6} == {
         "finetuned", "random_blocks", "stochastic_depth", "torch_pruning_to_size", "torch_pruning_to_latency",
     }  # fmt: skip
-    assert found["scratch_with_dense_compute"]["epochs"] == round(3 * found["dense"]["macs"] / found["budget"]["macs"])
+    smaller = found["dense"]["macs"] / found["budget"]["macs"]
+    assert found["scratch_with_dense_compute"]["epochs"] == round(3 * smaller)
+    assert found["budget_with_dense_compute"]["epochs"] == 2 + round(smaller), "two are as dear as the dense network's"
     assert found["scratch"]["removed"] == found["budget"]["removed"]
-    for name in ("budget", "finetuned", "scratch", "shallow", "random_blocks", "stochastic_depth"):
+    for name in (
+        "budget", "budget_with_dense_compute", "finetuned", "scratch", "shallow", "random_blocks", "stochastic_depth",
+    ):  # fmt: skip
         assert found[name]["blocks"] == 3, name
     bench = methods.Bench(["--config", str(config)], tmp_path, {"dense": tmp_path / "dense"})
     heads = [bench.load("dense").side_head.state_dict() for _ in range(2)]
