@@ -7,6 +7,7 @@ weights, and checked against the pruner's state as soon as that is at hand.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -89,6 +90,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         }
         self.pruner: EpsilonPruner | None = None
         self._wrapper: DistributedDataParallel | None = None
+        self._ended: tuple[int, dict[str, float]] = (-1, {})
         self._undecayed: set[nn.Parameter] = set()
 
     def state(self) -> dict[str, Any]:
@@ -137,6 +139,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         if not args.weight_decay:
             _logger.warning("weight_decay is 0 in the TrainingArguments: nothing empties the branches that close.")
         self.pruner = EpsilonPruner(model, kwargs["optimizer"], **self.arguments)
+        self._ended = (-1, {})
         if state.global_step:
             self.pruner.load_state_dict(_saved_state(state, model))
         model.keeps_training_parts = "in checkpoints"
@@ -163,13 +166,23 @@ class EpsilonCallback(TrainerCallback, ExportableState):
                     parameter.mul_(1 - group["lr"] * args.weight_decay)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save and self.pruner is not None:
+        assert self.pruner is not None, "the training has begun"
+        if state.epoch is not None and math.isclose(state.epoch, round(state.epoch), abs_tol=1e-6):
+            # Not left to on_epoch_end: a checkpoint of this step is written before that, and a run that goes on from it
+            # begins with the next epoch.
+            self._end_epoch(args, state)
+        elif control.should_save:
             self.pruner.share_responses()  # one process writes the checkpoint, for all
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if state.global_step != self._ended[0]:  # of data without a length nobody knows which step is an epoch's last
+            self._end_epoch(args, state)
+
+    def _end_epoch(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.pruner is not None, "the training has begun"
+        self._ended = state.global_step, self._progress()  # what is logged of an epoch's last step is of that epoch
         discarded = self.pruner.discarded
         removed = self.pruner.step()
         if removed and self._wrapper is not None:
@@ -177,9 +190,14 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         if args.torch_compile and self.pruner.discarded != discarded:
             torch.compiler.reset()  # or torch stops compiling after a number of structures
 
+    def _progress(self) -> dict[str, float]:
+        assert self.pruner is not None, "the training has begun"
+        return {"epsilon": self.pruner.epsilon, "blocks": self.pruner.total - self.pruner.discarded}
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.pruner is not None and "loss" in kwargs["logs"]:
-            added = {"epsilon": self.pruner.epsilon, "blocks": self.pruner.total - self.pruner.discarded}
+            ended, before = self._ended
+            added = before if state.global_step == ended else self._progress()
             kwargs["logs"] |= added
             state.log_history[-1] |= added  # a copy of the logs, made before the callbacks are called
 
