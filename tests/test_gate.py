@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
 
 import pytest
@@ -210,6 +212,39 @@ def test_a_closed_gate_has_no_importance():
     assert gate.importance.item() == 0
     gate(9 * torch.ones(2, requires_grad=True)).sum().backward()
     assert gate.importance.item() == 18**2
+
+
+@pytest.mark.parametrize("overflow", [torch.inf, torch.nan])
+def test_a_gradient_that_overflowed_does_not_count(overflow):
+    """GradScaler skips such a step, and then goes on."""
+    gate = EpsilonGate().train()
+    gate.measure_importance()
+    for slope in (1.0, overflow, 1.0):
+        gate(torch.ones(2, requires_grad=True)).backward(torch.full((2,), slope))
+    assert gate.importance.item() == 2 * 2.0**2
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_importance_holds_no_graph():
+    gate = EpsilonGate().train()
+    gate.measure_importance()
+    (gate(torch.ones(2, requires_grad=True)) ** 2).sum().backward(create_graph=True)
+    assert gate.importance > 0
+    assert not gate.importance.requires_grad
+
+
+def test_a_copy_measures_importance_too():
+    """With hooks of its own: torch copies none, and one that it shared would tell the first gate."""
+    gate = EpsilonGate().train()
+    gate.measure_importance()
+    stored = io.BytesIO()
+    torch.save(gate, stored)
+    stored.seek(0)
+    for other in (copy.deepcopy(gate), torch.load(stored, weights_only=False)):
+        other(torch.ones(2, requires_grad=True)).sum().backward()
+        assert other.importance.item() == 2.0**2
+    assert gate.importance.item() == 0
+    assert copy.deepcopy(EpsilonGate()).gain is None
 
 
 @pytest.mark.parametrize("how", ["script", "compile", "checkpoint"])

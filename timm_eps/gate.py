@@ -13,7 +13,7 @@ passes exact zeros back into the branch, which leaves weight decay as the only f
 """
 
 import numbers
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -144,8 +144,15 @@ class EpsilonGate(nn.Module):
         assert gain.grad is not None, "the hook runs when there is one"
         if self.importance.device != gain.device:
             self.importance = self.importance.to(gain.device)
-        self.importance += gain.grad.square()
+        change = gain.grad.detach().square()
+        # An overflow is of a step that GradScaler skips: it says nothing of the branch.
+        self.importance += change.where(change.isfinite(), 0.0)
         gain.grad = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.gain is not None:
+            self.measure_importance()  # copies have no hooks
 
     def init_non_persistent_buffers(self) -> None:
         """Give the buffers their values after they were materialised from the meta device (timm's convention)."""
