@@ -80,10 +80,18 @@ def block_path(body: nn.Module, slot: str) -> str:
     return path
 
 
+# How timm names blocks within stages; what a block consists of may have numbers of its own.
+_WITHIN_STAGE = (
+    r"(.*?\.\d+)\.blocks\.\d",  # stages.1.blocks.4
+    r"(.*?\.\d+)\.\d+\.",  # blocks.2.1, stages.3.1.transformer.0
+    r"(.*)\.\d+\.(?:attns|ffns)\.",  # blocks.7.attns.1: parallel branches
+    r"(.*)\.[a-z]?\d+\.",  # layer2.0, s3.b1, blocks.11
+)
+
+
 def stage_of(slot: str) -> str:
     """``stages.1.blocks.4.drop_path`` -> ``stages.1``, ``layer2.0.drop_path`` -> ``layer2``."""
-    within = re.match(r"(.*)\.\d+\.", slot)
-    return (within[1] if within else slot).removesuffix(".blocks")
+    return next((found[1] for pattern in _WITHIN_STAGE if (found := re.match(pattern, slot))), slot)
 
 
 def slots_by_block(body: nn.Module, slots: Iterable[str]) -> dict[str, list[str]]:
