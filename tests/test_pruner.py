@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import timm_eps
 from timm_eps import EpsilonPruner
-from timm_eps.branches import gates
+from timm_eps.branches import gates, stage_of
 from timm_eps.importance import importance_ranks, shares
 
 
@@ -197,6 +197,28 @@ def test_shares_of_the_stages(counts, kept, expected):
     assert list(shares(dict(enumerate(counts)), kept).values()) == expected
 
 
+@pytest.mark.parametrize(
+    ("slot", "stage"),
+    [
+        ("stages.1.blocks.4.drop_path", "stages.1"),
+        ("stages.2.blocks.1.0.drop_path2", "stages.2"),  # DaViT
+        ("stages.0.blocks.1.conv.3.drop_path", "stages.0"),  # MaxViT
+        ("transformers.1.blocks.5.drop_path1", "transformers.1"),
+        ("layer2.0.drop_path", "layer2"),
+        ("body.layer3.10.drop_path", "body.layer3"),
+        ("s3.b12.drop_path", "s3"),  # RegNet
+        ("blocks.2.1.drop_path", "blocks.2"),  # EfficientNet
+        ("blocks.11.drop_path1", "blocks"),  # ViT
+        ("blocks.7.attns.1.drop_path", "blocks"),
+        ("stages.3.1.transformer.2.drop_path1", "stages.3"),
+        ("stage3.0.branches.1.0.drop_path", "stage3.0.branches.1"),  # HRNet: one resolution
+        ("patch_embed.backbone.stages.0.blocks.1.drop_path", "patch_embed.backbone.stages.0"),
+    ],
+)
+def test_the_stage_of_a_branch(slot, stage):
+    assert stage_of(slot) == stage
+
+
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
 def test_what_was_not_measured_is_not_closed(model, value):
     """There was no backward pass, or the loss diverged."""
@@ -206,6 +228,35 @@ def test_what_was_not_measured_is_not_closed(model, value):
         matter(model, {}, default=value)
         assert pruner.step() == []
     assert pruner.epsilon == 0.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_by_importance_a_branch_that_diverged_stays_open(model, value):
+    """On one batch, whose backward pass was left out, so that its importance looks fine."""
+    pruner = EpsilonPruner(model, keep=3, patience=1, criterion="importance")
+    respond(model, {SLOTS[0]: value})
+    matter(model, {SLOTS[0]: 0.1})
+    pruner.step()
+    assert gates(model)[SLOTS[0]].epsilon == 0
+    assert sum(gate.epsilon > 0 for gate in gates(model).values()) == 2 + 2 + 2
+
+
+@pytest.mark.parametrize("criterion", ["response", "importance"])
+def test_what_the_user_removes_counts(model, criterion):
+    pruner = EpsilonPruner(model, keep=6, patience=3, criterion=criterion)
+    for epoch in range(8):
+        respond(model, {slot: float(rank) for rank, slot in enumerate(gates(model), 1)})
+        matter(model, {slot: float(rank) for rank, slot in enumerate(gates(model), 1)})
+        pruner.step()
+        if epoch == 1:
+            assert pruner.discarded == 3
+            timm_eps.remove_closed(model)
+            resumed = EpsilonPruner(tiny_net(), keep=6, patience=3, criterion=criterion)
+            resumed.load_state_dict(json.loads(json.dumps(pruner.state_dict())))
+            assert len(gates(resumed.model)) == 6
+    assert pruner.discarded == 3
+    assert len(gates(model)) == 6
+    assert pruner.state_dict()["streaks"].keys() == gates(model).keys()
 
 
 def test_real_training_by_importance(model, optimizer):

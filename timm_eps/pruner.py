@@ -45,8 +45,9 @@ class EpsilonPruner:
         live_removal: Remove during training. Without it, closed branches stay until :func:`remove_closed` or a save.
         criterion: With ``keep``, by which branches are ranked: ``'response'``, the largest of an epoch, or
             ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`). By
-            importance each stage keeps its share of the budget, and each branch that is due gets an ε of its own,
-            twice its response. It is measured in the epochs after which branches are to close, in no others.
+            importance each stage keeps its share of the budget, if that is as large as there are stages, and each
+            branch that is due gets an ε of its own, twice its response. It is measured in the epochs after which
+            branches are to close, in no others.
 
     Attributes:
         epoch (int): Epochs finished.
@@ -122,6 +123,7 @@ class EpsilonPruner:
             The slot paths removed now.
         """
         found = gates(self.model)
+        self._streaks = {slot: streak for slot, streak in self._streaks.items() if slot in found}  # see remove_closed
         is_measured = self._measuring  # asked now: branches that go change the answer
         responses = self._collect_responses()
         for slot, response in responses.items():
@@ -165,8 +167,11 @@ class EpsilonPruner:
         importances = dict.fromkeys(self._streaks, math.inf) | {
             slot: importance
             for slot, importance in self.history[-1]["importances"].items()
-            # What is open and responds but got no gradient was not measured: nobody called backward.
-            if slot in self._streaks and (importance or self._streaks[slot] or not responses[slot])
+            # What is open and responds but got no gradient was not measured: nobody called backward. And what diverged
+            # stays open, as it does by its response.
+            if slot in self._streaks
+            and math.isfinite(responses[slot])
+            and (importance or self._streaks[slot] or not responses[slot])
         }
         ranks = importance_ranks(importances, removed_slots(self.model), self.schedule.kept(self.total))
         due, _ = self.schedule.divide(self.epoch, ranks, self.total)
@@ -182,7 +187,7 @@ class EpsilonPruner:
             "epoch": self.epoch,
             "epsilon": {slot: gate.epsilon for slot, gate in found.items()},
             "removed": removed_slots(self.model),
-            "streaks": dict(self._streaks),
+            "streaks": {slot: self._streaks[slot] for slot in found},
             "closed": [slot for slot, gate in found.items() if gate.closed],
             "responses": {slot: float(gate.response) for slot, gate in found.items()},
             "importances": {slot: float(gate.importance) for slot, gate in found.items()},
