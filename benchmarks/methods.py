@@ -110,7 +110,7 @@ def pruned(bench: Bench) -> nn.Module:
 
 
 def pruned_with_dense_compute(bench: Bench) -> nn.Module:
-    """As many epochs as cost the multiply-adds of the dense training, if all blocks went when the ramp ends."""
+    """As many epochs as cost the dense training's multiply-adds, if the recipe's blocks go when the ramp ends."""
     args, found = bench.args, bench.result("budget")
     whole = args.epsilon_warmup_epochs + args.ramp_epochs
     saved = bench.result("dense")["macs"] / found["macs"]
@@ -194,6 +194,9 @@ METHODS = {
     "other_criterion": Method("ε-ResNet, ε by budget", pruned),
     "fixed": Method("ε-ResNet, ε fixed", pruned),
     "budget_with_dense_compute": Method(
+        "ε-ResNet, ε by budget, the dense network's compute", pruned_with_dense_compute, ("budget", "dense")
+    ),
+    "smaller_budget": Method(
         "ε-ResNet, ε by budget, the dense network's compute", pruned_with_dense_compute, ("budget", "dense")
     ),
     "finetuned": Method("ε-ResNet on the trained dense network, ε by budget", finetuned, ("dense",)),

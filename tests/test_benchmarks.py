@@ -381,7 +381,8 @@ def test_every_method_trains_and_says_what_it_cost(tmp_path):
     assert found["budget_with_dense_compute"]["epochs"] == 2 + round(smaller), "two are as dear as the dense network's"
     assert found["scratch"]["removed"] == found["budget"]["removed"]
     for name in (
-        "budget", "budget_with_dense_compute", "finetuned", "scratch", "shallow", "random_blocks", "stochastic_depth",
+        "budget", "budget_with_dense_compute", "smaller_budget", "finetuned", "scratch", "shallow", "random_blocks",
+        "stochastic_depth",
     ):  # fmt: skip
         assert found[name]["blocks"] == 3, name
     bench = methods.Bench(["--config", str(config)], tmp_path, {"dense": tmp_path / "dense"})
