@@ -7,7 +7,6 @@ weights, and checked against the pruner's state as soon as that is at hand.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -167,7 +166,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.pruner is not None, "the training has begun"
-        if state.epoch is not None and math.isclose(state.epoch, round(state.epoch), abs_tol=1e-6):
+        if state.epoch is not None and float(state.epoch).is_integer():
             # Not left to on_epoch_end: a checkpoint of this step is written before that, and a run that goes on from it
             # begins with the next epoch.
             self._end_epoch(args, state)
