@@ -79,6 +79,10 @@ class Bench:
     def result(self, method: str) -> dict[str, Any]:
         return json.loads((self.earlier[method] / "result.json").read_text())
 
+    def macs_ratio(self) -> float:
+        """How many times the multiply-adds of the pruned network the dense one has."""
+        return self.result("dense")["macs"] / self.result("budget")["macs"]
+
     def slots(self) -> list[str]:
         """All branches of the unpruned network."""
         return list(gates(timm.create_model(self.args.architecture)))
@@ -111,10 +115,9 @@ def pruned(bench: Bench) -> nn.Module:
 
 def pruned_with_dense_compute(bench: Bench) -> nn.Module:
     """As many epochs as cost the dense training's multiply-adds, if the recipe's blocks go when the ramp ends."""
-    args, found = bench.args, bench.result("budget")
-    whole = args.epsilon_warmup_epochs + args.ramp_epochs
-    saved = bench.result("dense")["macs"] / found["macs"]
-    return bench.fit("--num_train_epochs", str(whole + round((args.num_train_epochs - whole) * saved)))
+    whole = bench.args.epsilon_warmup_epochs + bench.args.ramp_epochs
+    epochs = whole + round((bench.args.num_train_epochs - whole) * bench.macs_ratio())
+    return bench.fit("--num_train_epochs", str(epochs))
 
 
 def from_scratch(bench: Bench, removed: Sequence[str], *flags: str) -> nn.Module:
@@ -127,9 +130,8 @@ def scratch(bench: Bench) -> nn.Module:
 
 def scratch_with_dense_compute(bench: Bench) -> nn.Module:
     """As many epochs as cost the multiply-adds of the dense training."""
-    found = bench.result("budget")
-    epochs = round(bench.args.num_train_epochs * bench.result("dense")["macs"] / found["macs"])
-    return from_scratch(bench, found["removed"], "--num_train_epochs", str(epochs))
+    epochs = round(bench.args.num_train_epochs * bench.macs_ratio())
+    return from_scratch(bench, bench.result("budget")["removed"], "--num_train_epochs", str(epochs))
 
 
 def shallow(bench: Bench) -> nn.Module:
@@ -187,18 +189,17 @@ class Method:
     needs: tuple[str, ...] = ()
 
 
+_WITH_DENSE_COMPUTE = Method(
+    "ε-ResNet, ε by budget, the dense network's compute", pruned_with_dense_compute, ("budget", "dense")
+)
 METHODS = {
     "dense": Method("dense", dense),
     "dense_without_side": Method("dense, without side supervision", dense_without_side),
     "budget": Method("ε-ResNet, ε by budget", pruned),
     "other_criterion": Method("ε-ResNet, ε by budget", pruned),
     "fixed": Method("ε-ResNet, ε fixed", pruned),
-    "budget_with_dense_compute": Method(
-        "ε-ResNet, ε by budget, the dense network's compute", pruned_with_dense_compute, ("budget", "dense")
-    ),
-    "smaller_budget": Method(
-        "ε-ResNet, ε by budget, the dense network's compute", pruned_with_dense_compute, ("budget", "dense")
-    ),
+    "budget_with_dense_compute": _WITH_DENSE_COMPUTE,
+    "smaller_budget": _WITH_DENSE_COMPUTE,
     "finetuned": Method("ε-ResNet on the trained dense network, ε by budget", finetuned, ("dense",)),
     "scratch": Method("the found structure from scratch, same epochs", scratch, ("budget",)),
     "scratch_with_dense_compute": Method(

@@ -245,8 +245,9 @@ def test_by_importance_a_branch_that_diverged_stays_open(model, value):
 def test_what_the_user_removes_counts(model, criterion):
     pruner = EpsilonPruner(model, keep=6, patience=3, criterion=criterion)
     for epoch in range(8):
-        respond(model, {slot: float(rank) for rank, slot in enumerate(gates(model), 1)})
-        matter(model, {slot: float(rank) for rank, slot in enumerate(gates(model), 1)})
+        ranks = {slot: float(rank) for rank, slot in enumerate(gates(model), 1)}
+        respond(model, ranks)
+        matter(model, ranks)
         pruner.step()
         if epoch == 1:
             assert pruner.discarded == 3
