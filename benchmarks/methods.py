@@ -79,9 +79,14 @@ class Bench:
     def result(self, method: str) -> dict[str, Any]:
         return json.loads((self.earlier[method] / "result.json").read_text())
 
-    def macs_ratio(self) -> float:
-        """How many times the multiply-adds of the pruned network the dense one has."""
-        return self.result("dense")["macs"] / self.result("budget")["macs"]
+    def macs_ratio(self, method: str = "budget") -> float:
+        """How many times the multiply-adds of a method's network the dense one has."""
+        return self.result("dense")["macs"] / self.result(method)["macs"]
+
+    def longer(self) -> tuple[str, str]:
+        """As many epochs as cost the dense training's multiply-adds, if the recipe's blocks go when the ramp ends."""
+        whole = self.args.epsilon_warmup_epochs + self.args.ramp_epochs
+        return "--num_train_epochs", str(whole + round((self.args.num_train_epochs - whole) * self.macs_ratio()))
 
     def slots(self) -> list[str]:
         """All branches of the unpruned network."""
@@ -109,15 +114,17 @@ def dense_without_side(bench: Bench) -> nn.Module:
     return bench.fit("--no_gates", "--side_loss_weight", "0")
 
 
+def dense_with_as_many_epochs(bench: Bench) -> nn.Module:
+    """As many as ε-ResNet has for the compute of the shorter dense training."""
+    return bench.fit("--no_gates", *bench.longer())
+
+
 def pruned(bench: Bench) -> nn.Module:
     return bench.fit()
 
 
 def pruned_with_dense_compute(bench: Bench) -> nn.Module:
-    """As many epochs as cost the dense training's multiply-adds, if the recipe's blocks go when the ramp ends."""
-    whole = bench.args.epsilon_warmup_epochs + bench.args.ramp_epochs
-    epochs = whole + round((bench.args.num_train_epochs - whole) * bench.macs_ratio())
-    return bench.fit("--num_train_epochs", str(epochs))
+    return bench.fit(*bench.longer())
 
 
 def from_scratch(bench: Bench, removed: Sequence[str], *flags: str) -> nn.Module:
@@ -128,14 +135,22 @@ def scratch(bench: Bench) -> nn.Module:
     return from_scratch(bench, bench.result("budget")["removed"])
 
 
+def with_dense_compute(bench: Bench, method: str) -> nn.Module:
+    """A method's structure from scratch, in as many epochs as cost the multiply-adds of the dense training."""
+    epochs = round(bench.args.num_train_epochs * bench.macs_ratio(method))
+    return from_scratch(bench, bench.result(method)["removed"], "--num_train_epochs", str(epochs))
+
+
 def scratch_with_dense_compute(bench: Bench) -> nn.Module:
-    """As many epochs as cost the multiply-adds of the dense training."""
-    epochs = round(bench.args.num_train_epochs * bench.macs_ratio())
-    return from_scratch(bench, bench.result("budget")["removed"], "--num_train_epochs", str(epochs))
+    return with_dense_compute(bench, "budget")
 
 
 def shallow(bench: Bench) -> nn.Module:
     return from_scratch(bench, evenly(bench.slots(), bench.result("budget")["blocks"]))
+
+
+def shallow_with_dense_compute(bench: Bench) -> nn.Module:
+    return with_dense_compute(bench, "shallow")
 
 
 def random_blocks(bench: Bench) -> nn.Module:
@@ -195,6 +210,9 @@ _WITH_DENSE_COMPUTE = Method(
 METHODS = {
     "dense": Method("dense", dense),
     "dense_without_side": Method("dense, without side supervision", dense_without_side),
+    "dense_with_as_many_epochs": Method(
+        "dense, for as many epochs as the pruned one at its compute", dense_with_as_many_epochs, ("budget", "dense")
+    ),
     "budget": Method("ε-ResNet, ε by budget", pruned),
     "other_criterion": Method("ε-ResNet, ε by budget", pruned),
     "fixed": Method("ε-ResNet, ε fixed", pruned),
@@ -206,6 +224,11 @@ METHODS = {
         "the found structure from scratch, the dense network's compute", scratch_with_dense_compute, ("budget", "dense")
     ),
     "shallow": Method("as many blocks evenly spread, from scratch", shallow, ("budget",)),
+    "shallow_with_dense_compute": Method(
+        "as many blocks evenly spread, from scratch, the dense network's compute",
+        shallow_with_dense_compute,
+        ("budget", "shallow", "dense"),
+    ),
     "random_blocks": Method("random blocks out of the dense network, fine-tuned", random_blocks, ("dense", "budget")),
     "stochastic_depth": Method("stochastic depth, then evenly removed, fine-tuned", stochastic_depth, ("budget",)),
     "torch_pruning_to_size": Method(

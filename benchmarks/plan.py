@@ -21,8 +21,8 @@ SMALLER_BUDGET = {"digits": "8", "glyphs": "5"}  # blocks
 FEW = [(0, 0), (1, 1), (2, 2)]
 # What the quick mode leaves out of the table takes half of its time.
 SLOW = (
-    "dense_without_side", "other_criterion", "budget_with_dense_compute", "smaller_budget",
-    "scratch_with_dense_compute", "stochastic_depth", "torch_pruning_to_latency",
+    "dense_without_side", "dense_with_as_many_epochs", "other_criterion", "budget_with_dense_compute", "smaller_budget",
+    "scratch_with_dense_compute", "shallow_with_dense_compute", "stochastic_depth", "torch_pruning_to_latency",
 )  # fmt: skip
 PAIRS = {
     "digits": [*FEW, *((seed, fold) for seed in range(3) for fold in range(5) if seed != fold)],

@@ -378,11 +378,14 @@ def test_every_method_trains_and_says_what_it_cost(tmp_path):
     }  # fmt: skip
     smaller = found["dense"]["macs"] / found["budget"]["macs"]
     assert found["scratch_with_dense_compute"]["epochs"] == round(3 * smaller)
-    assert found["budget_with_dense_compute"]["epochs"] == 2 + round(smaller), "two are as dear as the dense network's"
+    epochs = found["budget_with_dense_compute"]["epochs"]
+    assert epochs == found["dense_with_as_many_epochs"]["epochs"] == 2 + round(smaller), "two of them are dear"
+    smaller = found["dense"]["macs"] / found["shallow"]["macs"]
+    assert found["shallow_with_dense_compute"]["epochs"] == round(3 * smaller)
     assert found["scratch"]["removed"] == found["budget"]["removed"]
     for name in (
-        "budget", "budget_with_dense_compute", "smaller_budget", "finetuned", "scratch", "shallow", "random_blocks",
-        "stochastic_depth",
+        "budget", "budget_with_dense_compute", "smaller_budget", "finetuned", "scratch", "shallow",
+        "shallow_with_dense_compute", "random_blocks", "stochastic_depth",
     ):  # fmt: skip
         assert found[name]["blocks"] == 3, name
     bench = methods.Bench(["--config", str(config)], tmp_path, {"dense": tmp_path / "dense"})
