@@ -129,7 +129,13 @@ class Runner:
 
 def conditions() -> dict[str, Any]:
     """What a result depends on besides its job."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return {"commit": described.stdout.strip() or "unknown", "versions": train_hf.versions()}
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    # What the benchmarks write themselves does not make a commit another one.
+    written = [f":!benchmarks/{name}" for name in ("results.json", "RESULTS.md", "*.png")]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    return {"commit": f"{commit}-dirty" if changed else commit, "versions": train_hf.versions()}

@@ -24,6 +24,8 @@ from timm_eps.branches import gates
 
 NATIVE = "native"
 REPARAMETERIZED = "reparameterized"
+REST = "no blocks"  # stem, shortcuts and head, which no pruning of blocks makes faster
+FORMATS = {"": torch.contiguous_format, ", channels_last": torch.channels_last}
 
 
 def build(architecture: str, classes: int, found: dict[str, Any]) -> nn.Module:
@@ -80,11 +82,10 @@ class InOnnxRuntime(nn.Module):
         return torch.from_numpy(self.session.run(None, {"images": images.numpy()})[0])
 
 
-def block_macs(body: nn.Module, architecture: str, image: torch.Tensor) -> int:
-    """Multiply-adds of an image in the blocks alone."""
+def without_blocks(architecture: str, classes: int) -> nn.Module:
+    """What is left when all blocks are removed."""
     everything = list(gates(timm.create_model(architecture)))
-    rest = timm.create_model(architecture, num_classes=body.num_classes, removed=everything)
-    return report.count_macs(body, image) - report.count_macs(rest.to(image.device), image)
+    return reparameterize_model(timm.create_model(architecture, num_classes=classes, removed=everything).eval())
 
 
 def main() -> None:
@@ -97,20 +98,26 @@ def main() -> None:
     }
     nets[NATIVE] = native(nets["budget"])
     nets[REPARAMETERIZED] = reparameterize_model(nets["budget"])
+    nets[REST] = without_blocks(architecture, task["classes"]).to(device)
     torch.manual_seed(0)
     found: dict[str, Any] = {"hardware": report.hardware(device), **conditions()}
     for side in task["sides"]:
+        size = f"{side}x{side}"
         images = torch.randn(128, 3, side, side, device=device)
         expected = nets["budget"](images[:2])
         for same in (NATIVE, REPARAMETERIZED):
             if not torch.equal(nets[same](images[:2]), expected):
                 raise RuntimeError(f"The {same} network computes something else.")
-        found[f"seconds at 128, {side}x{side}"] = report.paired_latency(nets, images, task["repeats"])
+        for name, memory_format in FORMATS.items():
+            laid_out = {name: copy.deepcopy(net).to(memory_format=memory_format) for name, net in nets.items()}
+            batch = images.contiguous(memory_format=memory_format)
+            found[f"seconds at 128, {size}{name}"] = report.paired_latency(laid_out, batch, task["repeats"])
         if device.type == "cpu":
-            exported = {name: InOnnxRuntime(nets[name], images, task["threads"]) for name in ("dense", "budget")}
-            found[f"onnx seconds at 128, {side}x{side}"] = report.paired_latency(exported, images, task["repeats"])
-        found[f"block macs, {side}x{side}"] = {
-            method: block_macs(nets[method], architecture, images[:1]) for method in ("dense", "budget")
+            exported = {name: InOnnxRuntime(nets[name], images, task["threads"]) for name in ("dense", "budget", REST)}
+            found[f"onnx seconds at 128, {size}"] = report.paired_latency(exported, images, task["repeats"])
+        rest = report.count_macs(nets[REST], images[:1])
+        found[f"block macs, {size}"] = {
+            method: report.count_macs(nets[method], images[:1]) - rest for method in ("dense", "budget")
         }
     found["seconds at 1"] = report.paired_latency(
         nets, images[:1, :, : task["sides"][0], : task["sides"][0]], 5 * task["repeats"]

@@ -220,14 +220,19 @@ def test_the_stage_of_a_branch(slot, stage):
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_what_was_not_measured_is_not_closed(model, value):
+def test_what_was_not_measured_is_not_closed(model, value, caplog):
     """There was no backward pass, or the loss diverged."""
     pruner = EpsilonPruner(model, keep=3, patience=1, criterion="importance")
-    for _ in range(3):
+    for epoch in range(3):
         respond(model, {})
         matter(model, {}, default=value)
         assert pruner.step() == []
+        assert f"no branch has an importance after epoch {epoch}." in caplog.messages[epoch]
     assert pruner.epsilon == 0.0
+    respond(model, {})
+    matter(model, {SLOTS[0]: 0.1}, default=value)
+    pruner.step()
+    assert len(caplog.messages) == 3
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from .branches import gates, timm_body
 from .importance import importance_ranks
 from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery import add_gates, remove, removed_slots, replay_removed
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ["CRITERIA", "EpsilonPruner", "forgetting_lost"]
 
@@ -164,15 +167,23 @@ class EpsilonPruner:
         if "importances" not in self.history[-1]:
             return dict.fromkeys(self._streaks, 0.0)
         assert isinstance(self.schedule, BudgetEpsilon), "a constant epsilon has no other criterion"
-        importances = dict.fromkeys(self._streaks, math.inf) | {
+        measured = {
             slot: importance
             for slot, importance in self.history[-1]["importances"].items()
             # What is open and responds but got no gradient was not measured: nobody called backward. And what diverged
             # stays open, as it does by its response.
             if slot in self._streaks
             and math.isfinite(responses[slot])
+            and math.isfinite(importance)
             and (importance or self._streaks[slot] or not responses[slot])
         }
+        if responses and not measured:
+            _logger.warning(
+                "Nothing closes: no branch has an importance after epoch %d. It is measured by loss.backward(), not by "
+                "torch.autograd.grad, from finite gradients.",
+                self.epoch - 1,
+            )
+        importances = dict.fromkeys(self._streaks, math.inf) | measured
         ranks = importance_ranks(importances, removed_slots(self.model), self.schedule.kept(self.total))
         due, _ = self.schedule.divide(self.epoch, ranks, self.total)
         found = gates(self.model)
