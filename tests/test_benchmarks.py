@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -301,6 +302,26 @@ def test_the_store_comes_back(store):
     job, result = next(iter(store.results.items()))
     store.add(job, result)
     assert jobs.Store(store.path).results == store.results
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_commit_is_dirty_by_its_code_not_by_the_results(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "benchmarks").mkdir()
+    code, stored = tmp_path / "code.py", tmp_path / "benchmarks" / "results.json"
+    for path in (code, stored):
+        path.write_text("before")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    monkeypatch.setattr(jobs, "ROOT", tmp_path)
+    stored.write_text("after")
+    assert jobs.conditions()["commit"] == git("rev-parse", "--short", "HEAD")
+    code.write_text("after")
+    assert jobs.conditions()["commit"] == git("rev-parse", "--short", "HEAD") + "-dirty"
 
 
 def test_the_page_says_who_is_ahead(store):
