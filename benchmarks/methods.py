@@ -217,6 +217,7 @@ METHODS = {
     "other_criterion": Method("ε-ResNet, ε by budget", pruned),
     "fixed": Method("ε-ResNet, ε fixed", pruned),
     "budget_with_dense_compute": _WITH_DENSE_COMPUTE,
+    "early_budget": _WITH_DENSE_COMPUTE,
     "smaller_budget": _WITH_DENSE_COMPUTE,
     "finetuned": Method("ε-ResNet on the trained dense network, ε by budget", finetuned, ("dense",)),
     "scratch": Method("the found structure from scratch, same epochs", scratch, ("budget",)),

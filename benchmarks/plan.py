@@ -17,12 +17,14 @@ SIDES = {"digits": (8, 32), "glyphs": (32,)}
 # The least tried at which 80 % of the parameters of the digits' network go. Of the glyphs' all go at 12.
 EPSILON = {"digits": "2.5", "glyphs": "6.0"}
 SMALLER_BUDGET = {"digits": "8", "glyphs": "5"}  # blocks
+EARLY = {"digits": (4, 8), "glyphs": (8, 6)}  # epochs of warm-up and ramp, fewer than the recipes'
 # Seeds and folds. Over the five folds each image of the digits is tested once; a few come first.
 FEW = [(0, 0), (1, 1), (2, 2)]
 # What the quick mode leaves out of the table takes half of its time.
 SLOW = (
-    "dense_without_side", "dense_with_as_many_epochs", "other_criterion", "budget_with_dense_compute", "smaller_budget",
-    "scratch_with_dense_compute", "shallow_with_dense_compute", "stochastic_depth", "torch_pruning_to_latency",
+    "dense_without_side", "dense_with_as_many_epochs", "other_criterion", "budget_with_dense_compute", "early_budget",
+    "smaller_budget", "scratch_with_dense_compute", "shallow_with_dense_compute", "stochastic_depth",
+    "torch_pruning_to_latency",
 )  # fmt: skip
 PAIRS = {
     "digits": [*FEW, *((seed, fold) for seed in range(3) for fold in range(5) if seed != fold)],
@@ -61,6 +63,7 @@ def table(data: str, pairs: list[tuple[int, int]]) -> list[Job]:
     flags = {
         "fixed": ("--epsilon", EPSILON[data]),
         "other_criterion": ("--criterion", other),
+        "early_budget": ("--epsilon_warmup_epochs", str(EARLY[data][0]), "--ramp_epochs", str(EARLY[data][1])),
         "smaller_budget": ("--keep", SMALLER_BUDGET[data]),
     }
     return [Job(data, method, *pair, flags.get(method, ())) for method in METHODS for pair in pairs]
