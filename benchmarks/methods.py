@@ -210,15 +210,15 @@ _WITH_DENSE_COMPUTE = Method(
 METHODS = {
     "dense": Method("dense", dense),
     "dense_without_side": Method("dense, without side supervision", dense_without_side),
-    "dense_with_as_many_epochs": Method(
-        "dense, for as many epochs as the pruned one at its compute", dense_with_as_many_epochs, ("budget", "dense")
-    ),
     "budget": Method("ε-ResNet, ε by budget", pruned),
     "other_criterion": Method("ε-ResNet, ε by budget", pruned),
     "fixed": Method("ε-ResNet, ε fixed", pruned),
     "budget_with_dense_compute": _WITH_DENSE_COMPUTE,
     "early_budget": _WITH_DENSE_COMPUTE,
     "smaller_budget": _WITH_DENSE_COMPUTE,
+    "dense_with_as_many_epochs": Method(
+        "dense, for as many epochs as the pruned one at its compute", dense_with_as_many_epochs, ("budget", "dense")
+    ),
     "finetuned": Method("ε-ResNet on the trained dense network, ε by budget", finetuned, ("dense",)),
     "scratch": Method("the found structure from scratch, same epochs", scratch, ("budget",)),
     "scratch_with_dense_compute": Method(
