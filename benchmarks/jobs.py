@@ -85,8 +85,12 @@ class Runner:
     def make_networks(self, jobs: Iterable[Job]) -> None:
         """Carry out the jobs whose networks are not there."""
         jobs = list(jobs)
-        # In this order a job finds those that it waits for in work or done, and never blocks the last process.
-        ordered = list(dict.fromkeys([*(need for job in jobs for need in job.needs), *jobs]))
+        # In this order, what others need and before it what that needs, a job finds those that it waits for in work or
+        # done, and never blocks the last process.
+        ordered, level = jobs, jobs
+        while level := [need for job in level for need in job.needs]:
+            ordered = [*level, *ordered]
+        ordered = list(dict.fromkeys(ordered))
         for job in ordered:
             if job not in self.started:
                 self.started[job] = self.pool.submit(self.carry_out, job)

@@ -108,10 +108,10 @@ def main() -> None:
         for same in (NATIVE, REPARAMETERIZED):
             if not torch.equal(nets[same](images[:2]), expected):
                 raise RuntimeError(f"The {same} network computes something else.")
-        for name, memory_format in FORMATS.items():
+        for form, memory_format in FORMATS.items():
             laid_out = {name: copy.deepcopy(net).to(memory_format=memory_format) for name, net in nets.items()}
             batch = images.contiguous(memory_format=memory_format)
-            found[f"seconds at 128, {size}{name}"] = report.paired_latency(laid_out, batch, task["repeats"])
+            found[f"seconds at 128, {size}{form}"] = report.paired_latency(laid_out, batch, task["repeats"])
         if device.type == "cpu":
             exported = {name: InOnnxRuntime(nets[name], images, task["threads"]) for name in ("dense", "budget", REST)}
             found[f"onnx seconds at 128, {size}"] = report.paired_latency(exported, images, task["repeats"])

@@ -228,7 +228,7 @@ METHODS = {
     "shallow_with_dense_compute": Method(
         "as many blocks evenly spread, from scratch, the dense network's compute",
         shallow_with_dense_compute,
-        ("budget", "shallow", "dense"),
+        ("shallow", "dense"),
     ),
     "random_blocks": Method("random blocks out of the dense network, fine-tuned", random_blocks, ("dense", "budget")),
     "stochastic_depth": Method("stochastic depth, then evenly removed, fine-tuned", stochastic_depth, ("budget",)),

@@ -17,7 +17,7 @@ SIDES = {"digits": (8, 32), "glyphs": (32,)}
 # The least tried at which 80 % of the parameters of the digits' network go. Of the glyphs' all go at 12.
 EPSILON = {"digits": "2.5", "glyphs": "6.0"}
 SMALLER_BUDGET = {"digits": "8", "glyphs": "5"}  # blocks
-EARLY = {"digits": (4, 8), "glyphs": (8, 6)}  # epochs of warm-up and ramp, fewer than the recipes'
+EARLY = {"digits": ("4", "8"), "glyphs": ("8", "6")}  # epochs of warm-up and ramp, fewer than the recipes'
 # Seeds and folds. Over the five folds each image of the digits is tested once; a few come first.
 FEW = [(0, 0), (1, 1), (2, 2)]
 # What the quick mode leaves out of the table takes half of its time.
@@ -60,10 +60,11 @@ DEPTHS: dict[str, tuple[str, ...]] = {
 def table(data: str, pairs: list[tuple[int, int]]) -> list[Job]:
     """Every method, for each seed and fold."""
     other = next(name for name in CRITERIA if name != criterion(data))
+    warmup, ramp = EARLY[data]
     flags = {
         "fixed": ("--epsilon", EPSILON[data]),
         "other_criterion": ("--criterion", other),
-        "early_budget": ("--epsilon_warmup_epochs", str(EARLY[data][0]), "--ramp_epochs", str(EARLY[data][1])),
+        "early_budget": ("--epsilon_warmup_epochs", warmup, "--ramp_epochs", ramp),
         "smaller_budget": ("--keep", SMALLER_BUDGET[data]),
     }
     return [Job(data, method, *pair, flags.get(method, ())) for method in METHODS for pair in pairs]

@@ -368,6 +368,14 @@ def test_the_pictures(store, tmp_path):
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("curves.png", "blocks.png"))
 
 
+def test_what_a_needed_job_needs_is_run_before_it(workers, tmp_path):
+    runner = jobs.Runner(jobs.Store(tmp_path / "results.json"), tmp_path, plan.FLAGS, at_once=1, threads=1)
+    runner.run([jobs.Job("digits", "shallow_with_dense_compute", 0)])
+    assert workers.index(jobs.Job("digits", "budget", 0).name) < workers.index(jobs.Job("digits", "shallow", 0).name)
+    assert workers[-1] == jobs.Job("digits", "shallow_with_dense_compute", 0).name
+    assert len(workers) == 4
+
+
 def test_what_differs_from_the_stored_figures(store, tmp_path):
     fresh = jobs.Store(tmp_path / "fresh.json")
     wanted = [job for job in plan.table("digits", plan.FEW) if job.method in ("dense", "budget")]
