@@ -17,7 +17,7 @@ OURS = "budget"
 # Whose difference to each row is a column.
 AHEAD = {
     OURS: "ε by budget is ahead by, points",
-    "early_budget": "reached early, with the dense network's compute: ahead by",
+    "budget_with_dense_compute": "with the dense network's compute: ahead by",
 }
 BLOCKS = "blocks_{}.png"
 Values = list[float]

@@ -171,7 +171,7 @@ def test_jobs_have_names_of_their_own():
     unique = set(everything)
     assert len({job.name for job in unique}) == len(unique)
     table = set(plan.table("digits", plan.PAIRS["digits"]))
-    for name, default in {"keep": "0.25", "weight_decay": "5e-3", "patience": "3", "ramp_epochs": "25"}.items():
+    for name, default in {"keep": "0.25", "weight_decay": "5e-3", "patience": "3", "ramp_epochs": "8"}.items():
         assert set(plan.sweep(plan.SWEEPS[name])[default]) <= table, "what the table has is not run again"
 
 
@@ -418,8 +418,8 @@ def test_every_method_trains_and_says_what_it_cost(tmp_path):
     assert found["shallow_with_dense_compute"]["epochs"] == round(3 * smaller)
     assert found["scratch"]["removed"] == found["budget"]["removed"]
     for name in (
-        "budget", "budget_with_dense_compute", "early_budget", "smaller_budget", "finetuned", "scratch", "shallow",
-        "shallow_with_dense_compute", "random_blocks", "stochastic_depth",
+        "budget", "budget_with_dense_compute", "late_budget", "late_budget_with_dense_compute", "smaller_budget",
+        "finetuned", "scratch", "shallow", "shallow_with_dense_compute", "random_blocks", "stochastic_depth",
     ):  # fmt: skip
         assert found[name]["blocks"] == 3, name
     bench = methods.Bench(["--config", str(config)], tmp_path, {"dense": tmp_path / "dense"})

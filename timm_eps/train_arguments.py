@@ -64,8 +64,8 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     gate("--keep", type=fraction_or_number, help="share (0.25) or number (14) of branches to keep; default 0.25")
     gate("--epsilon", type=float, help="the paper's fixed threshold instead of --keep")
     gate("--no_gates", action="store_true", help="train the dense network only")
-    gate("--epsilon_warmup_epochs", type=at_least(0), default=8, help="epochs with all gates open first")
-    gate("--ramp_epochs", type=at_least(0), default=25, help="with --keep: epochs from there to the full budget")
+    gate("--epsilon_warmup_epochs", type=at_least(0), default=4, help="epochs with all gates open first")
+    gate("--ramp_epochs", type=at_least(0), default=8, help="with --keep: epochs from there to the full budget")
     gate(
         "--criterion",
         choices=CRITERIA,

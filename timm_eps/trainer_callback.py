@@ -34,7 +34,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
     ::
 
         model = EpsResNetForImageClassification(EpsResNetConfig(architecture="eps_resnet110", num_labels=10))
-        callback = EpsilonCallback(keep=0.25, warmup_epochs=8, ramp_epochs=25)
+        callback = EpsilonCallback(keep=0.25, warmup_epochs=4, ramp_epochs=8)
         trainer = Trainer(model, TrainingArguments("out", weight_decay=5e-3), ..., callbacks=[callback])
         trainer.train()
 
