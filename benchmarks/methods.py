@@ -214,8 +214,8 @@ METHODS = {
     "other_criterion": Method("ε-ResNet, ε by budget", pruned),
     "fixed": Method("ε-ResNet, ε fixed", pruned),
     "budget_with_dense_compute": _WITH_DENSE_COMPUTE,
-    "late_budget": Method("ε-ResNet, ε by budget", pruned),
-    "late_budget_with_dense_compute": _WITH_DENSE_COMPUTE,
+    "other_pace": Method("ε-ResNet, ε by budget", pruned),
+    "other_pace_with_dense_compute": _WITH_DENSE_COMPUTE,
     "smaller_budget": _WITH_DENSE_COMPUTE,
     "dense_with_as_many_epochs": Method(
         "dense, for as many epochs as the pruned one at its compute", dense_with_as_many_epochs, ("budget", "dense")

@@ -418,7 +418,7 @@ def test_every_method_trains_and_says_what_it_cost(tmp_path):
     assert found["shallow_with_dense_compute"]["epochs"] == round(3 * smaller)
     assert found["scratch"]["removed"] == found["budget"]["removed"]
     for name in (
-        "budget", "budget_with_dense_compute", "late_budget", "late_budget_with_dense_compute", "smaller_budget",
+        "budget", "budget_with_dense_compute", "other_pace", "other_pace_with_dense_compute", "smaller_budget",
         "finetuned", "scratch", "shallow", "shallow_with_dense_compute", "random_blocks", "stochastic_depth",
     ):  # fmt: skip
         assert found[name]["blocks"] == 3, name
