@@ -40,7 +40,7 @@ def measure_latency(store: Store, job: Job, threads: int) -> None:
             for method, run in runs.items()
         },
         "architecture": plan.ARCHITECTURE[job.data], "classes": plan.CLASSES[job.data], "sides": plan.SIDES[job.data],
-        "repeats": 40, "threads": threads,
+        "repeats": 24, "threads": threads,
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.latency", json.dumps(task)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)

@@ -164,6 +164,16 @@ def test_multiply_adds_of_blocks():
     assert macs[0] - macs[1] == 3 * whole - 2 * less
 
 
+def test_latency_of_copies_is_their_median(monkeypatch):
+    def seconds(nets, batch, repeats):
+        return {name: float(name[-1]) if name[-1].isdigit() else 9.0 for name in nets}
+
+    monkeypatch.setattr(latency.report, "paired_latency", seconds)
+    copies = [{"budget": torch.nn.Identity()} for _ in range(4)]
+    nets = {"dense": torch.nn.Identity(), "budget": torch.nn.Identity()}
+    assert latency.latency_over_copies(nets, copies, torch.zeros(1), 1) == {"dense": 9.0, "budget": 1.5}
+
+
 def test_jobs_have_names_of_their_own():
     everything = [job for data in plan.FLAGS for job in plan.table(data, plan.PAIRS[data])]
     everything += [job for values in plan.SWEEPS.values() for group in plan.sweep(values).values() for job in group]

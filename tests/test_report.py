@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from conftest import SLOTS, tiny_net
 from test_hub import RESULTS
 from torch import nn
 
+from timm_eps import report
+from timm_eps.branches import evaluating
 from timm_eps.report import comparison_table, count_macs, count_parameters, draw_blocks, paired_latency
 
 
@@ -57,6 +61,20 @@ def test_paired_latency_keeps_modes():
     assert all(value > 0 for value in seconds.values())
     assert models["a"].training
     assert not models["b"].training
+
+
+def test_latency_is_that_of_the_forward_pass_alone(monkeypatch):
+    """What it takes to prepare a model, and to give it its modes back, depends on how many modules it has."""
+
+    @contextlib.contextmanager
+    def slow(model):
+        time.sleep(0.2)
+        with evaluating(model):
+            yield
+        time.sleep(0.2)
+
+    monkeypatch.setattr(report, "evaluating", slow)
+    assert paired_latency({"a": nn.Identity()}, torch.zeros(1), repeats=3, warmup=0)["a"] < 0.1
 
 
 def test_table():
