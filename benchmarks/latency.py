@@ -73,12 +73,13 @@ def latency_over_copies(
     Where the weights and modules of a small network happen to lie makes up to 3 % of its latency at batch 1: two copies
     of one network differ by that, again and again.
     """
+    single = {name: net for name, net in nets.items() if name not in copies[0]}
     several = {f"{name} {index}": net for index, copied in enumerate(copies) for name, net in copied.items()}
-    seconds = report.paired_latency({**nets, **several}, batch, repeats)
+    seconds = report.paired_latency(single | several, batch, repeats)
     medians = {
         name: statistics.median(seconds[f"{name} {index}"] for index in range(len(copies))) for name in copies[0]
     }
-    return {name: seconds[name] for name in nets} | medians
+    return {name: seconds[name] for name in single} | medians
 
 
 class InOnnxRuntime(nn.Module):

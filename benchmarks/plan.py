@@ -14,8 +14,9 @@ FLAGS = {
 ARCHITECTURE = {"digits": "eps_resnet110", "glyphs": "eps_resnet56"}
 CLASSES = {"digits": 10, "glyphs": 34}
 SIDES = {"digits": (8, 32), "glyphs": (32,)}
-# The least tried at which 80 % of the parameters of the digits' network go. Of the glyphs' all go at 12.
-EPSILON = {"digits": "2.5", "glyphs": "6.0"}
+# The least ε tried at which 80 % of the parameters of the digits' network go. Of the glyphs' all go at 12. It closes
+# blocks as soon as it may, not one after the other, so on the digits it has a longer warm-up.
+FIXED = {"digits": ("--epsilon_warmup_epochs", "8", "--epsilon", "2.5"), "glyphs": ("--epsilon", "6.0")}
 # Epochs of warm-up and ramp besides the recipes': later on the digits, earlier on the glyphs.
 OTHER_PACE = {
     "digits": ("--epsilon_warmup_epochs", "8", "--ramp_epochs", "25"),
@@ -36,13 +37,11 @@ PAIRS = {
     "glyphs": [(seed, 0) for seed in range(3)],
 }
 
-# A fixed ε closes blocks as soon as it may, not one after the other, so on the digits it has a longer warm-up.
-_FIXED = {"digits": ("--epsilon_warmup_epochs", "8", "--epsilon"), "glyphs": ("--epsilon",)}
 # What is changed, to which values; all else is the recipe of the digits. Restarts: the paper's, scaled to 60 epochs.
 _STEPS = ("--lr_milestones", "20", "35", "50", "--lr_restart_milestones", "10", "18", "25")
 SWEEPS: dict[str, dict[str, tuple[str, ...]]] = {
     "keep": {value: ("--keep", value) for value in ("0.05", "0.1", "0.15", "0.25", "0.35", "0.5", "0.75")},
-    "epsilon": {value: (*_FIXED["digits"], value) for value in ("1.0", "1.5", "2.0", "2.5", "3.0", "3.5")},
+    "epsilon": {value: (*FIXED["digits"][:-1], value) for value in ("1.0", "1.5", "2.0", "2.5", "3.0", "3.5")},
     "weight_decay": {value: ("--weight_decay", value) for value in ("1.25e-3", "2.5e-3", "5e-3", "1e-2")},
     "epsilon_warmup_epochs": {value: ("--epsilon_warmup_epochs", value) for value in ("0", "4", "8", "16")},
     "ramp_epochs": {value: ("--ramp_epochs", value) for value in ("0", "8", "25", "40")},
@@ -50,9 +49,9 @@ SWEEPS: dict[str, dict[str, tuple[str, ...]]] = {
     # 0.1 is what these networks have when nothing is said.
     "side_loss_weight": {"0": ("--side_loss_weight", "0"), "0.1": (), "0.3": ("--side_loss_weight", "0.3")},
     "learning rate, ε fixed": {
-        "cosine": (*_FIXED["digits"], EPSILON["digits"]),
-        "steps": (*_FIXED["digits"], EPSILON["digits"], "--lr_scheduler", "multistep", *_STEPS[:4]),
-        "steps, restarting": (*_FIXED["digits"], EPSILON["digits"], "--lr_scheduler", "restarting", *_STEPS),
+        "cosine": FIXED["digits"],
+        "steps": (*FIXED["digits"], "--lr_scheduler", "multistep", *_STEPS[:4]),
+        "steps, restarting": (*FIXED["digits"], "--lr_scheduler", "restarting", *_STEPS),
     },
 }
 
@@ -68,7 +67,7 @@ def table(data: str, pairs: list[tuple[int, int]]) -> list[Job]:
     """Every method, for each seed and fold."""
     other = next(name for name in CRITERIA if name != criterion(data))
     flags = {
-        "fixed": (*_FIXED[data], EPSILON[data]),
+        "fixed": FIXED[data],
         "other_criterion": ("--criterion", other),
         "other_pace": OTHER_PACE[data],
         "other_pace_with_dense_compute": OTHER_PACE[data],

@@ -31,7 +31,7 @@ class EpsilonPruner:
 
     ::
 
-        pruner = EpsilonPruner(model, optimizer, keep=0.3, warmup_epochs=8, ramp_epochs=25)
+        pruner = EpsilonPruner(model, optimizer, keep=0.25, warmup_epochs=4, ramp_epochs=8)
         for epoch in range(epochs):
             train_one_epoch(model, optimizer)
             removed = pruner.step()
