@@ -39,7 +39,7 @@ def measure_latency(store: Store, job: Job, threads: int) -> None:
             method: {name: run[name] for name in ("params", "removed", "ratio") if name in run}
             for method, run in runs.items()
         },
-        "architecture": plan.ARCHITECTURE[job.data], "classes": plan.CLASSES[job.data], "sides": plan.SIDES[job.data],
+        "architecture": plan.architecture(job.data), "classes": plan.CLASSES[job.data], "sides": plan.SIDES[job.data],
         "repeats": 24, "threads": threads,
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.latency", json.dumps(task)]
@@ -93,15 +93,14 @@ def main() -> None:
     directory.mkdir(parents=True, exist_ok=True)
     runner = Runner(store, directory, plan.FLAGS, args.at_once, args.threads)
     for data in args.data:
-        if data == "glyphs":
+        if data != "digits":
             prepare_glyphs()
         if "table" in args.only:
             for pair in plan.PAIRS[data]:
                 runner.run(job for job in plan.table(data, [pair]) if job.method in args.methods)
                 write_page(store)
         if "sweeps" in args.only:
-            settings = [plan.sweep(values) for values in plan.SWEEPS.values()] if data == "digits" else [plan.depths()]
-            runner.run(job for groups in settings for jobs in groups.values() for job in jobs)
+            runner.run(plan.swept(data))
             write_page(store)
         if "latency" in args.only:
             for job in plan.latency_jobs(data):

@@ -21,7 +21,7 @@ from benchmarks.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 # Accelerate's; it reads it from the environment. With the large images bf16 halves the time of a step.
-MIXED_PRECISION = {"digits": "no", "glyphs": "bf16"}
+MIXED_PRECISION = {"digits": "no", "glyphs": "bf16", "glyphs110": "bf16"}
 
 
 @dataclass(frozen=True)

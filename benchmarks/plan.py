@@ -7,23 +7,25 @@ from benchmarks.methods import METHODS
 from timm_eps.pruner import CRITERIA
 from timm_eps.train_arguments import parse_arguments, used_arguments
 
-FLAGS = {
-    "digits": ["--config", str(ROOT / "hub_configs/eps_resnet110.digits.json")],
-    "glyphs": ["--config", str(ROOT / "benchmarks/glyphs.json")],
-}
-ARCHITECTURE = {"digits": "eps_resnet110", "glyphs": "eps_resnet56"}
-CLASSES = {"digits": 10, "glyphs": 34}
-SIDES = {"digits": (8, 32), "glyphs": (32,)}
-# The least ε tried at which 80 % of the parameters of the digits' network go. Of the glyphs' all go at 12. It closes
-# blocks as soon as it may, not one after the other, so on the digits it has a longer warm-up.
-FIXED = {"digits": ("--epsilon_warmup_epochs", "8", "--epsilon", "2.5"), "glyphs": ("--epsilon", "6.0")}
 # Epochs of warm-up and ramp besides the recipes': later on the digits, earlier on the glyphs.
 OTHER_PACE = {
     "digits": ("--epsilon_warmup_epochs", "8", "--ramp_epochs", "25"),
     "glyphs": ("--epsilon_warmup_epochs", "8", "--ramp_epochs", "6"),
 }
+_GLYPHS = ["--config", str(ROOT / "benchmarks/glyphs.json")]
+FLAGS = {
+    "digits": ["--config", str(ROOT / "hub_configs/eps_resnet110.digits.json")],
+    "glyphs": _GLYPHS,
+    # Twice as deep, at the earlier pace, with the largest budget at which 80 % of the parameters go.
+    "glyphs110": [*_GLYPHS, "--architecture", "eps_resnet110", "--keep", "0.2", *OTHER_PACE["glyphs"]],
+}
+CLASSES = {"digits": 10, "glyphs": 34, "glyphs110": 34}
+SIDES = {"digits": (8, 32), "glyphs": (32,), "glyphs110": (32,)}
+# The least ε tried at which 80 % of the parameters of the digits' network go. Of the glyphs' all go at 12. It closes
+# blocks as soon as it may, not one after the other, so on the digits it has a longer warm-up.
+FIXED = {"digits": ("--epsilon_warmup_epochs", "8", "--epsilon", "2.5"), "glyphs": ("--epsilon", "6.0")}
 SMALLER_BUDGET = {"digits": ("--keep", "8"), "glyphs": ("--keep", "5", *OTHER_PACE["glyphs"])}  # the earlier on both
-FINETUNED = {"digits": ("--ramp_epochs", "25"), "glyphs": ()}  # with the recipe's 8 epochs it lost more on the digits
+FINETUNED = {"digits": ("--ramp_epochs", "25")}  # with the recipe's 8 epochs it lost more on the digits
 # Seeds and folds. Over the five folds each image of the digits is tested once; a few come first.
 FEW = [(0, 0), (1, 1), (2, 2)]
 # What the quick mode leaves out of the table takes half of its time.
@@ -35,7 +37,15 @@ SLOW = (
 PAIRS = {
     "digits": [*FEW, *((seed, fold) for seed in range(3) for fold in range(5) if seed != fold)],
     "glyphs": [(seed, 0) for seed in range(3)],
+    "glyphs110": [(seed, 0) for seed in range(3)],
 }
+# The rows of a table, where it does not have all.
+ROWS = {
+    "glyphs110": (
+        "dense", "budget", "budget_with_dense_compute", "scratch_with_dense_compute", "shallow",
+        "shallow_with_dense_compute", "torch_pruning_to_size",
+    ),
+}  # fmt: skip
 
 # What is changed, to which values; all else is the recipe of the digits. Restarts: the paper's, scaled to 60 epochs.
 _STEPS = ("--lr_milestones", "20", "35", "50", "--lr_restart_milestones", "10", "18", "25")
@@ -55,26 +65,32 @@ SWEEPS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# Are the glyphs hard enough to tell networks apart? Dense ones of two depths, and the small one trained for long.
-DEPTHS: dict[str, tuple[str, ...]] = {
-    "ResNet-20": ("--architecture", "eps_resnet20"),
-    "ResNet-56": (),
-    "ResNet-20, ten times as long": ("--architecture", "eps_resnet20", "--num_train_epochs", "750"),
+# Are the glyphs hard enough to tell networks apart? Dense ones of three depths, and the small one trained for long.
+DEPTHS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ResNet-20": ("glyphs", ("--architecture", "eps_resnet20")),
+    "ResNet-56": ("glyphs", ()),
+    "ResNet-110": ("glyphs110", ()),
+    "ResNet-20, ten times as long": ("glyphs", ("--architecture", "eps_resnet20", "--num_train_epochs", "750")),
 }
 
 
 def table(data: str, pairs: list[tuple[int, int]]) -> list[Job]:
-    """Every method, for each seed and fold."""
-    other = next(name for name in CRITERIA if name != criterion(data))
+    """Every method, or those of the table's rows, for each seed and fold."""
     flags = {
-        "fixed": FIXED[data],
-        "other_criterion": ("--criterion", other),
-        "other_pace": OTHER_PACE[data],
-        "other_pace_with_dense_compute": OTHER_PACE[data],
-        "finetuned": FINETUNED[data],
-        "smaller_budget": SMALLER_BUDGET[data],
+        "fixed": FIXED,
+        "other_criterion": {data: ("--criterion", next(name for name in CRITERIA if name != criterion(data)))},
+        "other_pace": OTHER_PACE,
+        "other_pace_with_dense_compute": OTHER_PACE,
+        "finetuned": FINETUNED,
+        "smaller_budget": SMALLER_BUDGET,
     }
-    return [Job(data, method, *pair, flags.get(method, ())) for method in METHODS for pair in pairs]
+    rows = ROWS.get(data, METHODS)
+    return [Job(data, method, *pair, flags.get(method, {}).get(data, ())) for method in rows for pair in pairs]
+
+
+def architecture(data: str) -> str:
+    """The recipe's network."""
+    return parse_arguments(FLAGS[data]).architecture
 
 
 def criterion(data: str) -> str:
@@ -105,8 +121,14 @@ def sweep(values: dict[str, tuple[str, ...]]) -> dict[str, list[Job]]:
 
 
 def depths() -> dict[str, list[Job]]:
-    """The dense networks on the glyphs; the one of the recipe's depth is that of the table."""
-    return {name: [Job("glyphs", "dense", *pair, flags) for pair in PAIRS["glyphs"]] for name, flags in DEPTHS.items()}
+    """The dense networks on the glyphs; those of the recipes' depths are those of the tables."""
+    return {name: [Job(data, "dense", *pair, flags) for pair in PAIRS[data]] for name, (data, flags) in DEPTHS.items()}
+
+
+def swept(data: str) -> list[Job]:
+    """All runs besides the table's: the settings on the digits, the depths on the glyphs."""
+    settings = {"digits": [sweep(values) for values in SWEEPS.values()], "glyphs": [depths()]}
+    return [job for groups in settings.get(data, []) for jobs in groups.values() for job in jobs]
 
 
 def setting(flags: tuple[str, ...], seed: int, fold: int) -> Job:

@@ -176,8 +176,7 @@ def test_latency_of_copies_is_their_median(monkeypatch):
 
 def test_jobs_have_names_of_their_own():
     everything = [job for data in plan.FLAGS for job in plan.table(data, plan.PAIRS[data])]
-    everything += [job for values in plan.SWEEPS.values() for group in plan.sweep(values).values() for job in group]
-    everything += [job for group in plan.depths().values() for job in group]
+    everything += [job for data in plan.FLAGS for job in plan.swept(data)]
     unique = set(everything)
     assert len({job.name for job in unique}) == len(unique)
     table = set(plan.table("digits", plan.PAIRS["digits"]))
@@ -186,9 +185,16 @@ def test_jobs_have_names_of_their_own():
 
 
 def test_the_other_criterion_is_the_one_that_the_recipe_has_not():
-    for data in plan.FLAGS:
+    for data in plan.FLAGS.keys() - plan.ROWS.keys():
         (flags,) = {job.flags for job in plan.table(data, plan.PAIRS[data]) if job.method == "other_criterion"}
         assert {flags[1], plan.criterion(data)} == {"response", "importance"}
+
+
+@pytest.mark.parametrize("data", list(plan.FLAGS))
+def test_a_table_has_the_rows_that_its_rows_build_on(data):
+    table = plan.table(data, plan.PAIRS[data])
+    assert {need for job in table for need in job.needs} <= set(table)
+    assert set(results.AHEAD[data]) <= {job.method for job in table}
 
 
 def test_the_small_table_is_a_part_of_the_whole():
