@@ -7,23 +7,22 @@ from benchmarks.methods import METHODS
 from timm_eps.pruner import CRITERIA
 from timm_eps.train_arguments import parse_arguments, used_arguments
 
-# Epochs of warm-up and ramp besides the recipes': later on the digits, earlier on the glyphs.
-OTHER_PACE = {
-    "digits": ("--epsilon_warmup_epochs", "8", "--ramp_epochs", "25"),
-    "glyphs": ("--epsilon_warmup_epochs", "8", "--ramp_epochs", "6"),
-}
-_GLYPHS = ["--config", str(ROOT / "benchmarks/glyphs.json")]
 FLAGS = {
     "digits": ["--config", str(ROOT / "hub_configs/eps_resnet110.digits.json")],
-    "glyphs": _GLYPHS,
+    "glyphs": ["--config", str(ROOT / "benchmarks/glyphs.json")],
     # Twice as deep, at the earlier pace, with the largest budget at which 80 % of the parameters go.
-    "glyphs110": [*_GLYPHS, "--architecture", "eps_resnet110", "--keep", "0.2", *OTHER_PACE["glyphs"]],
+    "glyphs110": ["--config", str(ROOT / "benchmarks/glyphs110.json")],
 }
 CLASSES = {"digits": 10, "glyphs": 34, "glyphs110": 34}
 SIDES = {"digits": (8, 32), "glyphs": (32,), "glyphs110": (32,)}
 # The least ε tried at which 80 % of the parameters of the digits' network go. Of the glyphs' all go at 12. It closes
 # blocks as soon as it may, not one after the other, so on the digits it has a longer warm-up.
 FIXED = {"digits": ("--epsilon_warmup_epochs", "8", "--epsilon", "2.5"), "glyphs": ("--epsilon", "6.0")}
+# Epochs of warm-up and ramp besides the recipes': later on the digits, earlier on the glyphs.
+OTHER_PACE = {
+    "digits": ("--epsilon_warmup_epochs", "8", "--ramp_epochs", "25"),
+    "glyphs": ("--epsilon_warmup_epochs", "8", "--ramp_epochs", "6"),
+}
 SMALLER_BUDGET = {"digits": ("--keep", "8"), "glyphs": ("--keep", "5", *OTHER_PACE["glyphs"])}  # the earlier on both
 FINETUNED = {"digits": ("--ramp_epochs", "25")}  # with the recipe's 8 epochs it lost more on the digits
 # Seeds and folds. Over the five folds each image of the digits is tested once; a few come first.

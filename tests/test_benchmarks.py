@@ -191,6 +191,12 @@ def test_the_other_criterion_is_the_one_that_the_recipe_has_not():
 
 
 @pytest.mark.parametrize("data", list(plan.FLAGS))
+def test_the_recipe_can_train_the_dense_network_too(data):
+    """A budget that were given on the command line, and not in the recipe, would exclude it."""
+    assert plan.parse_arguments([*plan.FLAGS[data], "--no_gates"]).architecture == plan.architecture(data)
+
+
+@pytest.mark.parametrize("data", list(plan.FLAGS))
 def test_a_table_has_the_rows_that_its_rows_build_on(data):
     table = plan.table(data, plan.PAIRS[data])
     assert {need for job in table for need in job.needs} <= set(table)
