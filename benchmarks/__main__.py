@@ -39,8 +39,8 @@ def measure_latency(store: Store, job: Job, threads: int) -> None:
             method: {name: run[name] for name in ("params", "removed", "ratio") if name in run}
             for method, run in runs.items()
         },
-        "architecture": plan.architecture(job.data), "classes": plan.CLASSES[job.data], "sides": plan.SIDES[job.data],
-        "repeats": 24, "threads": threads,
+        "architecture": plan.recipe(job.data).architecture, "classes": plan.CLASSES[job.data],
+        "sides": plan.SIDES[job.data], "repeats": 24, "threads": threads,
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.latency", json.dumps(task)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.jobs import Store
-from benchmarks.plan import FEW, SWEEPS, architecture, sweep, table
+from benchmarks.plan import FEW, SWEEPS, recipe, sweep, table
 from benchmarks.results import by_method, found, pruned_runs
 from timm_eps.branches import gates
 
@@ -51,7 +51,8 @@ def draw_curves(store: Store, path: Path) -> None:
 
 def draw_blocks(store: Store, data: str, path: Path) -> None:
     """How often each block stayed, over seeds and folds, by budget."""
-    slots = list(gates(timm.create_model(architecture(data))))
+    args = recipe(data)
+    slots = list(gates(timm.create_model(args.architecture)))
     runs = pruned_runs(store, data)
     stayed = np.array([[slot not in run["removed"] for slot in slots] for run in runs], dtype=float)
     figure, axis = canvas(9, 2.8)
@@ -61,6 +62,7 @@ def draw_blocks(store: Store, data: str, path: Path) -> None:
         axis.axvline(border - 0.5, color="black", linewidth=0.8)
     axis.set(xlim=(-0.5, len(slots) - 0.5), ylim=(0, 1), ylabel="share of runs", xlabel="residual block")
     parts = [f"stage {n}: {stayed[:, n * third : (n + 1) * third].sum(1).mean():.1f} stay" for n in range(3)]
-    heading = f"{architecture(data)} on the {data.rstrip('0123456789')}, {len(runs)} runs: which blocks stay"
+    images = Path(args.dataset_name or data).name
+    heading = f"{args.architecture} on the {images}, {len(runs)} runs: which blocks stay"
     axis.set_title(f"{heading}; {', '.join(parts)}", fontsize=10)
     figure.savefig(path, dpi=110, metadata={"Software": None})

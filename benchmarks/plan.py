@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from benchmarks.jobs import ROOT, Job
 from benchmarks.methods import METHODS
 from timm_eps.pruner import CRITERIA
@@ -73,11 +75,16 @@ DEPTHS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+def recipe(data: str, *flags: str) -> argparse.Namespace:
+    """What a run is trained by, from further arguments of train_hf.py on."""
+    return parse_arguments([*FLAGS[data], *flags])
+
+
 def table(data: str, pairs: list[tuple[int, int]]) -> list[Job]:
     """Every method, or those of the table's rows, for each seed and fold."""
     flags = {
         "fixed": FIXED,
-        "other_criterion": {data: ("--criterion", next(name for name in CRITERIA if name != criterion(data)))},
+        "other_criterion": {data: ("--criterion", next(name for name in CRITERIA if name != recipe(data).criterion))},
         "other_pace": OTHER_PACE,
         "other_pace_with_dense_compute": OTHER_PACE,
         "finetuned": FINETUNED,
@@ -87,19 +94,9 @@ def table(data: str, pairs: list[tuple[int, int]]) -> list[Job]:
     return [Job(data, method, *pair, flags.get(method, {}).get(data, ())) for method in rows for pair in pairs]
 
 
-def architecture(data: str) -> str:
-    """The recipe's network."""
-    return parse_arguments(FLAGS[data]).architecture
-
-
-def criterion(data: str) -> str:
-    """By which the recipe's budget ranks the branches."""
-    return parse_arguments(FLAGS[data]).criterion
-
-
 def length_of_epochs(data: str) -> str:
     """A sentence on the epochs of the recipe."""
-    args = parse_arguments(FLAGS[data])
+    args = recipe(data)
     length = f"{args.steps_per_epoch} steps" if args.steps_per_epoch else "a pass through the training images"
     return f"An epoch is {length}, a batch {args.per_device_train_batch_size} images."
 
@@ -126,12 +123,15 @@ def depths() -> dict[str, list[Job]]:
 
 def swept(data: str) -> list[Job]:
     """All runs besides the table's: the settings on the digits, the depths on the glyphs."""
-    settings = {"digits": [sweep(values) for values in SWEEPS.values()], "glyphs": [depths()]}
-    return [job for groups in settings.get(data, []) for jobs in groups.values() for job in jobs]
+    if data == "digits":
+        settings = [sweep(values) for values in SWEEPS.values()]
+    else:
+        settings = [depths()] if data == "glyphs" else []
+    return [job for groups in settings for jobs in groups.values() for job in jobs]
 
 
 def setting(flags: tuple[str, ...], seed: int, fold: int) -> Job:
     """A run on the digits; those of the table are not repeated under another name."""
-    default, changed = (parse_arguments([*FLAGS["digits"], *more]) for more in ((), flags))
+    default, changed = recipe("digits"), recipe("digits", *flags)
     is_default = used_arguments(changed) == used_arguments(default)
     return Job("digits", "budget" if changed.epsilon is None else "fixed", seed, fold, () if is_default else flags)

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.jobs import Job, Store
 from benchmarks.latency import FORMATS, NATIVE, REPARAMETERIZED, REST
 from benchmarks.methods import METHODS
-from benchmarks.plan import FEW, PAIRS, SIDES, SWEEPS, criterion, depths, latency_jobs, length_of_epochs, sweep, table
+from benchmarks.plan import FEW, PAIRS, SIDES, SWEEPS, depths, latency_jobs, length_of_epochs, recipe, sweep, table
 
 OURS = "budget"
 # Whose difference to each row is a column: the recipe's and, for the dense network's compute, the one with the earlier
@@ -119,7 +119,7 @@ def methods_table(store: Store, data: str, pairs: list[tuple[int, int]]) -> list
             and store.results[job]["hardware"] == store.results[dense]["hardware"]
         ]
         loads = ["yes" if all(run["saved"][name] for run in runs) else "**no**" for name in ("timm", "transformers")]
-        told = " ".join(jobs[0].flags).lstrip("-") or (f"criterion {criterion(data)}" if method == OURS else "")
+        told = " ".join(jobs[0].flags).lstrip("-") or (f"criterion {recipe(data).criterion}" if method == OURS else "")
         cells = [
             METHODS[method].name + (f", {told}" if told else ""),
             f"{len(runs)}",

@@ -187,13 +187,13 @@ def test_jobs_have_names_of_their_own():
 def test_the_other_criterion_is_the_one_that_the_recipe_has_not():
     for data in plan.FLAGS.keys() - plan.ROWS.keys():
         (flags,) = {job.flags for job in plan.table(data, plan.PAIRS[data]) if job.method == "other_criterion"}
-        assert {flags[1], plan.criterion(data)} == {"response", "importance"}
+        assert {flags[1], plan.recipe(data).criterion} == {"response", "importance"}
 
 
 @pytest.mark.parametrize("data", list(plan.FLAGS))
 def test_the_recipe_can_train_the_dense_network_too(data):
     """A budget that were given on the command line, and not in the recipe, would exclude it."""
-    assert plan.parse_arguments([*plan.FLAGS[data], "--no_gates"]).architecture == plan.architecture(data)
+    assert plan.recipe(data, "--no_gates").architecture == plan.recipe(data).architecture
 
 
 @pytest.mark.parametrize("data", list(plan.FLAGS))
