@@ -20,7 +20,8 @@ from pathlib import Path
 
 import train_hf
 from benchmarks import curves, glyphs, plan, results
-from benchmarks.jobs import ROOT, Job, Runner, Store
+from benchmarks.comparisons import COMPARISONS, FEW, ROOT
+from benchmarks.jobs import Job, Runner, Store
 from benchmarks.methods import METHODS
 
 HERE = Path(__file__).parent
@@ -34,13 +35,14 @@ def measure_latency(store: Store, job: Job, threads: int) -> None:
     }
     if job in store.results or not {"dense", "budget"} <= runs.keys():
         return
+    compared = COMPARISONS[job.data]
     task = {
         "found": {
             method: {name: run[name] for name in ("params", "removed", "ratio") if name in run}
             for method, run in runs.items()
         },
-        "architecture": plan.recipe(job.data).architecture, "classes": plan.CLASSES[job.data],
-        "sides": plan.SIDES[job.data], "repeats": 24, "threads": threads,
+        "architecture": compared.recipe().architecture, "classes": compared.classes, "sides": compared.sides,
+        "repeats": 24, "threads": threads,
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.latency", json.dumps(task)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -49,9 +51,9 @@ def measure_latency(store: Store, job: Job, threads: int) -> None:
 
 def write_page(store: Store) -> None:
     (HERE / "RESULTS.md").write_text(results.page(store), encoding="utf-8")
-    if results.found(store, plan.table("digits", plan.PAIRS["digits"])):
+    if results.found(store, plan.table("digits")):
         curves.draw_curves(store, HERE / "curves.png")
-    for data in plan.FLAGS:
+    for data in COMPARISONS:
         if results.pruned_runs(store, data):
             curves.draw_blocks(store, data, HERE / results.BLOCKS.format(data))
 
@@ -69,8 +71,8 @@ def run_again(args: argparse.Namespace) -> None:
     directory.mkdir(parents=True)
     fresh = Store(directory / "results.json")
     jobs = [job for job in plan.small_table() if job.method in args.methods]
-    Runner(fresh, directory, plan.FLAGS, args.at_once, args.threads).run(jobs)
-    print("\n".join(["", *results.methods_table(fresh, "digits", plan.FEW), ""]))
+    Runner(fresh, directory, args.at_once, args.threads).run(jobs)
+    print("\n".join(["", *results.methods_table(fresh, "digits", FEW), ""]))
     print(results.compared(fresh, Store(HERE / "results.json"), jobs))
     print(f"\n{(time.monotonic() - start) / 60:.0f} minutes, {args.at_once} processes of {args.threads} threads.")
 
@@ -79,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
-    parser.add_argument("--data", choices=list(plan.FLAGS), nargs="+", default=list(plan.FLAGS))
+    parser.add_argument("--data", choices=list(COMPARISONS), nargs="+", default=list(COMPARISONS))
     parser.add_argument("--methods", choices=list(METHODS), nargs="+", default=list(METHODS), help="rows of the table")
     parser.add_argument("--at_once", type=int, default=train_hf.available_cores(), help="processes that train")
     parser.add_argument("--threads", type=int, default=1, help="of each of them")
@@ -91,12 +93,12 @@ def main() -> None:
     store = Store(HERE / "results.json")
     directory = ROOT / "outputs" / "benchmarks"
     directory.mkdir(parents=True, exist_ok=True)
-    runner = Runner(store, directory, plan.FLAGS, args.at_once, args.threads)
+    runner = Runner(store, directory, args.at_once, args.threads)
     for data in args.data:
         if data != "digits":
             prepare_glyphs()
         if "table" in args.only:
-            for pair in plan.PAIRS[data]:
+            for pair in COMPARISONS[data].pairs:
                 runner.run(job for job in plan.table(data, [pair]) if job.method in args.methods)
                 write_page(store)
         if "sweeps" in args.only:

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.comparisons import COMPARISONS, FEW
 from benchmarks.jobs import Store
-from benchmarks.plan import FEW, SWEEPS, recipe, sweep, table
+from benchmarks.plan import SWEEPS, sweep, table
 from benchmarks.results import by_method, found, pruned_runs
 from timm_eps.branches import gates
 
@@ -51,7 +52,7 @@ def draw_curves(store: Store, path: Path) -> None:
 
 def draw_blocks(store: Store, data: str, path: Path) -> None:
     """How often each block stayed, over seeds and folds, by budget."""
-    args = recipe(data)
+    args = COMPARISONS[data].recipe()
     slots = list(gates(timm.create_model(args.architecture)))
     runs = pruned_runs(store, data)
     stayed = np.array([[slot not in run["removed"] for slot in slots] for run in runs], dtype=float)

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import train_hf
+from benchmarks.comparisons import COMPARISONS, ROOT
 from benchmarks.methods import METHODS
-
-ROOT = Path(__file__).parent.parent
-# Accelerate's; it reads it from the environment. With the large images bf16 halves the time of a step.
-MIXED_PRECISION = {"digits": "no", "glyphs": "bf16", "glyphs110": "bf16"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a method on a set of data, by further arguments of train_hf.py, with a seed and a part of the data."""
+    """One run: a method by further arguments of train_hf.py, with a seed and a part of the data.
+
+    ``data`` is the name of its comparison.
+    """
 
     data: str
     method: str
@@ -68,13 +68,12 @@ class Runner:
     Args:
         store: Where results are kept; what is there is not run again.
         directory: Where runs write.
-        flags: Arguments of train_hf.py that all runs on a set of data share, by its name.
         at_once: Number of processes.
         threads: Of each process on the CPU.
     """
 
-    def __init__(self, store: Store, directory: Path, flags: dict[str, list[str]], at_once: int, threads: int) -> None:
-        self.store, self.directory, self.flags, self.threads = store, directory, flags, threads
+    def __init__(self, store: Store, directory: Path, at_once: int, threads: int) -> None:
+        self.store, self.directory, self.threads = store, directory, threads
         self.pool = ThreadPoolExecutor(at_once)
         self.started: dict[Job, Future[None]] = {}
 
@@ -109,13 +108,14 @@ class Runner:
         for need in job.needs:
             self.started[need].result()
         place.mkdir(parents=True, exist_ok=True)
+        compared = COMPARISONS[job.data]
         task = {
             "method": job.method,
-            "flags": [*self.flags[job.data], *job.flags, *self.varying(job)],
+            "flags": [*compared.flags, *job.flags, *self.varying(job)],
             "directory": str(place),
             "earlier": {need.method: str(self.place(need)) for need in job.needs},
         }
-        settings = {"OMP_NUM_THREADS": str(self.threads), "ACCELERATE_MIXED_PRECISION": MIXED_PRECISION[job.data]}
+        settings = {"OMP_NUM_THREADS": str(self.threads), "ACCELERATE_MIXED_PRECISION": compared.mixed_precision}
         with (place / "log.txt").open("w") as log:
             done = subprocess.run(
                 [sys.executable, "-m", "benchmarks.worker", json.dumps(task)],

@@ -8,29 +8,15 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from benchmarks.comparisons import COMPARISONS, FEW
 from benchmarks.jobs import Job, Store
 from benchmarks.latency import FORMATS, NATIVE, REPARAMETERIZED, REST
 from benchmarks.methods import METHODS
-from benchmarks.plan import FEW, PAIRS, SIDES, SWEEPS, depths, latency_jobs, length_of_epochs, recipe, sweep, table
+from benchmarks.plan import SWEEPS, depths, latency_jobs, sweep, table
 
 OURS = "budget"
-# Whose difference to each row is a column: the recipe's and, for the dense network's compute, the one with the earlier
-# budget.
-AHEAD = {
-    data: {OURS: "ε by budget is ahead by, points", early: "reached early, with the dense network's compute: ahead by"}
-    for data, early in {
-        "digits": "budget_with_dense_compute",
-        "glyphs": "other_pace_with_dense_compute",
-        "glyphs110": "budget_with_dense_compute",
-    }.items()
-}
 BLOCKS = "blocks_{}.png"
 Values = list[float]
-TITLES = {
-    "digits": "The digits of scikit-learn: 1,797 real images, 8x8, 10 classes; five stratified folds",
-    "glyphs": "Synthetic glyphs: 50,000 + 10,000 images, 32x32, 34 classes, of fonts; `benchmarks/glyphs.py`",
-    "glyphs110": "The same synthetic glyphs, at depth 110",
-}
 
 
 def mean_and_spread(values: Values, form: str = "{:.2f}") -> str:
@@ -46,7 +32,7 @@ def found(store: Store, jobs: Iterable[Job]) -> list[dict[str, Any]]:
 
 def pruned_runs(store: Store, data: str) -> list[dict[str, Any]]:
     """Those of the table, by budget."""
-    return found(store, by_method(table(data, PAIRS[data]))[OURS])
+    return found(store, by_method(table(data))[OURS])
 
 
 def by_method(jobs: Iterable[Job]) -> dict[str, list[Job]]:
@@ -93,10 +79,15 @@ def ratio(values: Values) -> str:
     return f"{mean_and_spread(values)}×" if values else ""
 
 
-def methods_table(store: Store, data: str, pairs: list[tuple[int, int]]) -> list[str]:
+def methods_table(store: Store, data: str, pairs: list[tuple[int, int]] | None = None) -> list[str]:
     groups = by_method(table(data, pairs))
-    side = SIDES[data][0]
-    ahead = {ours: heading for ours, heading in AHEAD[data].items() if found(store, groups[ours])}
+    compared = COMPARISONS[data]
+    side = compared.sides[0]
+    columns = {
+        OURS: "ε by budget is ahead by, points",
+        compared.early: "reached early, with the dense network's compute: ahead by",
+    }
+    ahead = {ours: heading for ours, heading in columns.items() if found(store, groups[ours])}
     at_one, at_many = latencies(store, data, "seconds at 1"), latencies(store, data, f"seconds at 128, {side}x{side}")
     lines = [
         f"| | runs | epochs | accuracy, % | {''.join(f'{heading} | ' for heading in ahead.values())}blocks "
@@ -119,7 +110,8 @@ def methods_table(store: Store, data: str, pairs: list[tuple[int, int]]) -> list
             and store.results[job]["hardware"] == store.results[dense]["hardware"]
         ]
         loads = ["yes" if all(run["saved"][name] for run in runs) else "**no**" for name in ("timm", "transformers")]
-        told = " ".join(jobs[0].flags).lstrip("-") or (f"criterion {recipe(data).criterion}" if method == OURS else "")
+        criterion = f"criterion {compared.recipe().criterion}" if method == OURS else ""
+        told = " ".join(jobs[0].flags).lstrip("-") or criterion
         cells = [
             METHODS[method].name + (f", {told}" if told else ""),
             f"{len(runs)}",
@@ -143,7 +135,7 @@ def methods_table(store: Store, data: str, pairs: list[tuple[int, int]]) -> list
 def speed_table(store: Store, data: str) -> list[str]:
     """What the structure promises against what it gives."""
     results = found(store, latency_jobs(data))
-    sizes = [f"{side}x{side}" for side in SIDES[data]]
+    sizes = [f"{side}x{side}" for side in COMPARISONS[data].sides]
     lines = [
         "| | batch | native over pruned, as loaded | reparameterized | speed-up over dense, reparameterized | that of "
         "the blocks' multiply-adds | share | share, blocks alone | speed-up in ONNX Runtime | share |",
@@ -224,10 +216,10 @@ def page(store: Store) -> str:
         "measured in turn in one process. Training time is the median over the dense network's on the same machine, "
         "with two processes on two cores. Memory is what training adds to the process.",
     ]
-    for data, title in TITLES.items():
-        if not found(store, table(data, PAIRS[data])):
+    for data, compared in COMPARISONS.items():
+        if not found(store, table(data)):
             continue
-        lines += ["", f"## {title}", "", length_of_epochs(data), "", *methods_table(store, data, PAIRS[data])]
+        lines += ["", f"## {compared.title}", "", compared.length_of_epochs(), "", *methods_table(store, data)]
         if pruned_runs(store, data):
             lines += ["", f"![which blocks stay]({BLOCKS.format(data)})"]
         if found(store, latency_jobs(data)):

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import channels, curves, glyphs, jobs, latency, methods, plan, results  # noqa: E402
+from benchmarks.comparisons import COMPARISONS, FEW  # noqa: E402
 
 # The fonts that come with matplotlib are on every machine that runs the tests.
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -175,49 +176,51 @@ def test_latency_of_copies_is_their_median(monkeypatch):
 
 
 def test_jobs_have_names_of_their_own():
-    everything = [job for data in plan.FLAGS for job in plan.table(data, plan.PAIRS[data])]
-    everything += [job for data in plan.FLAGS for job in plan.swept(data)]
+    everything = [job for data in COMPARISONS for job in plan.table(data)]
+    everything += [job for data in COMPARISONS for job in plan.swept(data)]
     unique = set(everything)
     assert len({job.name for job in unique}) == len(unique)
-    table = set(plan.table("digits", plan.PAIRS["digits"]))
+    table = set(plan.table("digits"))
     for name, default in {"keep": "0.25", "weight_decay": "5e-3", "patience": "3", "ramp_epochs": "8"}.items():
         assert set(plan.sweep(plan.SWEEPS[name])[default]) <= table, "what the table has is not run again"
 
 
 def test_the_other_criterion_is_the_one_that_the_recipe_has_not():
-    for data in plan.FLAGS.keys() - plan.ROWS.keys():
-        (flags,) = {job.flags for job in plan.table(data, plan.PAIRS[data]) if job.method == "other_criterion"}
-        assert {flags[1], plan.recipe(data).criterion} == {"response", "importance"}
+    for compared in COMPARISONS.values():
+        if compared.rows is None:
+            flag, value = compared.changed["other_criterion"]
+            assert flag == "--criterion"
+            assert {value, compared.recipe().criterion} == {"response", "importance"}
 
 
-@pytest.mark.parametrize("data", list(plan.FLAGS))
+@pytest.mark.parametrize("data", list(COMPARISONS))
 def test_the_recipe_can_train_the_dense_network_too(data):
     """A budget that were given on the command line, and not in the recipe, would exclude it."""
-    assert plan.recipe(data, "--no_gates").architecture == plan.recipe(data).architecture
+    compared = COMPARISONS[data]
+    assert compared.recipe("--no_gates").architecture == compared.recipe().architecture
 
 
-@pytest.mark.parametrize("data", list(plan.FLAGS))
+@pytest.mark.parametrize("data", list(COMPARISONS))
 def test_a_table_has_the_rows_that_its_rows_build_on(data):
-    table = plan.table(data, plan.PAIRS[data])
+    table = plan.table(data)
     assert {need for job in table for need in job.needs} <= set(table)
-    assert set(results.AHEAD[data]) <= {job.method for job in table}
+    assert {results.OURS, COMPARISONS[data].early, *COMPARISONS[data].changed} <= {job.method for job in table}
 
 
 def test_the_small_table_is_a_part_of_the_whole():
     small = plan.small_table()
-    assert set(small) < set(plan.table("digits", plan.FEW))
+    assert set(small) < set(plan.table("digits", FEW))
     assert {job.method for job in small} == methods.METHODS.keys() - set(plan.SLOW)
     assert all(need.method not in plan.SLOW for job in small for need in job.needs)
 
 
 def test_sweeps_change_the_recipe():
     """A default that moved would be listed as a change, or the other way round."""
-    import train_hf
-
-    default = train_hf.parse_arguments(plan.FLAGS["digits"])
+    recipe = COMPARISONS["digits"].recipe
+    default = recipe()
     for values in plan.SWEEPS.values():
         for flags in values.values():
-            args = train_hf.parse_arguments([*plan.FLAGS["digits"], *flags])
+            args = recipe(*flags)
             side = args.side_loss_weight if args.side_loss_weight is not None else 0.1
             same = vars(args) == vars(default) | {"side_loss_weight": args.side_loss_weight} and side == 0.1
             assert same == (plan.setting(flags, 0, 0).flags == ()), flags
@@ -271,7 +274,7 @@ def test_jobs_run_once_and_after_what_they_need(workers, tmp_path):
     store = jobs.Store(tmp_path / "results.json")
 
     def runner() -> jobs.Runner:
-        return jobs.Runner(jobs.Store(store.path), tmp_path, plan.FLAGS, at_once=2, threads=1)
+        return jobs.Runner(jobs.Store(store.path), tmp_path, at_once=2, threads=1)
 
     wanted = [jobs.Job("digits", "random_blocks", 0), jobs.Job("digits", "scratch", 0)]
     runner().run(wanted)
@@ -287,7 +290,7 @@ def test_jobs_run_once_and_after_what_they_need(workers, tmp_path):
 
 
 def test_a_failed_job_shows_its_log(workers, tmp_path):
-    runner = jobs.Runner(jobs.Store(tmp_path / "results.json"), tmp_path, plan.FLAGS, at_once=2, threads=1)
+    runner = jobs.Runner(jobs.Store(tmp_path / "results.json"), tmp_path, at_once=2, threads=1)
     with pytest.raises(RuntimeError, match=r"digits-fixed-epsilon_2\.0-seed0-fold0 failed:\nit broke"):
         runner.run([jobs.Job("digits", "fixed", 0, 0, ("--epsilon", "2.0"))])
 
@@ -296,13 +299,13 @@ def test_a_failed_job_shows_its_log(workers, tmp_path):
 def store(tmp_path):
     """As if the table and one sweep had been run."""
     store = jobs.Store(tmp_path / "results.json")
-    for job in plan.table("digits", plan.PAIRS["digits"]):
+    for job in plan.table("digits"):
         base = {"budget": 0.99, "dense": 0.98, "scratch": 0.995}.get(job.method, 0.99)
         store.results[job] = fake_result(job, base + 0.001 * ((job.fold + len(job.method) * job.seed) % 3))
     for group in plan.sweep(plan.SWEEPS["keep"]).values():
         for job in group:
             store.results.setdefault(job, fake_result(job, 0.97))
-    for pair in plan.FEW:
+    for pair in FEW:
         seconds = {
             method: 2.0 if method == "dense" else 1.0
             for method in [*methods.METHODS, latency.NATIVE, latency.REPARAMETERIZED]
@@ -367,7 +370,7 @@ def test_the_page_says_who_is_ahead(store):
 def test_training_times_of_another_machine_do_not_count(store):
     before = results.page(store)
     assert " 0.26× " in before
-    for job in plan.table("digits", plan.PAIRS["digits"]):
+    for job in plan.table("digits"):
         if job.method == "budget" and job.seed:
             store.results[job] |= {"train_seconds": 1e6, "hardware": "another"}
     assert results.page(store) == before.replace("a machine;", "a machine and another;")
@@ -391,7 +394,7 @@ def test_the_pictures(store, tmp_path):
 
 
 def test_what_a_needed_job_needs_is_run_before_it(workers, tmp_path):
-    runner = jobs.Runner(jobs.Store(tmp_path / "results.json"), tmp_path, plan.FLAGS, at_once=1, threads=1)
+    runner = jobs.Runner(jobs.Store(tmp_path / "results.json"), tmp_path, at_once=1, threads=1)
     runner.run([jobs.Job("digits", "shallow_with_dense_compute", 0)])
     assert workers.index(jobs.Job("digits", "budget", 0).name) < workers.index(jobs.Job("digits", "shallow", 0).name)
     assert workers[-1] == jobs.Job("digits", "shallow_with_dense_compute", 0).name
@@ -400,7 +403,7 @@ def test_what_a_needed_job_needs_is_run_before_it(workers, tmp_path):
 
 def test_what_differs_from_the_stored_figures(store, tmp_path):
     fresh = jobs.Store(tmp_path / "fresh.json")
-    wanted = [job for job in plan.table("digits", plan.FEW) if job.method in ("dense", "budget")]
+    wanted = [job for job in plan.table("digits", FEW) if job.method in ("dense", "budget")]
     for job in wanted:
         fresh.results[job] = dict(store.results[job])
     assert "differs" not in results.compared(fresh, store, wanted)

@@ -1,0 +1,113 @@
+"""What is compared: a recipe on a set of data, on which seeds, and what some rows of the table change of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from timm_eps.train_arguments import parse_arguments
+
+ROOT = Path(__file__).parent.parent
+# Seeds and folds. Over the five folds each image of the digits is tested once; a few come first.
+FEW = [(0, 0), (1, 1), (2, 2)]
+SEEDS = [(seed, 0) for seed in range(3)]
+# Paces at which a budget is reached, besides those of the recipes of the digits and the glyphs.
+_LATER = ("--epsilon_warmup_epochs", "8", "--ramp_epochs", "25")
+_EARLIER = ("--epsilon_warmup_epochs", "8", "--ramp_epochs", "6")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One table of RESULTS.md.
+
+    Args:
+        title: Its heading.
+        config: The recipe, a file of arguments of train_hf.py.
+        classes: Number of classes.
+        sides: Of the images that latency is measured with, in pixels; the first is that of the data.
+        pairs: Seeds and folds.
+        early: The method whose budget is reached early and which has the dense network's compute; its difference to
+            each row is a column, beside that of the recipe.
+        changed: Arguments of train_hf.py that methods have besides the recipe's.
+        rows: The methods of the table; None for all.
+        mixed_precision: Accelerate's; it reads it from the environment.
+    """
+
+    title: str
+    config: Path
+    classes: int
+    sides: tuple[int, ...]
+    pairs: list[tuple[int, int]]
+    early: str
+    changed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: tuple[str, ...] | None = None
+    mixed_precision: str = "no"
+
+    @property
+    def flags(self) -> list[str]:
+        """Arguments of train_hf.py that all runs share."""
+        return ["--config", str(self.config)]
+
+    def recipe(self, *flags: str) -> argparse.Namespace:
+        """What a run is trained by, from further arguments of train_hf.py on."""
+        return parse_arguments([*self.flags, *flags])
+
+    def length_of_epochs(self) -> str:
+        """A sentence on the epochs of the recipe."""
+        args = self.recipe()
+        length = f"{args.steps_per_epoch} steps" if args.steps_per_epoch else "a pass through the training images"
+        return f"An epoch is {length}, a batch {args.per_device_train_batch_size} images."
+
+
+COMPARISONS = {
+    "digits": Comparison(
+        title="The digits of scikit-learn: 1,797 real images, 8x8, 10 classes; five stratified folds",
+        config=ROOT / "hub_configs/eps_resnet110.digits.json",
+        classes=10,
+        sides=(8, 32),
+        pairs=[*FEW, *((seed, fold) for seed in range(3) for fold in range(5) if seed != fold)],
+        early="budget_with_dense_compute",
+        changed={
+            # The least ε tried at which 80 % of the parameters go. It closes blocks as soon as it may, not one after
+            # the other, so it has a longer warm-up.
+            "fixed": ("--epsilon_warmup_epochs", "8", "--epsilon", "2.5"),
+            "other_criterion": ("--criterion", "importance"),
+            "other_pace": _LATER,
+            "other_pace_with_dense_compute": _LATER,
+            "finetuned": ("--ramp_epochs", "25"),  # with the recipe's 8 epochs it lost more
+            "smaller_budget": ("--keep", "8"),
+        },
+    ),
+    "glyphs": Comparison(
+        title="Synthetic glyphs: 50,000 + 10,000 images, 32x32, 34 classes, of fonts; `benchmarks/glyphs.py`",
+        config=ROOT / "benchmarks/glyphs.json",
+        classes=34,
+        sides=(32,),
+        pairs=SEEDS,
+        early="other_pace_with_dense_compute",
+        changed={
+            "fixed": ("--epsilon", "6.0"),  # at 12 all parameters go
+            "other_criterion": ("--criterion", "response"),
+            "other_pace": _EARLIER,
+            "other_pace_with_dense_compute": _EARLIER,
+            "smaller_budget": ("--keep", "5", *_EARLIER),
+        },
+        mixed_precision="bf16",  # halves the time of a step with these images
+    ),
+    # Twice as deep, at the earlier pace, with the largest budget at which 80 % of the parameters go.
+    "glyphs110": Comparison(
+        title="The same synthetic glyphs, at depth 110",
+        config=ROOT / "benchmarks/glyphs110.json",
+        classes=34,
+        sides=(32,),
+        pairs=SEEDS,
+        early="budget_with_dense_compute",
+        rows=(
+            "dense", "budget", "budget_with_dense_compute", "scratch_with_dense_compute", "shallow",
+            "shallow_with_dense_compute", "torch_pruning_to_size",
+        ),
+        mixed_precision="bf16",
+    ),
+}  # fmt: skip
