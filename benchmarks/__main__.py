@@ -26,8 +26,8 @@ from benchmarks.methods import METHODS
 
 HERE = Path(__file__).parent
 PARTS = ("table", "latency", "sweeps")
-# glibc hands activations of some MiB back to the system after each layer and gets them anew, page by page, which takes a
-# fifth to a quarter of the time of a large batch and varies from process to process. So it shall keep them.
+# glibc hands activations of some MiB back to the system after each layer and gets them anew, page by page. That takes a
+# fifth to a quarter of the time of a large batch and varies from process to process, so it shall keep them.
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 
 

@@ -213,8 +213,8 @@ def page(store: Store) -> str:
         "Mean ± standard deviation over the runs. All methods train by the same recipe; those that begin with a "
         "trained dense network have its epochs and time added to their own. Who is ahead is of pairs of runs of "
         "the same seed and fold: mean difference ± its standard error. Latencies are over the dense network's, all "
-        "measured in turn in one process that keeps its memory. Training time is the median over the dense network's on the same machine, "
-        "with two processes on two cores. Memory is what training adds to the process.",
+        "measured in turn in one process that keeps its memory. Training time is the median over the dense network's "
+        "on the same machine, with two processes on two cores. Memory is what training adds to the process.",
     ]
     for data, compared in COMPARISONS.items():
         if not found(store, table(data)):

@@ -24,6 +24,7 @@ from timm_eps.branches import gates
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import __main__ as main  # noqa: E402
 from benchmarks import channels, curves, glyphs, jobs, latency, methods, plan, results  # noqa: E402
 from benchmarks.comparisons import COMPARISONS, FEW  # noqa: E402
 
@@ -365,6 +366,26 @@ def test_the_page_says_who_is_ahead(store):
     for size in (8, 32):  # one of the three measured where there is no ONNX Runtime
         del store.results[plan.latency_jobs("digits")[0]][f"onnx seconds at 128, {size}x{size}"]
     assert results.page(store) == page
+
+
+def test_latency_is_measured_once_and_with_memory_that_stays(store, monkeypatch):
+    started = []
+
+    def run(command, **options):
+        started.append((json.loads(command[-1]), options["env"]))
+        return subprocess.CompletedProcess(command, 0, stdout='{"seconds at 1": {"dense": 1.0}}')
+
+    monkeypatch.setattr(main.subprocess, "run", run)
+    (job, *_) = plan.latency_jobs("digits")
+    del store.results[job]
+    for _ in range(2):
+        main.measure_latency(store, job, threads=2)
+    assert store.results[job] == {"seconds at 1": {"dense": 1.0}}
+    ((task, environment),) = started
+    assert task["found"].keys() == methods.METHODS.keys()
+    assert task["sides"] == [8, 32]
+    assert main.KEEPS_MEMORY.items() <= environment.items()
+    assert "PATH" in environment
 
 
 def test_training_times_of_another_machine_do_not_count(store):
