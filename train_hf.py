@@ -60,6 +60,8 @@ from timm_eps import (
     onnx_export,
     report,
 )
+from timm_eps.branches import gates
+from timm_eps.cuda_graphs import GraphedPasses
 from timm_eps.distributed import rewrap
 from timm_eps.eps_resnet import is_cifar_network
 from timm_eps.sync_batchnorm import synchronize_batchnorm
@@ -297,6 +299,7 @@ class Training:
         self.draws = data.Draws(generator, **share)
         if accelerator.num_processes > 1:
             set_seed(args.seed, device_specific=True)
+        self.graphs = GraphedPasses(self.passes) if args.cuda_graphs else None
         self.progress = Progress()
         self.clock = time.perf_counter()
         self.loss = torch.zeros((), device=accelerator.device)  # as progress.loss, of this process
@@ -310,7 +313,8 @@ class Training:
                 disable=not self.accelerator.is_local_main_process,
             ) as bar:  # fmt: skip
                 self.clock = time.perf_counter()
-                self.train_epoch(epoch, bar)
+                with self.graphs.queue() if self.graphs else nullcontext():
+                    self.train_epoch(epoch, bar)
                 self.end_epoch()
                 bar.set_postfix_str(self.summary())
         # Without the autocast that mixed precision wraps around forward: what is measured now is what will be loaded.
@@ -328,6 +332,12 @@ class Training:
     def train_epoch(self, epoch: int, bar: tqdm) -> None:
         """The batches of an epoch, from where the run stands on. Nothing in a step waits for the device."""
         self.network.train()
+        if not self.pruner:  # nobody asks what the gates see; what they hold trains on
+            for gate in gates(self.model).values():
+                gate.training = False
+        if self.graphs:
+            gains = (gate.gain for gate in gates(self.model).values() if gate.gain is not None)
+            self.graphs.follow([*self.model.parameters(), *gains])
         together = self.args.gradient_accumulation_steps
         for index, (images, labels, corrupt) in enumerate(
             self.batches.epoch(epoch, self.progress.batch), start=self.progress.batch
@@ -337,9 +347,8 @@ class Training:
             takes_step = is_last or (index + 1) % together == 0
             accumulated = min(together, len(self.batches) - index // together * together)
             with nullcontext() if takes_step else self.accelerator.no_sync(self.network):
-                loss = self.network(self.read(images), labels=self.there(labels)).loss
-                self.accelerator.backward(loss / accumulated)
-            self.loss += loss.detach()
+                batch = self.read(images), self.there(labels)
+                self.loss += self.graphs(*batch) if self.graphs else self.passes(*batch, accumulated)
             self.progress.batch = index + 1
             if takes_step:
                 self.take_step()
@@ -347,6 +356,12 @@ class Training:
                     self.lap()
                     self.save()
             bar.update()
+
+    def passes(self, images: Tensor, labels: Tensor, accumulated: int = 1) -> Tensor:
+        """Forward and backward; the loss of a batch, of so many whose gradients make a step."""
+        loss = self.network(images, labels=labels).loss
+        self.accelerator.backward(loss / accumulated)
+        return loss.detach()
 
     def there(self, values: Tensor) -> Tensor:
         return values.to(self.accelerator.device, non_blocking=True)
@@ -633,6 +648,11 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         raise ValueError(f"{started} processes were started, but Accelerate connected {accelerator.num_processes}.")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs an accelerator, which is not there; bf16 works on the CPU.")
+    if args.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+        raise ValueError(
+            f"--cuda_graphs is for one process on an NVIDIA GPU; here are {accelerator.num_processes} on "
+            f"{accelerator.device.type}."
+        )
     if accelerator.device.type == "cpu":
         # accelerate launch leaves a process one thread where it finds no accelerator.
         share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

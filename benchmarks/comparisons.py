@@ -25,6 +25,7 @@ class Comparison:
     Args:
         title: Its heading.
         config: The recipe, a file of arguments of train_hf.py.
+        arguments: Of train_hf.py, which all runs have besides.
         classes: Number of classes.
         sides: Of the images that latency is measured with, in pixels; the first is that of the data.
         pairs: Seeds and folds.
@@ -41,6 +42,7 @@ class Comparison:
     sides: tuple[int, ...]
     pairs: list[tuple[int, int]]
     early: str
+    arguments: tuple[str, ...] = ()
     changed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rows: tuple[str, ...] | None = None
     mixed_precision: str = "no"
@@ -48,7 +50,7 @@ class Comparison:
     @property
     def flags(self) -> list[str]:
         """Arguments of train_hf.py that all runs share."""
-        return ["--config", str(self.config)]
+        return ["--config", str(self.config), *self.arguments]
 
     def recipe(self, *flags: str) -> argparse.Namespace:
         """What a run is trained by, from further arguments of train_hf.py on."""
@@ -107,4 +109,10 @@ _GLYPHS110 = replace(
         "shallow_with_dense_compute", "torch_pruning_to_size",
     ),
 )  # fmt: skip
-COMPARISONS = {"digits": _DIGITS, "glyphs": _GLYPHS, "glyphs110": _GLYPHS110}
+# As many steps, each of four times as many images: too much for a few cores, but not for an accelerator.
+_GLYPHS110_LARGE = replace(
+    _GLYPHS110,
+    title="The same, at depth 110, in larger batches",
+    arguments=("--per_device_train_batch_size", "128"),
+)
+COMPARISONS = {"digits": _DIGITS, "glyphs": _GLYPHS, "glyphs110": _GLYPHS110, "glyphs110_large": _GLYPHS110_LARGE}

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import train_hf
 from benchmarks.comparisons import COMPARISONS, ROOT
 from benchmarks.methods import METHODS
@@ -128,6 +130,7 @@ class Runner:
 
     def varying(self, job: Job) -> list[str]:
         flags = ["--seed", str(job.seed), "--num_threads", str(self.threads)]
+        flags += ["--cuda_graphs"] if torch.cuda.is_available() else []
         return [*flags, "--fold", str(job.fold)] if job.data == "digits" else flags
 
 

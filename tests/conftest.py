@@ -38,6 +38,12 @@ def hub():
     _HUB.fail_on = None
 
 
+def pytest_configure(config):
+    wanted = config.option.markexpr
+    if "cuda" not in wanted or "not cuda" in wanted:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are to show the same everywhere
+
+
 def pytest_unconfigure():
     _HUB.__exit__(None, None, None)
     _HOME.cleanup()

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_hf  # noqa: E402
+from timm_eps.branches import gates  # noqa: E402
 
 SHORT = [
     *("--architecture", "eps_resnet20", "--num_train_epochs", "4", "--max_train_samples", "200"),
@@ -85,6 +86,15 @@ def test_compare_dense_is_the_same_recipe_without_gates(tmp_path):
     assert "training time" in (tmp_path / "both/README.md").read_text()
 
 
+def test_gates_that_are_off_look_at_nothing(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_hf.Training, "end_epoch", lambda self: seen.append(self.model))
+    with pytest.raises(IndexError):  # no epoch has ended
+        run(tmp_path, "--no_gates", "--num_train_epochs", "1")
+    (model,) = seen
+    assert {gate.response.item() for gate in gates(model).values()} == {-1.0}
+
+
 def test_the_final_network_alone_is_tested_on_request(tmp_path):
     often, once = run(tmp_path, name="often"), run(tmp_path, "--eval_strategy", "no", name="once")
     assert once["eval_accuracy_by_epoch"] == []
@@ -113,6 +123,8 @@ def test_config_file_and_flags(tmp_path):
     ("arguments", "message"),
     [
         (["--keep", "0.5", "--epsilon", "1"], "--epsilon and --keep exclude each other"),
+        (["--compile", "--cuda_graphs"], "--cuda_graphs and --compile exclude each other"),
+        (["--cuda_graphs", "--gradient_accumulation_steps", "2"], "--cuda_graphs goes with --gradient_accumulation"),
         (["--no_gates", "--compare_dense"], "--no_gates and --compare_dense exclude each other"),
         (["--dataset_name", "a", "--train_dir", "b"], "--dataset_name and --train_dir exclude each other"),
         (["--model_name_or_path", "a", "--architecture", "b"], "--model_name_or_path and --architecture exclude"),
@@ -212,6 +224,7 @@ def test_bad_config(tmp_path, content, message):
         (["--keep", "1.5"], "keep must be a fraction"),
         (["--epsilon", "-1"], "epsilon must be a number of at least 0"),
         (["--learning_rate", "nan", "--num_train_epochs", "1"], "The loss of epoch 1 is nan; lower --learning_rate"),
+        (["--cuda_graphs"], "--cuda_graphs is for one process on an NVIDIA GPU; here are 1 on cpu"),
         (["--fold", "9"], "fold must be 0 to 4"),
         (["--image_column_name", "picture"], "'picture' is no column of type Image"),
     ],

@@ -33,7 +33,10 @@ def max_response(x: Tensor) -> Tensor:
     Returns:
         0-dimensional tensor of the dtype of ``x``, detached. NaN if any element is NaN.
     """
-    low, high = torch.aminmax(x.detach())
+    x = x.detach()
+    if x.is_cuda:  # in one kernel, as starting one takes longer than reading x; on the CPU it is several times slower
+        return torch.linalg.vector_norm(x, ord=torch.inf)
+    low, high = torch.aminmax(x)
     return torch.maximum(-low, high)
 
 
@@ -50,7 +53,7 @@ def epsilon_gate(x: Tensor, epsilon: Tensor | float) -> Tensor:
     """
     # A product and not a selection of detached zeros: with no gradient at all (None instead of zeros) optimizers skip
     # the parameter, weight decay included, and the branch would never empty.
-    return x * _is_open(max_response(x), torch.as_tensor(epsilon, device=x.device)).to(x.dtype)
+    return x * _is_open(max_response(x), torch.as_tensor(epsilon, device=x.device))
 
 
 def _is_open(response: Tensor, epsilon: Tensor) -> Tensor:
@@ -164,12 +167,12 @@ class EpsilonGate(nn.Module):
             response = max_response(x)
             if self.response.device != x.device:
                 self.response = self.response.to(x.device)
-            self.response.copy_(torch.maximum(self.response, response.to(self.response.dtype)))
-            weight = _is_open(response, self.threshold).to(x.dtype)
+            torch.maximum(self.response, response, out=self.response)
+            weight = _is_open(response, self.threshold)
             gain = self.gain
             if gain is not None:
-                weight = weight * gain.to(x)
-            x = x * weight  # a product, as in epsilon_gate
+                weight = weight * gain.to(x.device)
+            x = x * weight  # a product, as in epsilon_gate; one number leaves x the type that it has
         elif self.closed:
             x = x.new_zeros(()) if self.single_zero else torch.zeros_like(x)
         return self.drop_path(x)

@@ -106,6 +106,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     train("--lr_factors", type=float, nargs="+", default=[1, 0.1, 0.01, 0.002], help="of the rate, between them")
     train("--num_threads", type=at_least(1), help="on the CPU, of each process; default: all cores, divided")
     train("--compile", action="store_true", help="by torch.compile; compiles anew after each removal")
+    train("--cuda_graphs", action="store_true", help="start a step's kernels all at once: deep networks train faster")
     train("--channels_last", action="store_true", help="the memory format that accelerators prefer")
     train("--sync_batchnorm", action="store_true", help="batch norm over the batches of all processes")
     train("--seed", type=int, default=0)
@@ -138,6 +139,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     args = parser.parse_args([*read_config(given), *argv]) if given.config else given
     for flag, excluded in {
         "epsilon": ["keep"],
+        "cuda_graphs": ["compile"],
         "no_gates": ["keep", "epsilon", "compare_dense"],
         "dataset_name": ["train_dir"],
         "per_pixel_mean": ["pretrained", "streaming"],
@@ -155,6 +157,8 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     }.items():
         if getattr(args, flag) and not getattr(args, needed):
             parser.error(f"--{flag} goes with --{needed}")
+    if args.cuda_graphs and args.gradient_accumulation_steps > 1:
+        parser.error("--cuda_graphs goes with --gradient_accumulation_steps 1")
     if args.weight_decay_drop and args.weight_decay_drop[0] < 1:
         parser.error(f"--weight_decay_drop: STEPS must be at least 1, got {args.weight_decay_drop[0]:g}")
     for flag, option, fitting in (
@@ -243,7 +247,10 @@ def hub_id(name: str | None) -> str | None:
 
 
 # Of these the course of a training does not depend, but for the last bits.
-_UNRELATED = ("num_threads", "dataloader_num_workers", "per_device_eval_batch_size", "with_remote_code", "with_onnx")
+_UNRELATED = (
+    "cuda_graphs", "num_threads", "dataloader_num_workers", "per_device_eval_batch_size", "with_remote_code",
+    "with_onnx",
+)  # fmt: skip
 
 
 def binding_arguments(args: argparse.Namespace) -> dict[str, Any]:
