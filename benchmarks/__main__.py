@@ -21,14 +21,11 @@ from pathlib import Path
 import train_hf
 from benchmarks import curves, glyphs, plan, results
 from benchmarks.comparisons import COMPARISONS, FEW, ROOT
-from benchmarks.jobs import Job, Runner, Store
+from benchmarks.jobs import KEEPS_MEMORY, Job, Runner, Store
 from benchmarks.methods import METHODS
 
 HERE = Path(__file__).parent
 PARTS = ("table", "latency", "sweeps")
-# glibc hands activations of some MiB back to the system after each layer and gets them anew, page by page. That takes a
-# fifth to a quarter of the time of a large batch and varies from process to process, so it shall keep them.
-KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 
 
 def measure_latency(store: Store, job: Job, threads: int) -> None:

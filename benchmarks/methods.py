@@ -183,9 +183,9 @@ def torch_pruning_to_size(bench: Bench) -> nn.Module:
 
 
 def torch_pruning_to_latency(bench: Bench) -> nn.Module:
-    model = bench.load("dense")
-    fast = AutoModelForImageClassification.from_pretrained(bench.earlier["budget"]).timm_model.to(model.device)
-    batch = bench.images(128)
+    model, batch = bench.load("dense"), bench.images(128)
+    found = {"num_classes": model.config.num_labels, "removed": bench.result("budget")["removed"]}
+    fast = timm.create_model(bench.args.architecture, **found).to(model.device)
 
     def is_as_fast(net: nn.Module) -> bool:
         latency = report.paired_latency({"fast": fast, "net": net}, batch)
@@ -197,11 +197,19 @@ def torch_pruning_to_latency(bench: Bench) -> nn.Module:
 
 @dataclass(frozen=True)
 class Method:
-    """How a network is made, its name in tables, and the methods whose runs it builds on."""
+    """How a network is made.
+
+    Args:
+        name: Its name in tables.
+        make: Trains it.
+        needs: The methods whose runs it builds on.
+        alone: Whether it measures speed, so that nothing may run beside it.
+    """
 
     name: str
     make: Callable[[Bench], nn.Module]
     needs: tuple[str, ...] = ()
+    alone: bool = False
 
 
 _WITH_DENSE_COMPUTE = Method(
@@ -237,7 +245,7 @@ METHODS = {
         "Torch-Pruning to the same parameters, fine-tuned", torch_pruning_to_size, ("dense", "budget")
     ),
     "torch_pruning_to_latency": Method(
-        "Torch-Pruning to the same latency, fine-tuned", torch_pruning_to_latency, ("dense", "budget")
+        "Torch-Pruning to the same latency, fine-tuned", torch_pruning_to_latency, ("dense", "budget"), alone=True
     ),
 }
 

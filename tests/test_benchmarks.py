@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -288,6 +289,37 @@ def test_jobs_run_once_and_after_what_they_need(workers, tmp_path):
     (tmp_path / "digits-dense-seed0-fold0" / "result.json").unlink()
     runner().run([*wanted, jobs.Job("digits", "torch_pruning_to_size", 0)])
     assert workers[4:] == ["digits-dense-seed0-fold0", "digits-torch_pruning_to_size-seed0-fold0"]
+
+
+def test_who_measures_speed_runs_alone(monkeypatch, tmp_path):
+    """After the others, with the threads of all, in a process that keeps its memory; nobody waits for it."""
+    assert not any(methods.METHODS[need].alone for method in methods.METHODS.values() for need in method.needs)
+    running, most, seen = set(), {}, {}
+
+    def run(command, env=None, **options):
+        if "benchmarks.worker" not in command:
+            return subprocess.CompletedProcess(command, 0, stdout="abc")
+        task = json.loads(command[-1])
+        method = task["method"]
+        running.add(method)
+        time.sleep(0.05)
+        most[method], seen[method] = set(running), (task["flags"], env)
+        running.remove(method)
+        (Path(task["directory"]) / "result.json").write_text(
+            json.dumps(fake_result(jobs.Job("digits", method, 0), 0.9))
+        )
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(jobs.subprocess, "run", run)
+    runner = jobs.Runner(jobs.Store(tmp_path / "results.json"), tmp_path, at_once=2, threads=3)
+    names = "torch_pruning_to_latency", "scratch", "shallow", "finetuned"
+    runner.run(jobs.Job("digits", name, 0) for name in names)
+    assert most["torch_pruning_to_latency"] == {"torch_pruning_to_latency"}
+    assert list(seen)[-1] == "torch_pruning_to_latency"
+    for method, (flags, environment) in seen.items():
+        threads = 6 if methods.METHODS[method].alone else 3
+        assert flags[flags.index("--num_threads") + 1] == environment["OMP_NUM_THREADS"] == str(threads)
+        assert (jobs.KEEPS_MEMORY.items() <= environment.items()) == methods.METHODS[method].alone
 
 
 def test_a_failed_job_shows_its_log(workers, tmp_path):

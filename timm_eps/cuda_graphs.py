@@ -29,6 +29,9 @@ class GraphedPasses:
         passes: Leaves the gradients of a batch, from none on, and returns its loss, detached, 0-dimensional. It must
             not wait for the device.
 
+    Raises:
+        ValueError: It does wait, or something else cannot be recorded; of the call that records.
+
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
 
@@ -84,7 +87,11 @@ class GraphedPasses:
         self.inputs = [each.clone() for each in inputs]
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as the one that pins memory, may do what a recording could not hold.
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.loss = self.passes(*self.inputs)
+        try:
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.loss = self.passes(*self.inputs)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"The passes cannot be recorded as a CUDA graph ({reason}); train without.") from error
         self.gradients = [(tensor, tensor.grad) for tensor in self.followed if tensor.grad is not None]
         return graph
