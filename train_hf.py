@@ -22,7 +22,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -313,7 +313,7 @@ class Training:
                 disable=not self.accelerator.is_local_main_process,
             ) as bar:  # fmt: skip
                 self.clock = time.perf_counter()
-                with self.graphs.queue() if self.graphs else nullcontext():
+                with self.queue():
                     self.train_epoch(epoch, bar)
                 self.end_epoch()
                 bar.set_postfix_str(self.summary())
@@ -329,15 +329,19 @@ class Training:
             "train_seconds": self.progress.seconds,
         }
 
+    def queue(self) -> AbstractContextManager[None]:
+        """Where an epoch is computed."""
+        if self.graphs is None:
+            return nullcontext()
+        gains = (gate.gain for gate in gates(self.model).values() if gate.gain is not None)
+        return self.graphs.queue([*self.model.parameters(), *gains])
+
     def train_epoch(self, epoch: int, bar: tqdm) -> None:
         """The batches of an epoch, from where the run stands on. Nothing in a step waits for the device."""
         self.network.train()
         if not self.pruner:  # nobody asks what the gates see; what they hold trains on
             for gate in gates(self.model).values():
                 gate.training = False
-        if self.graphs:
-            gains = (gate.gain for gate in gates(self.model).values() if gate.gain is not None)
-            self.graphs.follow([*self.model.parameters(), *gains])
         together = self.args.gradient_accumulation_steps
         for index, (images, labels, corrupt) in enumerate(
             self.batches.epoch(epoch, self.progress.batch), start=self.progress.batch

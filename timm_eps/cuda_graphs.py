@@ -21,9 +21,9 @@ WARMUP = 3
 class GraphedPasses:
     """Forward and backward pass of batches of one shape, recorded once and replayed.
 
-    What a recording reads and writes stays where it is: parameters and buffers that change in place are seen, others
-    are not, so :meth:`follow` must be told before each epoch what gets gradients. The first batches after a change,
-    and those of another shape, are computed as ever. Gradients are those of the batch alone: they do not accumulate.
+    What a recording reads and writes stays where it is. Parameters and buffers that change in place are seen; for
+    others :meth:`queue` is told what gets gradients. The first batches after a change, and those of another shape, are
+    computed as ever. Gradients are those of the batch alone: they do not accumulate.
 
     Args:
         passes: Leaves the gradients of a batch, from none on, and returns its loss, detached, 0-dimensional. It must
@@ -50,16 +50,17 @@ class GraphedPasses:
         self.shapes: list[torch.Size] = []
         self.warmed = 0
 
-    def follow(self, tensors: Iterable[Tensor]) -> None:
-        """Record anew if others get gradients than before."""
-        tensors = list(tensors)
-        if len(tensors) != len(self.followed) or any(a is not b for a, b in zip(tensors, self.followed, strict=True)):
-            self.forget()
-            self.followed = tensors
-
     @contextmanager
-    def queue(self) -> Iterator[None]:
-        """Where all calls, and whatever goes with them, must be: what was queued before it is done first."""
+    def queue(self, followed: Iterable[Tensor]) -> Iterator[None]:
+        """Where all calls, and whatever goes with them, must be: what was queued before it is done first.
+
+        Args:
+            followed: All that gets gradients. If these are not the tensors of the last time, a batch is recorded anew.
+        """
+        followed = list(followed)
+        if len(followed) != len(self.followed) or any(a is not b for a, b in zip(followed, self.followed, strict=True)):
+            self.forget()
+            self.followed = followed
         outside = torch.cuda.current_stream()
         self.stream.wait_stream(outside)
         with torch.cuda.stream(self.stream):

@@ -1,0 +1,83 @@
+"""How many steps a second train_hf.py takes: gates off, on, and measuring importance; on a GPU also as CUDA graphs.
+
+    accelerate launch --mixed_precision bf16 benchmarks/training_speed.py -- --channels_last
+    python benchmarks/training_speed.py --rounds 3 --steps 2 -- --architecture eps_resnet20
+
+eps_resnet110, batch 128, the digits at 32x32; arguments after ``--`` go to train_hf.py. No gate closes. The trainings
+take turns, some steps each, so that a machine whose speed drifts is unfair to none; medians over the rounds, and of
+their ratios to the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train_hf
+
+GATES = {
+    "gates off": ["--no_gates"],
+    "gates on": ["--epsilon", "1e-30"],
+    "importance measured": ["--keep", "0.5", "--criterion", "importance", "--epsilon_warmup_epochs", "0"],
+}
+
+
+def begin(directory: str, *flags: str) -> train_hf.Training:
+    """A training that was not begun."""
+    args = train_hf.parse_arguments(["--image_size", "32", "--output_dir", directory, *flags])
+    accelerator = train_hf.start_accelerator(args)
+    splits, pretrained_cfg, _, _ = train_hf.prepare_data(args, accelerator)
+    return train_hf.Training(args, accelerator, splits, pretrained_cfg, Path(directory), not args.no_gates)
+
+
+def seconds_of_epoch(training: train_hf.Training, number: int) -> float:
+    """Of reading and training, without what ends an epoch."""
+    training.progress.batch = 0
+    training.loss.item()  # waits for the device
+    start = time.perf_counter()
+    with training.queue():
+        training.train_epoch(number, tqdm(disable=True))
+    training.loss.item()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=20, help="of each training in a round")
+    parser.add_argument("arguments", nargs="*", help="further arguments of train_hf.py, after --")
+    args = parser.parse_args()
+    ways = {"": []} | ({", as a CUDA graph": ["--cuda_graphs"]} if torch.cuda.is_available() else {})
+    with tempfile.TemporaryDirectory() as directory:
+        trainings = {
+            f"{name}{way}": begin(directory, "--steps_per_epoch", str(args.steps), *flags, *how, *args.arguments)
+            for way, how in ways.items()
+            for name, flags in GATES.items()
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in trainings}
+        for turn in range(args.rounds + 1):
+            for name, training in trainings.items():
+                found = seconds_of_epoch(training, turn)
+                if turn:  # the first round warms up
+                    seconds[name].append(found)
+    first, *_ = trainings.values()
+    print(f"{train_hf.hardware(first.accelerator)}, torch {torch.__version__}, {first.accelerator.mixed_precision}")
+    for name, found in seconds.items():
+        ratios = [own / plain for own, plain in zip(found, seconds["gates off"], strict=True)]
+        print(
+            f"{name}: {args.steps / statistics.median(found):.2f} steps/s, {statistics.median(ratios):.3f} of the time "
+            f"({min(ratios):.3f} to {max(ratios):.3f}, {args.rounds} rounds)"
+        )
+
+
+if __name__ == "__main__":
+    main()
