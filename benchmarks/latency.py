@@ -97,6 +97,8 @@ class InOnnxRuntime(nn.Module):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Or the threads of one session wait in a loop while another one is measured.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         with tempfile.TemporaryDirectory() as directory:
             path = f"{directory}/model.onnx"
             torch.onnx.export(body, (images,), path, input_names=["images"], dynamo=True, verbose=False)
