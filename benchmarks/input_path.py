@@ -24,6 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_hf
+from benchmarks.training_speed import begin
 from timm_eps import data, remove_closed, report
 from timm_eps.branches import gates
 
@@ -55,10 +56,7 @@ def synchronize(device: torch.device) -> None:
 def share_of_step(keep: float, epochs: int) -> tuple[float, float]:
     """Median seconds of reading a batch, and of a whole step, with this share of the default run's blocks."""
     with tempfile.TemporaryDirectory() as directory:
-        args = train_hf.parse_arguments(["--output_dir", directory])
-        accelerator = train_hf.start_accelerator(args)
-        splits, cfg, _, _ = train_hf.prepare_data(args, accelerator)
-        training = train_hf.Training(args, accelerator, splits, cfg, Path(directory), with_gates=True)
+        training = begin(directory)
     found = gates(training.model)
     for slot in list(found)[round(keep * len(found)) :]:
         found[slot].closed = True
@@ -74,7 +72,7 @@ def share_of_step(keep: float, epochs: int) -> tuple[float, float]:
             images = training.read(batch[0])
             synchronize(images.device)
             read = time.perf_counter()
-            accelerator.backward(training.network(images, labels=training.there(batch[1])).loss)
+            training.passes(images, training.there(batch[1]))
             training.take_step()
             synchronize(images.device)
             reading.append(read - start)

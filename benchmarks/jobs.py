@@ -46,6 +46,11 @@ class Job:
         return [Job(self.data, method, self.seed, self.fold) for method in METHODS[self.method].needs]
 
     @property
+    def alone(self) -> bool:
+        """Whether nothing may run beside it."""
+        return METHODS[self.method].alone
+
+    @property
     def name(self) -> str:
         flags = "_".join(flag.lstrip("-").replace("/", "-") for flag in self.flags)
         return "-".join(filter(None, [self.data, self.method, flags, f"seed{self.seed}", f"fold{self.fold}"]))
@@ -96,15 +101,15 @@ class Runner:
         while level := [need for job in level for need in job.needs]:
             ordered = [*level, *ordered]
         ordered = list(dict.fromkeys(ordered))
-        alone = [job for job in ordered if METHODS[job.method].alone]
-        together = [job for job in ordered if job not in alone]
+        together = [job for job in ordered if not job.alone]
         for job in together:
             self.start(job)
         for job in together:
             self.finish(job)
-        for job in alone:
-            self.start(job)
-            self.finish(job)
+        for job in ordered:
+            if job.alone:
+                self.start(job)
+                self.finish(job)
 
     def start(self, job: Job) -> None:
         if job not in self.started:
@@ -133,7 +138,7 @@ class Runner:
             "earlier": {need.method: str(self.place(need)) for need in job.needs},
         }
         settings = {"OMP_NUM_THREADS": self.threads_of(job), "ACCELERATE_MIXED_PRECISION": compared.mixed_precision}
-        settings |= KEEPS_MEMORY if METHODS[job.method].alone else {}
+        settings |= KEEPS_MEMORY if job.alone else {}
         with (place / "log.txt").open("w") as log:
             done = subprocess.run(
                 [sys.executable, "-m", "benchmarks.worker", json.dumps(task)],
@@ -145,7 +150,7 @@ class Runner:
         print(f"{job.name}: {100 * result['accuracy']:.2f} %, {result['train_seconds']:.0f} s", flush=True)
 
     def threads_of(self, job: Job) -> str:
-        return str(self.threads * (self.at_once if METHODS[job.method].alone else 1))
+        return str(self.threads * (self.at_once if job.alone else 1))
 
     def varying(self, job: Job) -> list[str]:
         flags = ["--seed", str(job.seed), "--num_threads", self.threads_of(job)]

@@ -88,15 +88,16 @@ class InOnnxRuntime(nn.Module):
     Args:
         body: The network.
         images: A batch of the only shape it will be given.
-        threads: Number of threads.
     """
 
-    def __init__(self, body: nn.Module, images: torch.Tensor, threads: int) -> None:
+    key, heading = "onnx", "in ONNX Runtime"
+
+    def __init__(self, body: nn.Module, images: torch.Tensor) -> None:
         super().__init__()
         import onnxruntime  # by those alone who measure
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = torch.get_num_threads()
         # Or the threads of one session wait in a loop while another one is measured.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         with tempfile.TemporaryDirectory() as directory:
@@ -114,30 +115,22 @@ class InCudaGraph(nn.Module):
     Args:
         body: The network.
         images: A batch of the only shape it will be given.
-        threads: As for :class:`InOnnxRuntime`; of no use here.
     """
 
-    def __init__(self, body: nn.Module, images: torch.Tensor, threads: int) -> None:
+    key, heading = "graph", "as a CUDA graph"
+
+    def __init__(self, body: nn.Module, images: torch.Tensor) -> None:
         super().__init__()
-        self.images = images.clone()
-        self.graph = torch.cuda.CUDAGraph()
         with torch.no_grad():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # libraries set themselves up
-                body(self.images)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self.graph):
-                self.logits = body(self.images)
+            # A function, as a module would be changed.
+            self.replay = torch.cuda.make_graphed_callables(lambda batch: body(batch), (images.clone(),))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.images.copy_(images)
-        self.graph.replay()
-        return self.logits
+        return self.replay(images)
 
 
 # What one would ship with, by the device.
-RUNTIMES = {"cpu": ("onnx", InOnnxRuntime), "cuda": ("graph", InCudaGraph)}
+RUNTIMES: dict[str, type[InOnnxRuntime | InCudaGraph]] = {"cpu": InOnnxRuntime, "cuda": InCudaGraph}
 
 
 def without_blocks(architecture: str, classes: int) -> nn.Module:
@@ -169,9 +162,9 @@ def main() -> None:
             laid_out = {name: copy.deepcopy(net).to(memory_format=memory_format) for name, net in nets.items()}
             batch = images.contiguous(memory_format=memory_format)
             found[f"seconds at 128, {size}{form}"] = report.paired_latency(laid_out, batch, task["repeats"])
-        short, runtime = RUNTIMES[device.type]
-        exported = {name: runtime(nets[name], images, task["threads"]) for name in ("dense", "budget", REST)}
-        found[f"{short} seconds at 128, {size}"] = report.paired_latency(exported, images, task["repeats"])
+        runtime = RUNTIMES[device.type]
+        exported = {name: runtime(nets[name], images) for name in ("dense", "budget", REST)}
+        found[f"{runtime.key} seconds at 128, {size}"] = report.paired_latency(exported, images, task["repeats"])
         rest = report.count_macs(nets[REST], images[:1])
         found[f"block macs, {size}"] = {
             method: report.count_macs(nets[method], images[:1]) - rest for method in ("dense", "budget")

@@ -10,14 +10,12 @@ from typing import Any
 
 from benchmarks.comparisons import COMPARISONS, FEW
 from benchmarks.jobs import Job, Store
-from benchmarks.latency import FORMATS, NATIVE, REPARAMETERIZED, REST
+from benchmarks.latency import FORMATS, NATIVE, REPARAMETERIZED, REST, RUNTIMES
 from benchmarks.methods import METHODS
 from benchmarks.plan import SWEEPS, depths, latency_jobs, sweep, table
 
 OURS = "budget"
 BLOCKS = "blocks_{}.png"
-# What one ships with, of which latency.py measured one.
-RUNTIMES = {"onnx": "in ONNX Runtime", "graph": "as a CUDA graph"}
 Values = list[float]
 
 
@@ -138,13 +136,12 @@ def speed_table(store: Store, data: str) -> list[str]:
     """What the structure promises against what it gives."""
     results = found(store, latency_jobs(data))
     sizes = [f"{side}x{side}" for side in COMPARISONS[data].sides]
-    size = sizes[0]
-    short = next(
-        (name for name in RUNTIMES if any(f"{name} seconds at 128, {size}" in each for each in results)), "onnx"
-    )
+    keys = {key for result in results for key in result}
+    known = (one for one in RUNTIMES.values() if f"{one.key} seconds at 128, {sizes[0]}" in keys)
+    runtime = next(known, RUNTIMES["cpu"])
     lines = [
         "| | batch | native over pruned, as loaded | reparameterized | speed-up over dense, reparameterized | that of "
-        f"the blocks' multiply-adds | share | share, blocks alone | speed-up {RUNTIMES[short]} | share |",
+        f"the blocks' multiply-adds | share | share, blocks alone | speed-up {runtime.heading} | share |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
 
@@ -171,7 +168,7 @@ def speed_table(store: Store, data: str) -> list[str]:
         macs = f"block macs, {size}"
         promised = ratio([result[macs]["dense"] / result[macs][OURS] for result in results])
         faster, share, alone = speed_up(name, REPARAMETERIZED, macs)
-        in_runtime = speed_up(f"{short} {name}", OURS, macs)[:2]
+        in_runtime = speed_up(f"{runtime.key} {name}", OURS, macs)[:2]
         cells = [f"{size}{form}", str(batch), *natives, faster, promised, share, alone, *in_runtime]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -32,8 +32,8 @@ GATES = {
 
 
 def begin(directory: str, *flags: str) -> train_hf.Training:
-    """A training that was not begun."""
-    args = train_hf.parse_arguments(["--image_size", "32", "--output_dir", directory, *flags])
+    """A training before its first step."""
+    args = train_hf.parse_arguments(["--output_dir", directory, *flags])
     accelerator = train_hf.start_accelerator(args)
     splits, pretrained_cfg, _, _ = train_hf.prepare_data(args, accelerator)
     return train_hf.Training(args, accelerator, splits, pretrained_cfg, Path(directory), not args.no_gates)
@@ -57,9 +57,10 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="further arguments of train_hf.py, after --")
     args = parser.parse_args()
     ways = {"": []} | ({", as a CUDA graph": ["--cuda_graphs"]} if torch.cuda.is_available() else {})
+    shared = ["--image_size", "32", "--steps_per_epoch", str(args.steps)]
     with tempfile.TemporaryDirectory() as directory:
         trainings = {
-            f"{name}{way}": begin(directory, "--steps_per_epoch", str(args.steps), *flags, *how, *args.arguments)
+            f"{name}{way}": begin(directory, *shared, *flags, *how, *args.arguments)
             for way, how in ways.items()
             for name, flags in GATES.items()
         }

@@ -153,7 +153,7 @@ def test_a_network_whose_structure_is_not_that_of_the_run_is_not_measured():
 
 def test_onnx_runtime_computes_the_same():
     body, images = timm.create_model("eps_resnet20", num_classes=5).eval(), torch.randn(3, 3, 16, 16)
-    exported = latency.InOnnxRuntime(body, images, threads=1)
+    exported = latency.InOnnxRuntime(body, images)
     torch.testing.assert_close(exported(images), body(images), rtol=1e-3, atol=1e-4)
 
 

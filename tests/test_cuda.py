@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import SLOTS, close, tiny_net
+from test_cuda_graphs import make
 from test_train_hf import ROOT, SHORT
 from test_trainer import make_trainer
 from transformers import AutoModelForImageClassification
@@ -17,7 +18,6 @@ from transformers import AutoModelForImageClassification
 import timm_eps
 import train_hf
 from timm_eps.branches import gates
-from timm_eps.cuda_graphs import GraphedPasses
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -85,9 +85,7 @@ def test_no_step_waits_for_the_gpu(tmp_path):
     for number, (images, labels, _) in enumerate(training.batches.epoch(0)):
         torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one makes what the others use
         try:
-            loss = training.network(training.read(images), labels=training.there(labels)).loss
-            accelerator.backward(loss)
-            training.loss += loss.detach()
+            training.loss += training.passes(training.read(images), training.there(labels))
             training.take_step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -130,12 +128,7 @@ def test_graphs_record_again_what_changed():
     """The way from inputs to gradients is that of the network at hand, also after a layer was taken out."""
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).cuda()
 
-    def passes(batch: torch.Tensor) -> torch.Tensor:
-        loss = net(batch).square().mean()
-        loss.backward()
-        return loss.detach()
-
-    graphs = GraphedPasses(passes)
+    graphs = make(net)
     for _ in range(2):
         for size in (*[8] * 6, 3):
             batch = torch.randn(size, 4, device="cuda")
@@ -143,7 +136,7 @@ def test_graphs_record_again_what_changed():
                 loss = graphs(batch).clone()
             found = [parameter.grad.clone() for parameter in net.parameters()]
             net.zero_grad()
-            torch.testing.assert_close(loss, passes(batch))
+            torch.testing.assert_close(loss, graphs.passes(batch))
             torch.testing.assert_close(found, [parameter.grad for parameter in net.parameters()])
             net.zero_grad()
             with torch.no_grad():
