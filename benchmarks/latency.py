@@ -11,7 +11,8 @@ import json
 import statistics
 import sys
 import tempfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -25,9 +26,9 @@ from timm_eps.branches import gates
 
 NATIVE = "native"
 REPARAMETERIZED = "reparameterized"
+WHOLE = "dense, reparameterized"
 REST = "no blocks"  # stem, shortcuts and head, which no pruning of blocks makes faster
 COPIES = 7  # of the pruned network and its forms, at batch 1
-FORMATS = {"": torch.contiguous_format, ", channels_last": torch.channels_last}
 
 
 def build(architecture: str, classes: int, found: dict[str, Any]) -> nn.Module:
@@ -90,8 +91,6 @@ class InOnnxRuntime(nn.Module):
         images: A batch of the only shape it will be given.
     """
 
-    key, heading = "onnx", "in ONNX Runtime"
-
     def __init__(self, body: nn.Module, images: torch.Tensor) -> None:
         super().__init__()
         import onnxruntime  # by those alone who measure
@@ -117,8 +116,6 @@ class InCudaGraph(nn.Module):
         images: A batch of the only shape it will be given.
     """
 
-    key, heading = "graph", "as a CUDA graph"
-
     def __init__(self, body: nn.Module, images: torch.Tensor) -> None:
         super().__init__()
         with torch.no_grad():
@@ -129,8 +126,40 @@ class InCudaGraph(nn.Module):
         return self.replay(images)
 
 
-# What one would ship with, by the device.
-RUNTIMES: dict[str, type[InOnnxRuntime | InCudaGraph]] = {"cpu": InOnnxRuntime, "cuda": InCudaGraph}
+def compiled(body: nn.Module, images: torch.Tensor) -> nn.Module:
+    """A network as torch.compile carries it out; needs a C++ compiler, on a GPU Triton. Compiled by its first pass."""
+    # With fullgraph it would be an error, and not a slow network, that torch compiles no further structure.
+    return torch.compile(body, fullgraph=True, dynamic=False)
+
+
+class Way(NamedTuple):
+    """A way of carrying out a network: a memory format, and what makes of a network and a batch what is measured."""
+
+    memory_format: torch.memory_format = torch.contiguous_format
+    runtime: Callable[[nn.Module, torch.Tensor], nn.Module] | None = None
+
+
+_EVERYWHERE = {
+    "": Way(),
+    ", channels_last": Way(torch.channels_last),
+    ", compiled": Way(runtime=compiled),
+    ", channels_last, compiled": Way(torch.channels_last, compiled),
+}
+WAYS: dict[str, dict[str, Way]] = {
+    "cpu": {**_EVERYWHERE, ", in ONNX Runtime": Way(runtime=InOnnxRuntime)},
+    "cuda": {**_EVERYWHERE, ", as a CUDA graph": Way(runtime=InCudaGraph)},
+}
+
+
+def latency_by(way: Way, nets: dict[str, nn.Module], images: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Latency of the networks as they are, or of those alone that a runtime is measured with."""
+    batch = images.contiguous(memory_format=way.memory_format)
+    names = nets if way.runtime is None else (WHOLE, REPARAMETERIZED, REST)
+    laid_out = {name: copy.deepcopy(nets[name]).to(memory_format=way.memory_format) for name in names}
+    if way.runtime is not None:
+        torch.compiler.reset()  # or torch stops compiling after a number of structures
+        laid_out = {name: way.runtime(net, batch) for name, net in laid_out.items()}
+    return report.paired_latency(laid_out, batch, repeats)
 
 
 def without_blocks(architecture: str, classes: int) -> nn.Module:
@@ -147,7 +176,7 @@ def main() -> None:
     nets = {
         method: build(architecture, task["classes"], found).to(device).eval() for method, found in task["found"].items()
     }
-    nets |= forms(nets["budget"])
+    nets |= forms(nets["budget"]) | {WHOLE: reparameterize_model(nets["dense"])}
     nets[REST] = without_blocks(architecture, task["classes"]).to(device)
     torch.manual_seed(0)
     found: dict[str, Any] = {"hardware": report.hardware(device), **conditions()}
@@ -158,13 +187,8 @@ def main() -> None:
         for same in (NATIVE, REPARAMETERIZED):
             if not torch.equal(nets[same](images[:2]), expected):
                 raise RuntimeError(f"The {same} network computes something else.")
-        for form, memory_format in FORMATS.items():
-            laid_out = {name: copy.deepcopy(net).to(memory_format=memory_format) for name, net in nets.items()}
-            batch = images.contiguous(memory_format=memory_format)
-            found[f"seconds at 128, {size}{form}"] = report.paired_latency(laid_out, batch, task["repeats"])
-        runtime = RUNTIMES[device.type]
-        exported = {name: runtime(nets[name], images) for name in ("dense", "budget", REST)}
-        found[f"{runtime.key} seconds at 128, {size}"] = report.paired_latency(exported, images, task["repeats"])
+        for name, way in WAYS[device.type].items():
+            found[f"seconds at 128, {size}{name}"] = latency_by(way, nets, images, task["repeats"])
         rest = report.count_macs(nets[REST], images[:1])
         found[f"block macs, {size}"] = {
             method: report.count_macs(nets[method], images[:1]) - rest for method in ("dense", "budget")

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.comparisons import COMPARISONS, FEW
 from benchmarks.jobs import Job, Store
-from benchmarks.latency import FORMATS, NATIVE, REPARAMETERIZED, REST, RUNTIMES
+from benchmarks.latency import NATIVE, REPARAMETERIZED, REST, WAYS, WHOLE
 from benchmarks.methods import METHODS
 from benchmarks.plan import SWEEPS, depths, latency_jobs, sweep, table
 
@@ -133,43 +133,44 @@ def methods_table(store: Store, data: str, pairs: list[tuple[int, int]] | None =
 
 
 def speed_table(store: Store, data: str) -> list[str]:
-    """What the structure promises against what it gives."""
+    """What the structure promises against what it gives, by every way of carrying it out that was measured."""
     results = found(store, latency_jobs(data))
     sizes = [f"{side}x{side}" for side in COMPARISONS[data].sides]
-    keys = {key for result in results for key in result}
-    known = (one for one in RUNTIMES.values() if f"{one.key} seconds at 128, {sizes[0]}" in keys)
-    runtime = next(known, RUNTIMES["cpu"])
+    ways = list(dict.fromkeys(name for ways in WAYS.values() for name in ways))
+    measured = [(size, 128, name, f"seconds at 128, {size}{name}") for size in sizes for name in ways]
     lines = [
-        "| | batch | native over pruned, as loaded | reparameterized | speed-up over dense, reparameterized | that of "
-        f"the blocks' multiply-adds | share | share, blocks alone | speed-up {runtime.heading} | share |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| | batch | native over pruned, as loaded | reparameterized | speed-up, as loaded | reparameterized "
+        "| that of the blocks' multiply-adds | share | share, blocks alone |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
 
-    def speed_up(name: str, net: str, promised: str) -> tuple[str, str, str]:
-        """That over the dense network, and its share of what the multiply-adds promise, where it was measured.
+    def quotient(runs: list[dict[str, float]], above: str, below: str) -> Values:
+        """Of two networks' latency; of none that a runtime is not measured with."""
+        return [seconds[above] / seconds[below] for seconds in runs if {above, below} <= seconds.keys()]
 
-        The second share is of the time that the blocks take, without that of the rest of the network.
-        """
-        known = [(result[name], result[promised]) for result in results if name in result]
-        faster = [seconds["dense"] / seconds[net] for seconds, _ in known]
-        alone = [(seconds["dense"] - seconds[REST]) / (seconds[net] - seconds[REST]) for seconds, _ in known]
-
-        def share(values: Values) -> str:
-            return mean_and_spread([a * macs[OURS] / macs["dense"] for a, (_, macs) in zip(values, known, strict=True)])
-
-        return ratio(faster), share(faster), share(alone)
-
-    measured = [(size, 128, form, f"seconds at 128, {size}{form}") for size in sizes for form in FORMATS]
-    for size, batch, form, name in [*measured, (sizes[0], 1, "", "seconds at 1")]:
-        seconds = [result[name] for result in results]
-        natives = [
-            mean_and_spread([each[NATIVE] / each[net] for each in seconds], "{:.3f}") for net in (OURS, REPARAMETERIZED)
+    for size, batch, name, key in [*measured, (sizes[0], 1, "", "seconds at 1")]:
+        known = [result for result in results if key in result]
+        if not known:
+            continue
+        seconds = [result[key] for result in known]
+        blocks = [{net: each[net] - each[REST] for net in (WHOLE, REPARAMETERIZED)} for each in seconds]
+        macs = [result[f"block macs, {size}"] for result in known]
+        promised = quotient(macs, "dense", OURS)
+        faster = quotient(seconds, WHOLE, REPARAMETERIZED)
+        shares = [
+            mean_and_spread([a / b for a, b in zip(values, promised, strict=True)])
+            for values in (faster, quotient(blocks, WHOLE, REPARAMETERIZED))
         ]
-        macs = f"block macs, {size}"
-        promised = ratio([result[macs]["dense"] / result[macs][OURS] for result in results])
-        faster, share, alone = speed_up(name, REPARAMETERIZED, macs)
-        in_runtime = speed_up(f"{runtime.key} {name}", OURS, macs)[:2]
-        cells = [f"{size}{form}", str(batch), *natives, faster, promised, share, alone, *in_runtime]
+        cells = [
+            f"{size}{name}",
+            str(batch),
+            mean_and_spread(quotient(seconds, NATIVE, OURS), "{:.3f}"),
+            mean_and_spread(quotient(seconds, NATIVE, REPARAMETERIZED), "{:.3f}"),
+            ratio(quotient(seconds, "dense", OURS)),
+            ratio(faster),
+            ratio(promised),
+            *shares,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -229,8 +230,10 @@ def page(store: Store) -> str:
         if found(store, latency_jobs(data)):
             lines += [
                 "",
-                "Speed of the pruned network, ε by budget; reparameterized is by timm's `reparameterize_model`; the "
-                "share of the blocks alone leaves out the time that a network without blocks takes:",
+                "Speed of the pruned network, ε by budget, over the dense one, both as loaded or both by timm's "
+                "`reparameterize_model`; a runtime other than torch's eager mode is given the latter. The share is of "
+                "what the blocks' multiply-adds promise; that of the blocks alone leaves out the time that a network "
+                "without blocks takes:",
                 "",
                 *speed_table(store, data),
             ]

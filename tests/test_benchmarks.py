@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -151,10 +152,26 @@ def test_a_network_whose_structure_is_not_that_of_the_run_is_not_measured():
         latency.build("eps_resnet20", 10, found)
 
 
-def test_onnx_runtime_computes_the_same():
+@pytest.mark.parametrize("name", latency.WAYS["cpu"])
+def test_each_way_computes_the_same(name, monkeypatch):
+    # Without a C++ compiler, which the machine may not have.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    outputs = {}
+
+    def seconds(nets, batch, repeats):
+        with torch.no_grad():
+            outputs.update({net: body(batch) for net, body in nets.items()})
+        return dict.fromkeys(nets, 1.0)
+
+    monkeypatch.setattr(latency.report, "paired_latency", seconds)
     body, images = timm.create_model("eps_resnet20", num_classes=5).eval(), torch.randn(3, 3, 16, 16)
-    exported = latency.InOnnxRuntime(body, images)
-    torch.testing.assert_close(exported(images), body(images), rtol=1e-3, atol=1e-4)
+    nets = {"dense": body, latency.WHOLE: reparameterize_model(body), latency.REPARAMETERIZED: body, latency.REST: body}
+    way = latency.WAYS["cpu"][name]
+    measured = latency.latency_by(way, nets, images, repeats=1)
+    assert ("dense" in measured) == (way.runtime is None)
+    assert measured.keys() == outputs.keys()
+    for output in outputs.values():
+        torch.testing.assert_close(output, body(images), rtol=1e-3, atol=1e-4)
 
 
 def test_multiply_adds_of_blocks():
@@ -343,13 +360,17 @@ def store(tmp_path):
             method: 2.0 if method == "dense" else 1.0
             for method in [*methods.METHODS, latency.NATIVE, latency.REPARAMETERIZED]
         }
-        seconds[latency.REST] = 0.5
+        seconds |= {latency.WHOLE: 1.8, latency.REST: 0.5}
         found = {"seconds at 1": seconds}
         for side in (8, 32):
             found |= {
                 f"seconds at 128, {side}x{side}": seconds,
                 f"seconds at 128, {side}x{side}, channels_last": seconds,
-                f"onnx seconds at 128, {side}x{side}": {"dense": 3.0, "budget": 1.0, latency.REST: 0.5},
+                f"seconds at 128, {side}x{side}, in ONNX Runtime": {
+                    latency.WHOLE: 3.0,
+                    latency.REPARAMETERIZED: 1.0,
+                    latency.REST: 0.5,
+                },
                 f"block macs, {side}x{side}": {"dense": 4, "budget": 1},
             }
         store.results[jobs.Job("digits", "latency", *pair)] = found
@@ -390,14 +411,22 @@ def test_the_page_says_who_is_ahead(store):
     assert "not to be told apart" in rows[methods.METHODS["shallow"].name]
     assert rows[methods.METHODS["torch_pruning_to_size"].name].endswith("| yes | **no** |")
     assert (
-        "| 8x8 | 128 | 1.000 ± 0.000 | 1.000 ± 0.000 | 2.00 ± 0.00× | 4.00 ± 0.00× | 0.50 ± 0.00 | 0.75 ± 0.00 "
-        "| 3.00 ± 0.00× | 0.75 ± 0.00 |"
+        "| 8x8 | 128 | 1.000 ± 0.000 | 1.000 ± 0.000 | 2.00 ± 0.00× | 1.80 ± 0.00× | 4.00 ± 0.00× | 0.45 ± 0.00 "
+        "| 0.65 ± 0.00 |"
     ) in page
+    in_runtime = (
+        "| {0}x{0}, in ONNX Runtime | 128 |  |  |  | 3.00 ± 0.00× | 4.00 ± 0.00× | 0.75 ± 0.00 | 1.25 ± 0.00 |\n"
+    )
+    assert in_runtime.format(8) in page
     assert "| 32x32, channels_last | 128 | 1.000 ± 0.000 |" in page
+    assert "compiled" not in page, "where nothing was measured there is no row"
     assert "| 0.05 | 97.00 ± 0.00 | 14.0 ± 0.0 |" in page
     for size in (8, 32):  # one of the three measured where there is no ONNX Runtime
-        del store.results[plan.latency_jobs("digits")[0]][f"onnx seconds at 128, {size}x{size}"]
+        del store.results[plan.latency_jobs("digits")[0]][f"seconds at 128, {size}x{size}, in ONNX Runtime"]
     assert results.page(store) == page
+    for job in plan.latency_jobs("digits"):  # and all of them
+        store.results[job].pop("seconds at 128, 8x8, in ONNX Runtime", None)
+    assert results.page(store) == page.replace(in_runtime.format(8), "")
 
 
 def test_latency_is_measured_once_and_with_memory_that_stays(store, monkeypatch):
