@@ -10,10 +10,9 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from timm_eps.eps_resnet import PoolPadShortcut
+from timm_eps.eps_resnet import make_shortcuts_convolutions
 
 STEPS = 10  # of the bisection
 # The narrowest layers have 16 channels; with no whole one left, Torch-Pruning leaves them as they are.
@@ -65,16 +64,8 @@ def without(body: nn.Module, ratio: float, images: Tensor) -> nn.Module:
     return pruned
 
 
-@torch.no_grad()
 def plain(body: nn.Module) -> nn.Module:
-    """A CIFAR network with convolutions as shortcuts, which computes the same."""
+    """A copy of a CIFAR network with convolutions as shortcuts, which computes the same."""
     body = copy.deepcopy(body)
-    for stage in body.stages:
-        for block in stage.blocks:
-            if isinstance(block.downsample, PoolPadShortcut):
-                inner, outer = block.conv1.in_channels, block.conv1.out_channels
-                convolution = nn.Conv2d(inner, outer, 1, bias=False).to(block.conv1.weight.device)
-                before = (outer - inner) // 2
-                convolution.weight.copy_(torch.eye(outer, inner).roll(before, 0)[:, :, None, None])
-                block.downsample = nn.Sequential(block.downsample.pool, convolution)
+    make_shortcuts_convolutions(body)
     return body

@@ -100,7 +100,7 @@ class InOnnxRuntime(nn.Module):
         # Or the threads of one session wait in a loop while another one is measured.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         with tempfile.TemporaryDirectory() as directory:
-            path = f"{directory}/model.onnx"
+            body, path = channels.plain(body), f"{directory}/model.onnx"  # as timm_eps writes ONNX files
             torch.onnx.export(body, (images,), path, input_names=["images"], dynamo=True, verbose=False)
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -15,7 +15,7 @@ from torch import nn
 import timm_eps
 from timm_eps import EpsilonGate
 from timm_eps.branches import gates
-from timm_eps.eps_resnet import PoolPadShortcut
+from timm_eps.eps_resnet import PoolPadShortcut, make_shortcuts_convolutions
 
 DEPTHS = [20, 32, 44, 56, 110, 200, 302, 500, 752]
 NAMES = [f"eps_resnet{depth}" for depth in DEPTHS]
@@ -97,6 +97,16 @@ def test_pool_pad_shortcut():
     assert not y[:, :8].any()
     assert not y[:, 24:].any()
     torch.testing.assert_close(y[:, 8:24, 0, 0], x[:, :, :2, :2].mean((2, 3)))
+
+
+@pytest.mark.parametrize("removed", [[], SLOTS[3:7:3]], ids=["whole", "first blocks of stages removed"])
+def test_shortcuts_as_convolutions(removed):
+    model = timm.create_model("eps_resnet20", removed=removed, channels=(4, 9, 16)).double().eval()
+    x = torch.randn(2, 3, 15, 13, dtype=torch.float64)
+    expected = model(x)
+    make_shortcuts_convolutions(model)
+    assert not any(isinstance(module, PoolPadShortcut) for module in model.modules())
+    assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -46,6 +46,7 @@ class PoolPadShortcut(nn.Module):
 
     def __init__(self, in_chs: int, out_chs: int) -> None:
         super().__init__()
+        self.in_chs, self.out_chs = in_chs, out_chs
         self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
         before = (out_chs - in_chs) // 2
         self.padding = (0, 0, 0, 0, before, out_chs - in_chs - before)
@@ -53,8 +54,23 @@ class PoolPadShortcut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.pad(self.pool(x), self.padding)
 
+    @torch.no_grad()
+    def as_convolution(self) -> nn.Sequential:
+        """Pooling and a 1x1 convolution of zeros and ones, which compute the same."""
+        convolution = nn.Conv2d(self.in_chs, self.out_chs, 1, bias=False)
+        convolution.weight.copy_(torch.eye(self.out_chs, self.in_chs).roll(self.padding[4], 0)[:, :, None, None])
+        return nn.Sequential(self.pool, convolution)
+
     def extra_repr(self) -> str:
         return f"padding={self.padding}"
+
+
+def make_shortcuts_convolutions(body: nn.Module) -> None:
+    """Change a network, in place, to one that computes the same without padding channels, which some tools cannot."""
+    like = next(body.parameters())
+    for path, module in list(body.named_modules()):
+        if isinstance(module, PoolPadShortcut):
+            body.set_submodule(path, module.as_convolution().to(like))
 
 
 class PreActBasic(nn.Module):

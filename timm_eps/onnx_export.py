@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .branches import probe_batch, timm_body
+from .eps_resnet import make_shortcuts_convolutions
 from .surgery import collapsed_copy
 
 __all__ = ["check_installed", "write_onnx"]
@@ -34,6 +35,8 @@ def write_onnx(model: nn.Module, path: str | os.PathLike) -> None:
     """
     check_installed()
     body = timm_body(collapsed_copy(model)).cpu().float()
+    # ONNX Runtime leaves its layout of blocked channels where channels are padded, and in each sum of that stage.
+    make_shortcuts_convolutions(body)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     torch.onnx.export(
         body,
