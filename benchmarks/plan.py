@@ -11,7 +11,7 @@ from timm_eps.train_arguments import used_arguments
 SLOW = (
     "dense_without_side", "dense_with_as_many_epochs", "other_criterion", "budget_with_dense_compute", "other_pace",
     "other_pace_with_dense_compute", "smaller_budget", "scratch_with_dense_compute", "shallow_with_dense_compute",
-    "stochastic_depth", "torch_pruning_to_latency",
+    "finetuned", "stochastic_depth", "torch_pruning_to_latency",
 )  # fmt: skip
 
 # What is changed, to which values; all else is the recipe of the digits. Restarts: the paper's, scaled to 60 epochs.
