@@ -136,7 +136,7 @@ def speed_table(store: Store, data: str) -> list[str]:
     """What the structure promises against what it gives, by every way of carrying it out that was measured."""
     results = found(store, latency_jobs(data))
     sizes = [f"{side}x{side}" for side in COMPARISONS[data].sides]
-    ways = list(dict.fromkeys(name for ways in WAYS.values() for name in ways))
+    ways = WAYS["cpu"] | WAYS["cuda"]
     measured = [(size, 128, name, f"seconds at 128, {size}{name}") for size in sizes for name in ways]
     lines = [
         "| | batch | native over pruned, as loaded | reparameterized | speed-up, as loaded | reparameterized "
@@ -145,7 +145,7 @@ def speed_table(store: Store, data: str) -> list[str]:
     ]
 
     def quotient(runs: list[dict[str, float]], above: str, below: str) -> Values:
-        """Of two networks' latency; of none that a runtime is not measured with."""
+        """Of two networks' figures, of the runs that have both: a runtime is not measured with all networks."""
         return [seconds[above] / seconds[below] for seconds in runs if {above, below} <= seconds.keys()]
 
     for size, batch, name, key in [*measured, (sizes[0], 1, "", "seconds at 1")]:
