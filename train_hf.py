@@ -63,7 +63,7 @@ from timm_eps import (
 from timm_eps.branches import gates
 from timm_eps.cuda_graphs import GraphedPasses
 from timm_eps.distributed import rewrap
-from timm_eps.eps_resnet import is_cifar_network
+from timm_eps.names import is_cifar_network
 from timm_eps.sync_batchnorm import synchronize_batchnorm
 from timm_eps.train_arguments import binding_arguments, hub_id, on_digits, parse_arguments, used_arguments
 
