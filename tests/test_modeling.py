@@ -118,7 +118,7 @@ def test_without_side_supervision(images, labels):
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan])
 def test_bad_side_loss_weight(weight):
-    with pytest.raises(ValueError, match="side_loss_weight must be at least 0"):
+    with pytest.raises(ValueError, match="side_loss_weight must be a finite number of at least 0"):
         tiny_config(side_loss_weight=weight)
 
 
@@ -369,16 +369,18 @@ def test_tampered_structure(model, tmp_path):
         ):
             load()
     tamper(tmp_path, model_args={"removed": SLOTS[:1]})
-    with pytest.raises(RuntimeError, match="Missing key"):
-        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    for auto in (AutoModelForImageClassification, AutoModel):
-        with pytest.raises(
-            ValueError, match=r"with 1 removed blocks: they lack 'timm_model\.stages\.0\.blocks\.2\.conv1"
-        ):
-            auto.from_pretrained(tmp_path)
+    loaders = (
+        lambda: timm.create_model(f"local-dir:{tmp_path}", pretrained=True),
+        lambda: AutoModelForImageClassification.from_pretrained(tmp_path),
+        lambda: AutoModel.from_pretrained(tmp_path),
+    )
+    for load in loaders:
+        with pytest.raises(ValueError, match=r"lacks 'stages\.0\.blocks\.2\.conv1"):
+            load()
     tamper(tmp_path, model_args={"removed": SLOTS})
-    with pytest.raises(ValueError, match=r"with 9 removed blocks: they also hold"):
-        AutoModelForImageClassification.from_pretrained(tmp_path)
+    for load in loaders:
+        with pytest.raises(ValueError, match="also holds"):
+            load()
 
 
 def test_config_without_architecture(model, tmp_path):
@@ -386,7 +388,7 @@ def test_config_without_architecture(model, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     del config["architecture"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="names no 'architecture'"):
+    with pytest.raises(ValueError, match="has no field 'architecture'"):
         AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
@@ -424,5 +426,7 @@ def test_compiled_in_training(model, images, labels):
 
 
 def test_closed_gates_of_another_network():
-    with pytest.raises(ValueError, match=r"closed lists 'stages\.9\.blocks\.0\.drop_path', which this eps_resnet20"):
-        EpsResNetForImageClassification(tiny_config(closed=["stages.9.blocks.0.drop_path"]))
+    with pytest.raises(ValueError, match=r"closed names 'stages\.9\.blocks\.0\.drop_path', where this EpsResNet"):
+        EpsResNetForImageClassification(tiny_config(model_args={"closed": ["stages.9.blocks.0.drop_path"]}))
+    with pytest.raises(ValueError, match=r"model_args\['closed'\]"):
+        tiny_config(closed=["stages.0.blocks.0.drop_path"])

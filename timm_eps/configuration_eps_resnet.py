@@ -62,6 +62,8 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
     base_model: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if "closed" in kwargs:
+            raise ValueError(f"closed={shortened(kwargs['closed'])} belongs into model_args['closed'].")
         if self.architecture != twin_name(self.architecture):
             raise ValueError(
                 f"architecture {self.architecture!r} has no gates; its twin is {twin_name(self.architecture)!r}."
@@ -135,7 +137,8 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         fields = {**super().to_dict(), "label_names": [labels[number] for number in sorted(labels)]}
         # As it reads once it was stored, where timm's tuples are lists.
         fields["pretrained_cfg"] = json.loads(json.dumps(fields["pretrained_cfg"]))
-        left_out = {n for n in ("weights_sha256", "base_model", "out_features", "out_indices") if not fields[n]}
+        left_out = {name for name in ("base_model", "out_features", "out_indices") if not fields[name]}
+        left_out.add("weights_sha256")  # who writes a file of weights notes its digest
         # A repository with code of its own says so here, but that code is not part of the model.
         left_out |= {"auto_map", "image_processor_type"}
         return {name: value for name, value in fields.items() if name not in left_out}

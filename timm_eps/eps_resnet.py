@@ -32,6 +32,7 @@ from .gate import EpsilonGate
 from .names import CIFAR_DEPTHS
 from .stored import create_stored, set_closed
 from .surgery import replay_removed
+from .wrapping import guard_saving
 
 __all__ = ["EpsResNet"]  # register_model adds the entrypoints
 
@@ -235,6 +236,7 @@ class EpsResNet(nn.Module):
         if removed:
             replay_removed(self, removed)
         set_closed(self, closed)
+        guard_saving(self)
         self.init_weights()
 
     @torch.jit.ignore

@@ -202,8 +202,9 @@ def _check_remote_code(body: nn.Module) -> None:
             "timm_eps.export_timm writes such a network for machines without this package."
         )
     known = EpsResNetConfig.from_timm(body)
+    model_args = {name: value for name, value in known.model_args.items() if name != "closed"}  # not written
     # Raises if it cannot build the network.
-    _ = standalone.EpsResNetConfig(architecture=known.architecture, model_args=known.model_args).network
+    _ = standalone.EpsResNetConfig(architecture=known.architecture, model_args=model_args).network
 
 
 def _add_remote_code(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -165,14 +166,14 @@ class TransformersFiles(NamedTuple):
     Attributes:
         config: Content of ``config.json``, checked.
         weights: Paths of the safetensors files; empty where only transformers can find them.
-        model_args: Arguments of the network that is built: the caller's, if a configuration was passed.
-        architecture: Its name.
+        described: Configuration of the network that is built: the caller's, if one was passed.
+        name: First argument of ``from_pretrained``.
     """
 
     config: dict[str, Any]
     weights: list[Path]
-    model_args: dict[str, Any]
-    architecture: str
+    described: Any
+    name: Any
 
     @classmethod
     def of(cls, config_class: Any, name: Any, kwargs: dict[str, Any]) -> TransformersFiles | None:
@@ -183,7 +184,7 @@ class TransformersFiles(NamedTuple):
             name: First argument of ``from_pretrained``.
             kwargs: Its keyword arguments.
         """
-        where = {key: kwargs[key] for key in _HUB_KEYWORDS if kwargs.get(key) is not None}
+        where = _where(kwargs)
         path = cached_file(name, CONFIG, _raise_exceptions_for_missing_entries=False, **where)
         if path is None:
             return None
@@ -196,7 +197,7 @@ class TransformersFiles(NamedTuple):
         else:
             found = cached_file(name, WEIGHTS, _raise_exceptions_for_missing_entries=False, **where)
             weights = [] if found is None else [Path(found)]
-        return cls(config, weights, described.model_args, described.architecture)
+        return cls(config, weights, described, name)
 
     @property
     def num_classes(self) -> int:
@@ -207,7 +208,26 @@ class TransformersFiles(NamedTuple):
     def closed(self) -> list[str]:
         """Slots of the gates that are closed in the stored network."""
         noted = [slot for path in self.weights for slot in closed_in(_names(path))]
-        return sorted({*noted, *(self.model_args.get("closed") or ())})
+        return sorted({*noted, *(self.described.model_args.get("closed") or ())})
+
+    def with_open_gates(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments for ``from_pretrained`` under which the network is built with open gates.
+
+        transformers asks the file for every entry of the network's state dict, and closed gates have one.
+
+        Args:
+            kwargs: Those of the caller.
+        """
+        if not self.described.model_args.get("closed"):
+            return kwargs
+        kwargs = dict(kwargs)
+        config = copy.deepcopy(kwargs.pop("config", None))
+        if config is None:
+            where = _where(kwargs)
+            config, rest = type(self.described).from_pretrained(self.name, return_unused_kwargs=True, **kwargs)
+            kwargs = {**rest, **where}
+        config.model_args = {key: value for key, value in config.model_args.items() if key != "closed"}
+        return {**kwargs, "config": config}
 
     def check(self, *, replaces_classifier: bool) -> None:
         """Compare the weights with the network that the configuration describes.
@@ -220,7 +240,9 @@ class TransformersFiles(NamedTuple):
         """
         if not self.weights:
             return
-        expected, classifier, may_lack = stored_layout(self.architecture, self.model_args, self.num_classes)
+        expected, classifier, may_lack = stored_layout(
+            self.described.architecture, self.described.model_args, self.num_classes
+        )
 
         def adapt(found: dict[str, Layout]) -> dict[str, Layout]:
             plain = {name.removeprefix(_WRAPPER): layout for name, layout in without_closed(found).items()}
@@ -236,6 +258,10 @@ class TransformersFiles(NamedTuple):
             adapt=adapt,
             sha256=self.config.get("weights_sha256"),
         )
+
+
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in _HUB_KEYWORDS if kwargs.get(key) is not None}
 
 
 def _names(path: Path) -> dict[str, None]:

@@ -41,6 +41,7 @@ from .side_supervision import Tap, half_depth, new_side_head
 from .stored import set_closed
 from .surgery import add_gates, collapsed_copy, record_structure, removed_slots
 from .weight_checks import check_numbers
+from .wrapping import recorded
 
 __all__ = [
     "EpsResNetBackbone",
@@ -103,12 +104,14 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         asked = bool(kwargs.get("ignore_mismatched_sizes")) or (stored is not None and not stored.num_classes)
         if stored is not None:
             stored.check(replaces_classifier=asked or cls.is_headless)
+            kwargs = stored.with_open_gates(kwargs)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         if kwargs.get("state_dict") is None:
             _check_blocks(model, info, replaces_classifier=asked)
         if stored is not None:
             set_closed(model, stored.closed)
+            record_structure(model)
         # transformers leaves CPU weights in the mapped file, at odd addresses, where kernels for single images sum in
         # another order than at aligned ones: logits would differ from timm's and the live model's in the last bits.
         for tensor in (*model.parameters(), *model.buffers()):
@@ -123,6 +126,11 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
             state_dict = {key if key.startswith(own) else f"timm_model.{key}": v for key, v in state_dict.items()}
         whole = any(key.startswith("timm_model.") for key in state_dict)
         return nn.Module.load_state_dict(self if whole else self.timm_model, state_dict, *args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`torch.nn.Module.state_dict`; a closed gate has an entry of its own."""
+        with recorded(self.timm_model):
+            return super().state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -93,8 +93,8 @@ def stored_layout(
 ) -> tuple[dict[str, Layout], set[str], set[str]]:
     """Layout that stored weights should have, the names of the classifiers' tensors, and those that may be missing.
 
-    Which tensors go with a removed branch shows when the pruned network is built. That takes seconds, and comes later
-    anyway, when the weights are loaded; only a large network is built without memory first.
+    Which tensors go with a removed branch shows when the pruned network is built. For a twin that takes seconds, and
+    comes later anyway, when the weights are loaded; only a large one is built without memory first.
 
     Args:
         architecture: As for :func:`dense_layout`.
@@ -104,7 +104,8 @@ def stored_layout(
     expected, classifier = dense_layout(architecture, model_args, num_classes)
     if not (model_args or {}).get("removed"):
         return expected, classifier, set()
-    if 4 * sum(math.prod(layout.shape) for layout in expected.values()) < _LARGE:
+    is_small = 4 * sum(math.prod(layout.shape) for layout in expected.values()) < _LARGE
+    if is_small and not is_cifar_network(architecture):
         return expected, classifier, set(expected)
     with torch.device("meta"):
         pruned = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **(model_args or {}))
@@ -199,7 +200,9 @@ class StoredModel(NamedTuple):
             adapt=without_closed,
             sha256=config.get("weights_sha256"),
         )
-        tensors: dict[str, Tensor] = {}
+        # Weights that say nothing of a gate are of a network in which it was open.
+        closed = (config.get("model_args") or {}).get("closed") or ()
+        tensors = {f"{slot}{_CLOSED}": torch.ones((), dtype=torch.bool) for slot in closed}
         for path in files:
             tensors |= load_file(path)
         return tensors

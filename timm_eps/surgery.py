@@ -23,6 +23,7 @@ from .config_checks import check_slots, shortened
 from .gate import EpsilonGate, check_epsilon
 from .names import twin_name
 from .tracing import tensors
+from .wrapping import guard_saving
 
 __all__ = [
     "add_gates",
@@ -73,6 +74,7 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
     for slot, reason in refused.items():
         level = logging.INFO if reason == UNUSED else logging.WARNING
         _logger.log(level, "No gate at %s of %s: %s.", slot, type(body).__name__, reason)
+    guard_saving(body)
     found = gates(body)
     if not found:
         why = "; ".join(f"{slot}: {reason}" for slot, reason in refused.items()) or "it has no stochastic-depth slot"
