@@ -111,7 +111,5 @@ def try_tools(name: str, arguments: dict[str, Any]) -> dict[str, dict[str, str |
         training = tool is traced_in_training
         if obstacle(tool, models["plain"], images, training=training) is None:
             others = {state: model for state, model in models.items() if state != "plain"}
-            found[label] = {
-                state: obstacle(tool, model, images, training=training) for state, model in others.items()
-            }
+            found[label] = {state: obstacle(tool, model, images, training=training) for state, model in others.items()}
     return found

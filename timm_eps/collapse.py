@@ -181,9 +181,7 @@ def _passing(calls: list[Call]) -> Callable[[nn.Module], nn.Module] | None:
         if not isinstance(calls[0].output, Tensor):
             return None
         take = 0  # of another shape: the block must do with it, or keeps the module
-    return lambda old: _like(
-        old, nn.Identity() if take == 0 and _takes_one(old) else Passthrough(_class_of(old), take)
-    )
+    return lambda old: _like(old, nn.Identity() if take == 0 and _takes_one(old) else Passthrough(_class_of(old), take))
 
 
 def _taken(args: tuple, output: Any) -> int | tuple[int, ...] | None:

@@ -166,6 +166,7 @@ class EpsilonGate(nn.Module):
             self.measure_importance()  # copies have no hooks
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EpsilonGate":
+        """What ``to``, ``half`` and their like do; torch's own recurrent layers override it for the same reason."""
         super()._apply(fn, recurse)
         if self.threshold.dtype != torch.float32:
             self.threshold = torch.full_like(self.threshold, self._epsilon, dtype=torch.float32)
@@ -177,7 +178,7 @@ class EpsilonGate(nn.Module):
         self.reset_response()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an "and"
             if isinstance(x, Proxy) and getattr(x.tracer, "root", self) is not self:
                 # What follows depends on numbers, which a trace by torch.fx has not: its graph calls this module.
                 return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})

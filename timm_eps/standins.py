@@ -50,8 +50,9 @@ class Passthrough(nn.Module):
         take: Positions of the arguments that it returns: a tuple of them unless it is a number.
     """
 
-    def __new__(cls, like: type[nn.Module], take: int | tuple[int, ...] = 0) -> "Passthrough":
-        return super().__new__(_written(Passthrough, like, take))
+    def __new__(cls, like: Any, take: int | tuple[int, ...] = 0) -> "Passthrough":
+        written: type[Passthrough] = _written(Passthrough, like, take)
+        return super().__new__(written)
 
     def __init__(self, like: type[nn.Module], take: int | tuple[int, ...] = 0) -> None:
         super().__init__()
@@ -72,8 +73,9 @@ class Chain(nn.Sequential):
         like: Class of the module that it replaces.
     """
 
-    def __new__(cls, like: type[nn.Module]) -> "Chain":
-        return super().__new__(_written(Chain, like, None))
+    def __new__(cls, like: Any) -> "Chain":
+        written: type[Chain] = _written(Chain, like, None)
+        return super().__new__(written)
 
     def __init__(self, like: type[nn.Module]) -> None:
         super().__init__()
@@ -84,7 +86,7 @@ class Chain(nn.Sequential):
 
 
 @functools.cache
-def _written(base: type[nn.Module], like: type[nn.Module], take: int | tuple[int, ...] | None) -> type[nn.Module]:
+def _written(base: type, like: Any, take: int | tuple[int, ...] | None) -> type[Any]:
     """A subclass of ``base`` whose ``forward`` has the signature of that of ``like``.
 
     Without ``take`` it runs its children in a row, as TorchScript allows it for the subclasses of ``nn.Sequential``.
