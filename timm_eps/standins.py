@@ -100,7 +100,7 @@ def _written(base: type, like: Any, take: int | tuple[int, ...] | None) -> type[
         body = [f"return {_argument(arguments, take)}"]
     else:
         body = [f"return ({''.join(f'{_argument(arguments, position)}, ' for position in take)})"]
-    forward = _compiled(signature, body)
+    forward = _compiled(signature, body, inspect.unwrap(like.forward).__globals__)
     return type(base.__name__, (base,), {"forward": forward, "__module__": __name__, "__doc__": base.__doc__})
 
 
@@ -114,22 +114,29 @@ def _argument(arguments: list[inspect.Parameter], position: int) -> str:
     raise IndexError(f"no argument has position {position}")
 
 
-def _compiled(signature: inspect.Signature, body: list[str]) -> Callable[..., Any]:
-    """A function ``forward`` of this signature, whose source can be read."""
+def _compiled(signature: inspect.Signature, body: list[str], known: dict[str, Any]) -> Callable[..., Any]:
+    """A function ``forward`` of this signature, whose source can be read.
+
+    An annotation that is a string, as ``from __future__ import annotations`` makes it, is looked up in ``known``.
+    """
     names: dict[str, Any] = {}
 
     def named(value: Any) -> Any:
-        """What stands in the source for an annotation or a default."""
         if value is signature.empty:
             return value
         names[name := f"_{len(names)}"] = value
         return _Name(name)
 
+    def annotation(value: Any) -> Any:
+        try:
+            return named(eval(value, known) if isinstance(value, str) else value)
+        except NameError:  # imported for type checkers alone
+            return signature.empty
+
+    parameters = signature.parameters.values()
     written = signature.replace(
-        parameters=[
-            p.replace(annotation=named(p.annotation), default=named(p.default)) for p in signature.parameters.values()
-        ],
-        return_annotation=named(signature.return_annotation),
+        parameters=[p.replace(annotation=annotation(p.annotation), default=named(p.default)) for p in parameters],
+        return_annotation=annotation(signature.return_annotation),
     )
     source = "\n    ".join([f"def forward{written}:", *body]) + "\n"
     # No file has this name. Whoever asks for the source, as TorchScript and debuggers do, finds it in the cache.
