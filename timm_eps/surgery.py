@@ -168,9 +168,14 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
         the output stays, with a warning.
 
     Raises:
-        ValueError: A slot is unknown or its gate is open.
+        ValueError: A slot is unknown or its gate is open, or the model is on the meta device.
     """
     body = timm_body(model)
+    if any(parameter.is_meta for parameter in body.parameters()):
+        raise ValueError(
+            f"This {type(body).__name__} is on the meta device, where nothing can be computed to prove a removal. Load "
+            "its weights first, or pass the slots as removed= when the model is created, which needs none."
+        )
     slots = set(slots)
     found = gates(body)
     _check_known(slots, found, body)
