@@ -258,6 +258,31 @@ def test_zero_branch_takes_the_sizes_it_was_given():
     assert ZeroBranch((None, None, None))(x.double()).dtype == torch.float64
 
 
+class Picky(timm.models.vision_transformer.Block):
+    """A block that adds nothing but what has the shape of its input, and says so in its own way."""
+
+    error: type[Exception]
+
+    def forward(self, x, **kwargs):
+        branch = self.drop_path1(self.attn(self.norm1(x)))
+        if branch.shape != x.shape:
+            raise self.error("not the shape of the input")
+        return x + branch
+
+
+@pytest.mark.parametrize("error", [AssertionError, AttributeError, KeyError, NotImplementedError, ValueError])
+def test_a_block_refuses_a_single_zero_by_any_error(error):
+    """torch.stack raises an AssertionError for it on the meta device, before torch 2.10."""
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    model.blocks[1] = Picky(model.embed_dim, num_heads=2).eval()
+    model.blocks[1].error = error
+    timm_eps.add_gates(model)
+    close(model, "blocks.1.drop_path1")
+    before = model(probe_batch(model))
+    assert timm_eps.remove_closed(model) == ["blocks.1.drop_path1"]
+    assert torch.equal(model(probe_batch(model)), before)
+
+
 @pytest.mark.parametrize(("name", "slot"), [("resnet18", "layer1.0.drop_path"), ("test_resnet", "layer1.0.drop_path")])
 def test_what_is_left_works_on_nobody_elses_tensor(name, slot):
     """An activation that worked in place on the sum now gets what the stem or the last block put out."""

@@ -86,6 +86,19 @@ def test_side_supervision_outlives_its_block(model, images, labels, checkpointin
     assert losses[0] > F.cross_entropy(model(images).logits, labels)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_tap_of_the_side_head_holds_nothing_after_a_step(model, images, labels, checkpointing):
+    """What it notes holds a whole graph: not of blocks that run again in the backward pass, nor of a failed step."""
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model(images, labels=labels).loss.backward()
+    assert model._tap.take() is None
+    with pytest.raises(IndexError, match="out of bounds"):
+        model(images, labels=labels + 5)
+    model.timm_model(images)
+    assert model._tap.take() is None
+
+
 def test_side_supervision_trains_all(model, images, labels):
     model(images, labels=labels).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []

@@ -284,5 +284,5 @@ def _takes_single_zero(probe: _Probe, calls: list[Call]) -> bool:
     try:
         with torch.no_grad(), probe.answering(lambda x: x.new_zeros(())):
             return all(shapes(call.module(*call.args, **call.kwargs)) == shapes(call.output) for call in calls)
-    except (IndexError, RuntimeError, TypeError, ValueError):
+    except Exception:  # whatever the block's own code, or its torch, raises: torch.stack asserted before 2.10
         return False

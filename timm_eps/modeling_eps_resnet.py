@@ -341,11 +341,13 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
             )
         if not torch.compiler.is_compiling():
             self.follow_structure()  # the network inside may have been pruned on its own
-        with self._tap:
+        self._tap.listen()
+        try:
             output: Any = super().forward(
                 pixel_values, labels=labels, output_hidden_states=output_hidden_states, return_dict=True, **kwargs
             )
-        side, self._tap.output = self._tap.output, None
+        finally:
+            side = self._tap.take()
         output.loss += self.config.side_loss_weight * self.loss_function(labels, self.side_head(side), self.config)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
