@@ -76,8 +76,9 @@ class EpsilonGate(nn.Module):
     The gate has no parameters. An open gate has no entry in the state dict. A closed one has ``closed``, so that no
     copy of the weights can be loaded without it: an ungated network refuses the unknown name.
 
-    The threshold and what the gate measures stay in float32 when the model is converted to another dtype, where a small ε could become 0. An empty batch says nothing. A graph
-    of ``torch.fx`` calls the gate as a module, so that it gates, and follows ``closed``, as the model does.
+    The threshold and what the gate measures stay in float32 when the model is converted to another dtype, where a small
+    ε could become 0. An empty batch says nothing. A graph of ``torch.fx`` calls the gate as a module, so that it gates,
+    and follows ``closed``, as the model does.
 
     Args:
         epsilon: Threshold ε in activation units; 0 never closes.
