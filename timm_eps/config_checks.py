@@ -82,9 +82,14 @@ def _check_whole(name: str, value: object, least: int, most: int) -> None:
         raise _refuse(name, f"a whole number from {least} to {most}", value)
 
 
+def _listed(value: object) -> list[Any]:
+    """The items of a list or tuple; of anything else, one item that fits nowhere."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _check_wholes(name: str, value: object, least: int, most: int, lengths: range) -> None:
     fits = isinstance(value, list | tuple) and len(value) in lengths
-    if not fits or not all(_is_whole(item, least, most) for item in value):  # type: ignore[union-attr]
+    if not fits or not all(_is_whole(item, least, most) for item in _listed(value)):
         count = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         raise _refuse(name, f"a list of {count} whole numbers from {least} to {most}", value)
 
@@ -140,9 +145,9 @@ def check_network(
 
     _check_wholes(named("layers"), layers, 1, _MAX_BLOCKS, range(1, 9))
     _check_wholes(named("channels"), channels, 1, _MAX_CHANNELS, range(1, 9))
-    if len(layers) != len(channels):  # type: ignore[arg-type]
+    if (stages := len(_listed(layers))) != len(_listed(channels)):
         raise ValueError(
-            f"{named('channels')} must have one width for each of the {len(layers)} stages of "  # type: ignore[arg-type]
+            f"{named('channels')} must have one width for each of the {stages} stages of "
             f"layers={shortened(layers)}, got {shortened(channels)}."
         )
     _check_whole(named("in_chans"), in_chans, 1, _MAX_CHANNELS)
@@ -259,10 +264,12 @@ def _check_size(name: str, value: object) -> None:
 
 
 def _check_statistics(name: str, value: object) -> None:
-    fits = isinstance(value, list | tuple) and 1 <= len(value) <= _MAX_CHANNELS
-    if not fits or not all(_is_number(item, -1e6, 1e6) for item in value):  # type: ignore[union-attr]
-        raise _refuse(name, "a list with one finite number for each image channel", value)
-    if name.endswith("['std']") and not all(item > 0 for item in value):  # type: ignore[union-attr]
+    numbers = _listed(value)
+    if not isinstance(value, list | tuple) or len(value) not in range(1, _MAX_CHANNELS + 1):
+        raise _refuse(name, "a list with one number for each image channel", value)
+    if not all(_is_number(number, -1e6, 1e6) for number in numbers):
+        raise _refuse(name, "a list of finite numbers", value)
+    if name.endswith("['std']") and not all(number > 0 for number in numbers):
         raise _refuse(name, "a list of positive numbers", value)
 
 
@@ -272,7 +279,7 @@ def _check_share(name: str, value: object) -> None:
 
 
 def _check_layers_named(name: str, value: object) -> None:
-    for layer in value if isinstance(value, list | tuple) else [value]:
+    for layer in _listed(value):
         _check_text(name, layer, 256)
 
 

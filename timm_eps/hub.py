@@ -202,7 +202,7 @@ def _check_remote_code(body: nn.Module) -> None:
             "timm_eps.export_timm writes such a network for machines without this package."
         )
     known = EpsResNetConfig.from_timm(body)
-    model_args = {name: value for name, value in known.model_args.items() if name != "closed"}  # not written
+    model_args = {name: value for name, value in (known.model_args or {}).items() if name != "closed"}  # not written
     # Raises if it cannot build the network.
     _ = standalone.EpsResNetConfig(architecture=known.architecture, model_args=model_args).network
 
@@ -223,7 +223,7 @@ def _add_remote_code(directory: Path) -> None:
 def _as_transformers(
     model: nn.Module, label_names: Sequence[str] | Mapping[int, str] | None
 ) -> EpsResNetPreTrainedModel:
-    body = timm_body(model)
+    body: Any = timm_body(model)
     labels: dict[str, Any] = {}
     if label_names is not None:
         names = check_label_names("label_names", label_names, body.num_classes)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -271,7 +272,7 @@ def _check_stored(name: Any, kwargs: dict[str, Any]) -> set[str]:
     with torch.device("meta"):
         network = (EpsResNetForImageClassification if stored.get("num_classes") else EpsResNetModel)(config)
     root = os.path.join(str(name), kwargs.get("subfolder") or "")
-    files = weight_files(root) if os.path.isdir(root) else [cached_file(name, WEIGHTS, **where)]
+    files = weight_files(root) if os.path.isdir(root) else [Path(str(cached_file(name, WEIGHTS, **where)))]
     classifier = {"head.fc.weight", "head.fc.bias"}
     is_replaced = bool(kwargs.get("ignore_mismatched_sizes")) or not stored.get("num_classes")
 
