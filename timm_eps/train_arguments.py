@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     source("--dataloader_num_workers", type=at_least(0), default=0, help="processes that read large images")
     gate = parser.add_argument_group("gates").add_argument
     gate("--keep", type=fraction_or_number, help="share (0.25) or number (14) of branches to keep; default 0.25")
-    gate("--epsilon", type=float, help="the paper's fixed threshold instead of --keep")
+    gate("--epsilon", type=finite, help="the paper's fixed threshold instead of --keep")
     gate("--no_gates", action="store_true", help="train the dense network only")
     gate("--epsilon_warmup_epochs", type=at_least(0), default=4, help="epochs with all gates open first")
     gate("--ramp_epochs", type=at_least(0), default=8, help="with --keep: epochs from there to the full budget")
@@ -202,6 +203,12 @@ def steps_or_epoch(text: str) -> int | str:
 def share(text: str) -> float:
     if not 0 <= (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
     return value
 
 
