@@ -89,7 +89,7 @@ def test_warmup_holds_epsilon_at_zero(model):
     seen = []
     for _ in range(4):
         seen.append({gate.epsilon for gate in gates(model).values()})
-        respond(model, {}, default=0.1)
+        respond(model, {SLOTS[0]: 9.0, SLOTS[1]: 9.0}, default=0.1)
         pruner.step()
     assert seen == [{0.0}, {0.0}, {2.5}, {2.5}]
 

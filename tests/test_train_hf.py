@@ -322,7 +322,7 @@ def test_fixed_epsilon_without_live_removal(tmp_path):
          "--side_loss_weight", "0", "--output_dir", str(tmp_path)]
     )  # fmt: skip
     assert results["epsilon"] == 1000
-    assert results["blocks_kept"] == 0, "removed at the end, with the save"
+    assert results["blocks_kept"] == 1, "removed at the end, with the save, but for the last one"
 
 
 @pytest.mark.parametrize(("given", "threads"), [([], 2), (["--num_threads", "1"], 1)])

@@ -17,7 +17,7 @@ from .interruption import InterruptionError, sigterm_as_exception
 __all__ = ["MISFIT_ERRORS", "NETWORK_ERRORS", "WRITE_ERRORS", "as_script", "one_line", "reading_images"]
 
 # What the HTTP library of huggingface_hub raises: httpx, or the one after it. Not all of it is an OSError.
-_HTTP_ERRORS = tuple(
+_HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
     base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("httpx") and issubclass(base, Exception)
 )
 NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *_HTTP_ERRORS)
@@ -86,5 +86,5 @@ def as_script(name: str) -> Iterator[None]:
     except KeyboardInterrupt as stopped:
         print(f"{name}: Stopped by {stopped or 'SIGINT'}.", file=sys.stderr)
         raise SystemExit(143 if str(stopped) else 130) from None
-    except (ValueError, ImportError, *NETWORK_ERRORS) as error:
+    except (ValueError, ImportError, OSError, *_HTTP_ERRORS) as error:
         raise SystemExit(f"{name}: error: {one_line(error, limit=2000)}.") from error

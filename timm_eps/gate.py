@@ -194,6 +194,6 @@ def check_epsilon(value: float) -> float:
     largest = torch.finfo(torch.float32).max
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= largest:
         raise ValueError(
-            f"epsilon must be a number of at least 0 (0 keeps every gate open) and at most {largest:.1e}, got {value!r}."
+            f"epsilon must be a number of at least 0 (0 keeps every gate open), at most {largest:.1e}, got {value!r}."
         )
     return float(value)

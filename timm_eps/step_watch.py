@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ class StepWatch:
 
     def __init__(self, processes: int, device: torch.device) -> None:
         # Of its own, on CPUs: the other collectives may be NCCL's, whose results are on the GPU.
-        self._group = dist.new_group(backend="gloo") if processes > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if processes > 1 else None
         self._exchanged: tuple[dist.Work, Tensor] | None = None
         self._host = torch.zeros((), pin_memory=True) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
