@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 
 from .interruption import InterruptionError, sigterm_as_exception
 
-__all__ = ["MISFIT_ERRORS", "NETWORK_ERRORS", "WRITE_ERRORS", "as_script", "one_line", "reading_images"]
+__all__ = ["HTTP_ERRORS", "MISFIT_ERRORS", "NETWORK_ERRORS", "WRITE_ERRORS", "as_script", "one_line", "reading_images"]
 
 # What the HTTP library of huggingface_hub raises: httpx, or the one after it. Not all of it is an OSError.
-_HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
+HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
     base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("httpx") and issubclass(base, Exception)
 )
-NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *_HTTP_ERRORS)
+NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *HTTP_ERRORS)
+_TOLD_ERRORS: tuple[type[Exception], ...] = (ValueError, ImportError, *NETWORK_ERRORS)
 # torch writes with C++, safetensors with Rust: their errors are no OSErrors either.
 WRITE_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, SafetensorError)
 # What a file of another structure, or of none, is answered with by those who read it.
@@ -86,5 +87,5 @@ def as_script(name: str) -> Iterator[None]:
     except KeyboardInterrupt as stopped:
         print(f"{name}: Stopped by {stopped or 'SIGINT'}.", file=sys.stderr)
         raise SystemExit(143 if str(stopped) else 130) from None
-    except (ValueError, ImportError, OSError, *_HTTP_ERRORS) as error:
+    except _TOLD_ERRORS as error:
         raise SystemExit(f"{name}: error: {one_line(error, limit=2000)}.") from error

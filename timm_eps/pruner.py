@@ -161,7 +161,7 @@ class EpsilonPruner:
         found[strongest].closed = False
         self._streaks[strongest] = 0
         _logger.warning(
-            "epsilon=%g would close all %d branches that are left: %s, which has the largest response (%g), stays open. "
+            "epsilon=%g would close all %d branches that are left: %s, whose response (%g) is the largest, stays open. "
             "Lower epsilon to keep more.",
             self.epsilon,
             len(found),
