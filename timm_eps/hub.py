@@ -35,7 +35,7 @@ from . import standalone
 from .branches import gates, timm_body
 from .configuration_eps_resnet import EpsResNetConfig
 from .eps_resnet import EpsResNet
-from .hub_commit import asking, commit_files
+from .hub_commit import NOTHING, asking, commit_files
 from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel, EpsResNetPreTrainedModel
 from .names import base_name
 from .onnx_export import write_onnx
@@ -190,14 +190,13 @@ def push_to_hub(
     has been asked again.
     """
     api = HfApi(token=token)
-    nothing = "Nothing of the model was published"
     with tempfile.TemporaryDirectory() as name:
         # What is wrong with the model shows before anything is made on the Hub; the card needs the name in full.
-        with asking(api, nothing):
+        with asking(api, NOTHING):
             owner = "" if "/" in repo_id else f"{api.whoami()['name']}/"
         save_pretrained(model, name, repo_id=owner + repo_id, **saving)
         paths = {path.relative_to(name).as_posix(): path for path in Path(name).rglob("*") if path.is_file()}
-        with asking(api, nothing):
+        with asking(api, NOTHING):
             full_name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None:
                 api.create_branch(full_name, branch=revision, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha1
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -12,8 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .failures import HTTP_ERRORS, one_line
 
-__all__ = ["asking", "commit_files"]
+__all__ = ["NOTHING", "asking", "commit_files"]
 
+NOTHING = "Nothing of the model was published"
 # What the client raises if the answer is cut off or is not the Hub's, such as the page of a proxy.
 _UNREADABLE: tuple[type[Exception], ...] = (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError)
 _ON_THE_WAY: tuple[type[Exception], ...] = (*HTTP_ERRORS, *_UNREADABLE, RuntimeError)
@@ -60,23 +61,35 @@ def commit_files(
         HfHubHTTPError, ConnectionError, RuntimeError: As of :func:`asking`. The text says that nothing was published,
             or that it is not known.
     """
+    additions = [each for each in operations if isinstance(each, CommitOperationAdd)]
+    with asking(api, NOTHING):  # apart from the commit, as it is certain that a failure here publishes nothing
+        api.preupload_lfs_files(repo_id, additions, revision=revision, free_memory=False)
     try:
         return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     except _OF_A_COMMIT as error:
         branch = revision or "main"
-        try:
-            tip = api.repo_info(repo_id, revision=branch).sha
-            assert tip is not None, "the Hub names the commit of a branch"
-            is_there = _is_at(api, repo_id, operations, tip)
-        except _OF_A_COMMIT:
+        tip, is_there = _look(api, repo_id, operations, branch)
+        if tip is None:
             where = f"{api.endpoint}/{repo_id}/commits/{branch}"
             fact = f"Whether the model was published is not known, as the Hub cannot be asked; look at {where}"
             raise _told(api, error, fact) from None
         if not is_there:
-            raise _told(api, error, "The commit is not on the Hub: nothing of the model was published") from None
+            raise _told(api, error, f"The commit is not on the Hub. {NOTHING}") from None
         return CommitInfo(
             commit_url=f"{api.endpoint}/{repo_id}/commit/{tip}", commit_message=message, commit_description="", oid=tip
         )
+
+
+def _look(
+    api: HfApi, repo_id: str, operations: Sequence[CommitOperationAdd | CommitOperationDelete], branch: str
+) -> tuple[str | None, bool]:
+    """The last commit of a branch, None if the Hub does not say, and whether the operations have been applied."""
+    for _ in range(2):  # the client's connection may be closed, which shows when it is used again
+        with suppress(*_OF_A_COMMIT):
+            tip = api.repo_info(repo_id, revision=branch).sha
+            assert tip is not None, "the Hub names the commit of a branch"
+            return tip, _is_at(api, repo_id, operations, tip)
+    return None, False
 
 
 def _is_at(
