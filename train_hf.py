@@ -596,6 +596,8 @@ class Training:
             state["progress"], epochs=self.args.num_train_epochs, batches=len(self.batches), accumulated=accumulated
         )
         check_like(state["scheduler"], self.scheduler.state_dict(), "scheduler")
+        if not 0 <= state["scheduler"]["last_epoch"] <= progress.step:
+            raise ValueError(f"scheduler.last_epoch must be 0 to {progress.step}")
         if self.pruner:  # the weights fit the smaller structure only
             check_pruner(state["pruner"], progress.epoch)
             self.pruner.load_state_dict(state["pruner"])
