@@ -141,6 +141,8 @@ def test_config_file_and_flags(tmp_path):
         (["--color_jitter", "0.1", "0.1", "0.1"], "--color_jitter goes with --augmentation resized_crop"),
         (["--nesterov", "--optimizer", "adamw"], "--nesterov goes with --optimizer sgd"),
         (["--steps_per_epoch", "9", "--streaming"], "--steps_per_epoch and --streaming exclude each other"),
+        (["--epsilon", "inf"], "--epsilon: must be finite, got inf"),
+        (["--epsilon", "nan"], "--epsilon: must be finite, got nan"),
         (["--epsilon", "1", "--criterion", "importance"], "--criterion importance goes with --keep"),
         (["--report_to", "tensorboard"], "--report_to goes with --with_tracking"),
         (["--logging_steps", "5"], "--logging_steps goes with --with_tracking"),
