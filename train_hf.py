@@ -65,9 +65,9 @@ from timm_eps.branches import gates
 from timm_eps.cuda_graphs import GraphedPasses
 from timm_eps.directory_lock import locked
 from timm_eps.distributed import rewrap
-from timm_eps.eps_resnet import is_cifar_network
 from timm_eps.failures import NETWORK_ERRORS, WRITE_ERRORS, as_script, one_line, reading_images
 from timm_eps.interruption import Interruption, InterruptionError
+from timm_eps.names import is_cifar_network
 from timm_eps.process_state import all_finite, check_random_states, load_own, save_own
 from timm_eps.step_watch import StepWatch
 from timm_eps.sync_batchnorm import synchronize_batchnorm

@@ -68,7 +68,8 @@ class EpsilonGate(nn.Module):
     response since it was last reset. In evaluation the batch is never looked at: ``closed`` alone decides, so the
     output for one image cannot depend on its neighbours.
 
-    The gate has no parameters and no entries in the state dict.
+    The gate has no parameters. An open gate has no entry in the state dict. A closed one has ``closed``, so that no
+    copy of the weights can be loaded without it: an ungated network refuses the unknown name.
 
     Args:
         epsilon: Threshold ε in activation units; 0 never closes.
@@ -156,6 +157,34 @@ class EpsilonGate(nn.Module):
         super().__setstate__(state)
         if self.gain is not None:
             self.measure_importance()  # copies have no hooks
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.closed:
+            destination[f"{prefix}closed"] = torch.ones((), dtype=torch.bool, device=self.threshold.device)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}closed"
+        if key in state_dict:
+            self.closed = bool(state_dict[key])
+            state_dict = {name: value for name, value in state_dict.items() if name != key}
+        elif strict or local_metadata:
+            # The weights of a whole model, in which this gate was open.
+            self.closed = False
+        elif self.closed:
+            missing_keys.append(key)  # maybe the weights of a part, which say nothing about this gate
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def init_non_persistent_buffers(self) -> None:
         """Give the buffers their values after they were materialised from the meta device (timm's convention)."""

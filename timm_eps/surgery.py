@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .branches import UNUSED, branch_ends, evaluating, find_slots, gates, probe_batch, timm_body
 from .collapse import Plan, plan_collapse
+from .config_checks import check_slots, shortened
 from .gate import EpsilonGate, check_epsilon
 from .names import twin_name
 from .tracing import tensors
@@ -31,6 +32,7 @@ __all__ = [
     "collapsed_copy",
     "natural_order",
     "param_groups",
+    "record_structure",
     "remove",
     "remove_closed",
     "removed_slots",
@@ -205,7 +207,7 @@ def replay_removed(model: nn.Module, removed: Iterable[str]) -> None:
         ValueError: A path is not a slot of this model, or names a branch around another one that is not named.
     """
     body = timm_body(model)
-    slots = _check_slot_list(removed)
+    slots = set(check_slots("removed", removed))
     found = gates(body)
     _check_known(slots, found, body)
     if not slots:
@@ -255,22 +257,35 @@ def same_outputs(some: Any, others: Any) -> bool:
 
 
 def _record(model: nn.Module, removed: Iterable[str]) -> None:
-    """Note the structure where timm's own ``save_for_hf``, and where transformers, read it when they save."""
+    """Note which branches are removed, where timm's own ``save_for_hf`` reads it when it saves."""
     body: Any = timm_body(model)
     body.removed = sorted(removed, key=natural_order)
     if cfg := getattr(body, "pretrained_cfg", None):
         # Only the twin can be built without these branches.
         body.pretrained_cfg = {**cfg, "architecture": twin_name(cfg["architecture"])}
     body._model_args = {**getattr(body, "_model_args", {}), "removed": body.removed}
-    if config := getattr(model, "config", None):
-        config.model_args = {**(config.model_args or {}), "removed": body.removed}
+    record_structure(model)
     if follow := getattr(model, "follow_structure", None):
         follow()
 
 
+def record_structure(model: nn.Module) -> None:
+    """Let the configuration of a transformers model say which branches are removed and which gates are closed."""
+    if (config := getattr(model, "config", None)) is None:
+        return
+    model_args = {name: v for name, v in (config.model_args or {}).items() if name not in ("removed", "closed")}
+    for name, slots in (("removed", removed_slots(model)), ("closed", closed_slots(model))):
+        if slots:
+            model_args[name] = sorted(slots, key=natural_order)
+    config.model_args = model_args
+
+
 def natural_order(path: str) -> list[tuple[int, str]]:
     """Sorting key under which block 10 follows block 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+    return [
+        (int(part), "") if part.isdecimal() and part.isascii() and len(part) < 10 else (-1, part)
+        for part in path.split(".")
+    ]
 
 
 def check_gated(model: nn.Module) -> None:
@@ -279,20 +294,12 @@ def check_gated(model: nn.Module) -> None:
         raise ValueError(f"{type(timm_body(model)).__name__} has no gates; call timm_eps.add_gates(model) first.")
 
 
-def _check_slot_list(removed: object) -> set[str]:
-    if isinstance(removed, str) or not isinstance(removed, Iterable):
-        raise ValueError(f"removed must be a list of slot paths, got {removed!r}.")
-    slots = list(removed)
-    if strangers := [slot for slot in slots if not isinstance(slot, str)]:
-        raise ValueError(f"removed must hold slot paths, got {strangers[0]!r}.")
-    return set(slots)
-
-
 def _check_known(slots: Iterable[str], found: dict[str, EpsilonGate], body: nn.Module) -> None:
     unknown = sorted(set(slots) - found.keys(), key=natural_order)
     if unknown:
         near = difflib.get_close_matches(unknown[0], found, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"its slots look like {next(iter(found), 'none')!r}."
         raise ValueError(
-            f"{unknown[0]!r} is not a gated slot of this {type(body).__name__} with {len(found)} gates; {hint}"
+            f"{shortened(unknown[0], 100)} is not a gated slot of this {type(body).__name__} with {len(found)} gates; "
+            f"{hint}"
         )
