@@ -22,7 +22,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -760,11 +760,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_arguments(argv, __doc__)
     transformers.logging.disable_progress_bar()
     accelerator = start_accelerator(args)
-    if not accelerator.is_main_process:
-        return run(args, accelerator)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    with locked(args.output_dir):
-        return run(args, accelerator)
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(args.output_dir))
+        try:
+            return run(args, accelerator)
+        except InterruptionError:
+            accelerator.end_training()  # trackers write what they hold
+            raise
 
 
 def run(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
