@@ -85,7 +85,12 @@ def as_script(name: str) -> Iterator[None]:
             print(f"{name}: {stopped}", file=sys.stderr)
         raise SystemExit(stopped.exit_code) from None
     except KeyboardInterrupt as stopped:
-        print(f"{name}: Stopped by {stopped or 'SIGINT'}.", file=sys.stderr)
-        raise SystemExit(143 if str(stopped) else 130) from None
+        by = str(stopped) or "SIGINT"
+        print(f"{name}: Stopped by {by}.", file=sys.stderr)
+        raise SystemExit(130 if by == "SIGINT" else 143) from None
     except _TOLD_ERRORS as error:
         raise SystemExit(f"{name}: error: {one_line(error, limit=2000)}.") from error
+    except RuntimeError as error:  # as torch.distributed says it
+        if not re.search("closed by peer|reset by peer", str(error)):
+            raise
+        raise SystemExit(f"{name}: error: Another process of this training ended ({one_line(error)}).") from error
