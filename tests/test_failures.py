@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ INF, NAN = float("inf"), float("nan")
             "403 for https://s3.host/a/b?X-Amz-Signature=abc&X=1 now",
             "403 for https://s3.host/a/b now",
         ),
-        ("Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most):\n  File\nOSError: x.png", "OSError: x.png"),
+        ("Caught OSError in DataLoader worker process 0.\nOriginal Traceback:\n  File\nOSError: x", "OSError: x"),
         ("x" * 400, "x" * 296 + " ..."),
     ],
 )  # fmt: skip
@@ -57,11 +58,9 @@ def test_a_script_ends_in_one_line(error, code, line, capsys):
 
 def test_sigterm_clears_up_what_is_half_done(capsys):
     before, cleared = signal.getsignal(signal.SIGTERM), []
-    with pytest.raises(SystemExit) as ended, as_script("script"):
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        finally:
-            cleared.append(True)
+    with pytest.raises(SystemExit) as ended, as_script("script"), ExitStack() as half_done:
+        half_done.callback(cleared.append, True)
+        os.kill(os.getpid(), signal.SIGTERM)
     assert ended.value.code == 143
     assert cleared
     assert capsys.readouterr().err == "script: Stopped by SIGTERM.\n"
@@ -87,7 +86,7 @@ def test_errors_of_the_http_library_are_known():
 
 
 def test_of_runtime_errors_only_those_of_dead_readers_change_their_type():
-    with pytest.raises(ChildProcessError, match="DataLoader worker .* killed by signal: Killed"), reading_images():
+    with pytest.raises(ChildProcessError, match=r"DataLoader worker .* killed by signal: Killed"), reading_images():
         raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. ")
     with pytest.raises(RuntimeError, match="shapes"), reading_images():
         raise RuntimeError("shapes do not fit")
