@@ -58,9 +58,10 @@ def test_a_script_ends_in_one_line(error, code, line, capsys):
 
 def test_sigterm_clears_up_what_is_half_done(capsys):
     before, cleared = signal.getsignal(signal.SIGTERM), []
-    with pytest.raises(SystemExit) as ended, as_script("script"), ExitStack() as half_done:
+    with ExitStack() as half_done:
         half_done.callback(cleared.append, True)
-        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit) as ended, as_script("script"), half_done:
+            os.kill(os.getpid(), signal.SIGTERM)
     assert ended.value.code == 143
     assert cleared
     assert capsys.readouterr().err == "script: Stopped by SIGTERM.\n"
