@@ -128,7 +128,7 @@ def test_no_parameters_and_no_state():
     assert not gate.state_dict()
 
 
-@pytest.mark.parametrize("value", [-1.0, -1e-9, math.nan, "2.5", True, None])
+@pytest.mark.parametrize("value", [-1.0, -1e-9, math.nan, math.inf, 3.5e38, "2.5", True, None])
 def test_bad_epsilon(value):
     with pytest.raises(ValueError, match="epsilon must be a number of at least 0"):
         EpsilonGate(value)

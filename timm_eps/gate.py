@@ -96,7 +96,7 @@ class EpsilonGate(nn.Module):
         closed (bool): Whether the branch is zero in evaluation.
 
     Raises:
-        ValueError: ``epsilon`` is negative or NaN.
+        ValueError: ``epsilon`` is negative, NaN or infinite.
     """
 
     threshold: Tensor
@@ -240,6 +240,10 @@ class EpsilonGate(nn.Module):
 
 def check_epsilon(value: float) -> float:
     """Return ``value`` as a float, or raise ValueError if it cannot be a threshold."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value >= 0:  # NaN is not >= 0
-        raise ValueError(f"epsilon must be a number of at least 0 (0 keeps every gate open), got {value!r}.")
+    # What single precision cannot hold would be infinity there, and close every gate. NaN is in no range.
+    largest = torch.finfo(torch.float32).max
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= largest:
+        raise ValueError(
+            f"epsilon must be a number of at least 0 (0 keeps every gate open), at most {largest:.1e}, got {value!r}."
+        )
     return float(value)

@@ -35,6 +35,7 @@ from .branches import gates, timm_body
 from .config_checks import check_label_names, shortened
 from .configuration_eps_resnet import EpsResNetConfig
 from .eps_resnet import EpsResNet
+from .hub_commit import NOTHING, asking, commit_files
 from .model_files import staged
 from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel, EpsResNetPreTrainedModel
 from .names import base_name
@@ -171,28 +172,30 @@ def push_to_hub(
     Raises:
         ValueError: See :func:`save_pretrained`.
         huggingface_hub.errors.HfHubHTTPError: The Hub refused: the token is not valid or may not write there.
+        ConnectionError: The Hub did not answer, or not in a way that can be read.
         RuntimeError: An upload failed.
+
+    The text of the last three says whether the model was published; if the answer to the commit was an error, the Hub
+    has been asked again.
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as name:
         # What is wrong with the model shows before anything is made on the Hub; the card needs the name in full.
-        owner = "" if "/" in repo_id else f"{api.whoami()['name']}/"
+        with asking(api, NOTHING):
+            owner = "" if "/" in repo_id else f"{api.whoami()['name']}/"
         save_pretrained(model, name, repo_id=owner + repo_id, **saving)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
         paths = {path.relative_to(name).as_posix(): path for path in Path(name).rglob("*") if path.is_file()}
-        stale = set(_OPTIONAL).intersection(api.list_repo_files(url.repo_id, revision=revision)) - paths.keys()
+        with asking(api, NOTHING):
+            full_name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(full_name, branch=revision, exist_ok=True)
+            stale = set(_OPTIONAL).intersection(api.list_repo_files(full_name, revision=revision)) - paths.keys()
         # Not upload_folder: it may send a folder in several commits.
-        return api.create_commit(
-            url.repo_id,
-            [
-                *(CommitOperationAdd(path_in_repo, path) for path_in_repo, path in sorted(paths.items())),
-                *(CommitOperationDelete(path_in_repo) for path_in_repo in sorted(stale)),
-            ],
-            commit_message=commit_message,
-            revision=revision,
-        )
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationAdd(path_in_repo, path) for path_in_repo, path in sorted(paths.items())),
+            *(CommitOperationDelete(path_in_repo) for path_in_repo in sorted(stale)),
+        ]
+        return commit_files(api, full_name, operations, message=commit_message, revision=revision)
 
 
 def _check_remote_code(body: nn.Module) -> None:

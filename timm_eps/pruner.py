@@ -135,6 +135,7 @@ class EpsilonPruner:
             is_below = response < found[slot].threshold.item()
             self._streaks[slot] = self._streaks[slot] + 1 if is_below else 0
             found[slot].closed = is_below
+        self._keep_one_open(responses)
         closed = [slot for slot in responses if found[slot].closed]
         removed = self._remove([slot for slot in closed if self._streaks[slot] >= self.patience])
         record = {
@@ -151,6 +152,23 @@ class EpsilonPruner:
         self._set_thresholds(self._next_thresholds())
         return removed
 
+    def _keep_one_open(self, responses: Mapping[str, float]) -> None:
+        """Open the branch of the largest response, if all branches are closed: a network of none learns nothing."""
+        found = gates(self.model)
+        if not responses or not all(gate.closed for gate in found.values()):
+            return
+        strongest = max(responses, key=responses.__getitem__)
+        found[strongest].closed = False
+        self._streaks[strongest] = 0
+        _logger.warning(
+            "epsilon=%g would close all %d branches that are left: %s, whose response (%g) is the largest, stays open. "
+            "Lower epsilon to keep more.",
+            self.epsilon,
+            len(found),
+            strongest,
+            responses[strongest],
+        )
+
     @property
     def _measuring(self) -> bool:
         """Whether branches are to be ranked by importance after this epoch."""
@@ -163,7 +181,10 @@ class EpsilonPruner:
         responses = self.history[-1]["responses"]
         remaining = {slot: responses.get(slot, math.inf) for slot in self._streaks}
         if self.criterion == "response":
-            return self.schedule(self.epoch, remaining, self.total)
+            thresholds = self.schedule(self.epoch, remaining, self.total)
+            is_open = [slot for slot, gate in gates(self.model).items() if not gate.closed]
+            # The last open branch is not closed on single batches either: its response may be under a constant ε.
+            return {**thresholds, is_open[0]: 0.0} if len(is_open) == 1 else thresholds
         if "importances" not in self.history[-1]:
             return dict.fromkeys(self._streaks, 0.0)
         assert isinstance(self.schedule, BudgetEpsilon), "a constant epsilon has no other criterion"
