@@ -389,12 +389,12 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({f"eps_resnet{depth}": _cfg() for depth in CIFAR_DEPTHS})
 
 
-def _create_eps_resnet(variant: str, depth: int, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def _create_eps_resnet(variant: str, depth: int, pretrained: bool = False, /, **kwargs: Any) -> nn.Module:
     blocks, remainder = divmod(depth - 2, 6)
     assert remainder == 0, "two convolutions a block, three stages, a stem and a classifier"
     kwargs.setdefault("layers", (blocks,) * 3)
 
-    def build(pretrained: bool, load: Callable[[nn.Module], None] | None, **kwargs: Any) -> nn.Module:
+    def build(pretrained: bool, load: Callable[[nn.Module], None] | None, /, **kwargs: Any) -> nn.Module:
         def network(**arguments: Any) -> EpsResNet:
             model = EpsResNet(**arguments)
             if load is not None:

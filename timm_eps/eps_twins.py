@@ -55,7 +55,7 @@ _NO_BRANCHES_EITHER = [
 default_cfgs: dict[str, DefaultCfg] = {}
 
 
-def _create(base: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(base: str, pretrained: bool, /, **kwargs: Any) -> nn.Module:
     """Build the twin of a timm architecture.
 
     Args:
@@ -72,6 +72,7 @@ def _build(
     filter_fn: Callable[..., Any] | None,
     pretrained: bool,
     load: Callable[[nn.Module], None] | None,
+    /,
     **kwargs: Any,
 ) -> nn.Module:
     entrypoint = model_entrypoint(base)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -22,11 +23,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["WEIGHTS", "Layout", "check_file", "check_layout", "check_numbers", "digest", "layout_of", "weight_files"]
+__all__ = [
+    "WEIGHTS",
+    "Layout",
+    "check_file",
+    "check_layout",
+    "check_numbers",
+    "digest",
+    "layout_of",
+    "precision_in",
+    "weight_files",
+]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_KINDS = {"F64": "float", "F32": "float", "F16": "float", "BF16": "float"}
+_PRECISIONS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_KINDS = dict.fromkeys(_PRECISIONS, "float")
+_MAX_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
 class Layout(NamedTuple):
@@ -169,6 +182,7 @@ def check_file(
         ValueError: A file is no safetensors file, or it does not fit; the message names the tensor.
     """
     files = [Path(path) for path in paths]
+    _check_size(files, expected)
     layout: dict[str, Layout] = {}
     for path in files:
         try:
@@ -185,6 +199,24 @@ def check_file(
             f"{files[0].name} is not the file that config.json was saved with: its SHA-256 is not weights_sha256. Take "
             "both from one save; delete weights_sha256 from config.json if you changed the weights on purpose."
         )
+
+
+def _check_size(files: list[Path], expected: Mapping[str, Layout]) -> None:
+    """Refuse files that are too large for the network, before they are mapped into memory."""
+    most = 8 * sum(math.prod(layout.shape) for layout in expected.values()) + _MAX_HEADER
+    size = sum(path.stat().st_size for path in files)
+    if size > most:
+        raise ValueError(f"{files[0].name} has {size} bytes, more than the network that config.json describes can use.")
+
+
+def precision_in(paths: Iterable[str | os.PathLike]) -> str | None:
+    """The precision of the floating-point numbers in safetensors files, such as ``'float32'``; None if they differ."""
+    kinds = set()
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  no mapping
+    found = {_PRECISIONS[kind] for kind in kinds if kind in _PRECISIONS}
+    return found.pop() if len(found) == 1 else None
 
 
 def digest(path: str | os.PathLike) -> str:

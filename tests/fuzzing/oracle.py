@@ -95,7 +95,7 @@ def _numbers(loaded: Loaded, state: dict[str, torch.Tensor], tensors: dict[str, 
     found: dict[str, list[str]] = {}
     unused = {key: candidates for key, candidates in files.items() if key not in state}
     for key, value in state.items():
-        if key.startswith(exempt):
+        if key.startswith(exempt) or key.endswith(".closed"):  # a closed gate's own, see _structure
             continue
         if key not in files:
             renamed = next((other for other, them in unused.items() if _compare(value, them[0]) is None), None)
@@ -149,7 +149,7 @@ def _structure(model: nn.Module, directory: Path) -> list[Fault]:
         if isinstance(module, package.EpsilonGate)
     }
     closed = sorted(slot for slot, gate in gates.items() if gate.closed)
-    said = config.get("closed") or []
+    said = (config.get("model_args") or {}).get("closed") or []
     removed = (config.get("model_args") or {}).get("removed") or []
     faults = []
     if isinstance(said, list) and closed != sorted(map(str, said)):
