@@ -122,6 +122,13 @@ def input_of(args: argparse.Namespace, config: EpsResNetConfig, classes: int) ->
                 f"The saved model tells {config.num_labels} classes apart, the data set has {classes}; "
                 "--ignore_mismatched_sizes gives it a new classifier."
             )
+        if args.image_size and (pretrained_cfg.get("fixed_input_size") or config.model_args.get("pixel_mean")):
+            raise ValueError(
+                f"--image_size {args.image_size}: {config.architecture} takes images of one size, "
+                f"{pretrained_cfg['input_size'][-1]}, which its weights depend on."
+            )
+        if args.image_size:
+            pretrained_cfg |= {"input_size": (3, args.image_size, args.image_size), "pool_size": None}
     elif size := args.image_size or (8 if on_digits(args) and is_cifar_network(config.architecture) else None):
         pretrained_cfg |= {"input_size": (3, size, size), "pool_size": None}
     if args.crop_pct:
@@ -184,6 +191,7 @@ def build_model(args: argparse.Namespace, pretrained_cfg: dict[str, Any], train:
             args.model_name_or_path,
             side_loss_weight=args.side_loss_weight,
             ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+            pretrained_cfg=pretrained_cfg,
             **labels,
         )
     model_args = args.model_args or {}
@@ -216,12 +224,11 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
     if args.lr_scheduler != "cosine":
         restarts = args.lr_restart_milestones if args.lr_scheduler == "restarting" else args.lr_milestones
         return timm_eps.RestartingLR(optimizer, args.lr_milestones, restarts, args.lr_factors)
-    if args.num_warmup_steps > steps * args.lr_decay_start:
-        raise ValueError(
-            f"--num_warmup_steps {args.num_warmup_steps} is more than the {steps * args.lr_decay_start:.0f} of "
-            f"{steps} steps after which the rate falls (--lr_decay_start {args.lr_decay_start})."
-        )
-    decay = {"num_decay_steps": round(steps * (1 - args.lr_decay_start)), "decay_type": "cosine"}
+    if args.num_warmup_steps >= steps:
+        raise ValueError(f"--num_warmup_steps {args.num_warmup_steps} must be below the {steps} steps of the run.")
+    # With --lr_decay_start 0 the rate falls as soon as the warm-up ends.
+    falling = min(round(steps * (1 - args.lr_decay_start)), steps - args.num_warmup_steps)
+    decay = {"num_decay_steps": falling, "decay_type": "cosine"}
     return get_scheduler(
         "warmup_stable_decay", optimizer, args.num_warmup_steps, steps, scheduler_specific_kwargs=decay
     )
@@ -665,6 +672,7 @@ def compare(model: nn.Module, images: Tensor) -> dict[str, Any]:
     """Structure, size and speed of the pruned network beside the unpruned one of its architecture."""
     arguments = dict(model.config.model_args)
     removed = arguments.pop("removed", [])
+    arguments.pop("closed", None)
     dense = timm.create_model(model.config.architecture, num_classes=model.config.num_labels, **arguments)
     dense.to(images.device)
     total = sum(isinstance(module, EpsilonGate) for module in dense.modules())
@@ -812,6 +820,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
     if corrupt:
         print(f"{len(corrupt)} images could not be read and were left out, such as {', '.join(corrupt[:5])}.")
     model, history = training.model, training.pruner.history if training.pruner else []
+    model.config.base_model = base_model(args) or model.config.base_model
     sample = data.Normalize(pretrained_cfg)(splits["validation"].first(32)).to(accelerator.device)
     live = logits_of(model, sample)
     timm_eps.remove_closed(model)
@@ -820,7 +829,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
     results |= {
         "architecture": model.config.architecture,
         "arguments": used_arguments(args),
-        "base_model": base_model(args),
+        "base_model": model.config.base_model,
         "corrupt_images": len(corrupt),
         "epsilon": max((record["epsilon"] for record in history), default=0.0),
         "train_images": len(splits["train"]),
@@ -830,6 +839,8 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
         "hardware": hardware(accelerator),
         "versions": versions(),
     }
+    if args.keep is not None:
+        results["blocks_wanted"] = training.pruner.wanted
     saved = {
         "results": results, "history": history, "remote_code": args.with_remote_code, "onnx": args.with_onnx,
     }  # fmt: skip
@@ -840,13 +851,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
             f"The trained model could not be saved in {args.output_dir} ({one_line(error)}). {training.remedy()}"
         ) from error
 
-    gone = 100 * (1 - results["params"] / results["dense_params"])
-    print(
-        f"\n{results['blocks_kept']} of {results['blocks_total']} residual branches stayed; "
-        f"{gone:.1f} % of the parameters are gone. The network that is left classifies "
-        f"{100 * results['eval_accuracy']:.2f} % of the {results['eval_images']} test images correctly."
-        f"\n\n{report.comparison_table(results)}\n"
-    )
+    print(f"\n{report.outcome(results)}\n\n{report.comparison_table(results)}\n")
     print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
     print(check_reload(args.output_dir, live, sample, pictures(len(sample))) + ".")
     if repo_id is not None:

@@ -128,7 +128,6 @@ def test_config_file_and_flags(tmp_path):
         (["--no_gates", "--compare_dense"], "--no_gates and --compare_dense exclude each other"),
         (["--dataset_name", "a", "--train_dir", "b"], "--dataset_name and --train_dir exclude each other"),
         (["--model_name_or_path", "a", "--architecture", "b"], "--model_name_or_path and --architecture exclude"),
-        (["--model_name_or_path", "a", "--image_size", "8"], "--model_name_or_path and --image_size exclude"),
         (["--validation_dir", "a"], "--validation_dir goes with --train_dir"),
         (["--dataset_config_name", "a"], "--dataset_config_name goes with --dataset_name"),
         (["--num_train_epochs", "0"], "--num_train_epochs: must be at least 1, got 0"),
@@ -461,7 +460,7 @@ def test_bad_arguments_for_timm(capsys):
         with pytest.raises(SystemExit):
             train_hf.parse_arguments(["--model_args", text])
         assert message in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"--num_warmup_steps 50 is more than the 2 of 8 steps"):
+    with pytest.raises(ValueError, match=r"--num_warmup_steps 50 must be below the 8 steps"):
         train_hf.main([*SHORT, "--keep", "3", "--num_warmup_steps", "50"])
 
 
@@ -503,3 +502,81 @@ def test_rate_and_decay_fall_as_told(tmp_path, monkeypatch):
 def test_code_for_a_twin_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="--with_remote_code is for the paper's CIFAR networks, eps_test_resnet is"):
         train_hf.main(["--architecture", "eps_test_resnet", "--with_remote_code", "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("epochs", [2, 3, 5, 10, 14, 15, 60])
+def test_warm_up_and_ramp_fit_into_a_short_run(epochs):
+    args = parse(["--keep", "0.5", "--num_train_epochs", str(epochs)])
+    assert 1 <= args.epsilon_warmup_epochs < args.epsilon_warmup_epochs + args.ramp_epochs <= max(epochs, 2)
+    if epochs >= 15:
+        assert (args.epsilon_warmup_epochs, args.ramp_epochs) == (4, 8)
+    given = parse(["--num_train_epochs", str(epochs), "--epsilon_warmup_epochs", "7", "--ramp_epochs", "9"])
+    assert (given.epsilon_warmup_epochs, given.ramp_epochs) == (7, 9)
+
+
+TINY = [
+    "--architecture",
+    "eps_resnet20",
+    "--max_train_samples",
+    "200",
+    "--max_eval_samples",
+    "50",
+    "--num_threads",
+    "1",
+]
+
+
+def test_a_short_run_reaches_its_budget(tmp_path):
+    results = train_hf.main([*TINY, "--keep", "5", "--num_train_epochs", "3", "--output_dir", str(tmp_path)])
+    assert results["blocks_kept"] == results["blocks_wanted"] == 5
+
+
+def test_a_budget_that_was_not_reached_is_said_to_be(tmp_path, capsys):
+    results = train_hf.main([*TINY, "--keep", "5", "--num_train_epochs", "1", "--output_dir", str(tmp_path)])
+    assert results["blocks_kept"] == 9
+    card = (tmp_path / "README.md").read_text()
+    for text in (capsys.readouterr().out, card):
+        assert "it wanted 5 branches, and 9 stayed" in text
+        assert "faster" not in text
+        assert "| pruned |" not in text
+    assert "- pruned" not in card
+
+
+def test_a_dense_run_reports_a_dense_network(tmp_path, capsys):
+    train_hf.main([*TINY, "--no_gates", "--num_train_epochs", "1", "--output_dir", str(tmp_path)])
+    card = (tmp_path / "README.md").read_text()
+    for text in (capsys.readouterr().out, card):
+        assert "has all its 9 residual branches" in text
+        for absent in ("faster", "not trained", "| dense |", "budget"):
+            assert absent not in text, absent
+    assert "A dense network." in card
+
+
+def test_a_saved_network_is_fine_tuned_on_images_of_another_size(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    train_hf.main([*TINY, "--no_gates", "--num_train_epochs", "1", "--output_dir", str(first)])
+    size = ["--model_name_or_path", str(first), "--image_size", "12"]
+    train_hf.main([*TINY[2:], *size, "--no_gates", "--num_train_epochs", "1", "--output_dir", str(second)])
+    assert json.loads((second / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 12, 12]
+
+
+def test_a_network_of_one_size_refuses_another_one(tmp_path):
+    timm_eps.save_pretrained(timm.create_model("eps_test_vit", num_classes=10), tmp_path / "a")
+    size = ["--model_name_or_path", str(tmp_path / "a"), "--image_size", "64"]
+    with pytest.raises(ValueError, match=r"--image_size 64.*takes images of one size, 160"):
+        train_hf.main([*TINY[2:], *size, "--output_dir", str(tmp_path / "b")])
+
+
+@pytest.mark.parametrize(("start", "warmup", "falls_from"), [(0.0, 3, 3), (0.0, 0, 0), (0.5, 3, 5), (0.2, 4, 4)])
+def test_the_rate_falls_after_the_warm_up(start, warmup, falls_from):
+    args = parse(["--lr_decay_start", str(start), "--num_warmup_steps", str(warmup), "--learning_rate", "1"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = train_hf.build_scheduler(args, optimizer, 10)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[: warmup + 1] == [pytest.approx(step / max(warmup, 1)) for step in range(warmup)] + [1]
+    assert all(rate == 1 for rate in rates[warmup : falls_from + 1])
+    assert rates[falls_from + 1] < 1

@@ -187,11 +187,10 @@ class EpsilonGate(nn.Module):
         if key in state_dict:
             self.closed = bool(state_dict[key])
             state_dict = {name: value for name, value in state_dict.items() if name != key}
-        elif strict or local_metadata:
-            # The weights of a whole model, in which this gate was open.
-            self.closed = False
+        elif local_metadata:
+            self.closed = False  # torch notes the modules of a whole model, in which this gate was open
         elif self.closed:
-            missing_keys.append(key)  # maybe the weights of a part, which say nothing about this gate
+            missing_keys.append(key)  # a plain dict may hold the weights of a part, and say nothing about this gate
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

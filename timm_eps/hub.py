@@ -40,7 +40,7 @@ from .model_files import staged
 from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel, EpsResNetPreTrainedModel
 from .names import base_name
 from .onnx_export import write_onnx
-from .report import comparison_table, draw_blocks
+from .report import comparison_table, draw_blocks, outcome
 from .surgery import check_gated, closed_slots, natural_order, removed_slots
 
 __all__ = ["RESULT_KEYS", "push_to_hub", "render_card", "save_pretrained"]
@@ -136,6 +136,7 @@ def save_pretrained(
             picture=PICTURE if (staging / PICTURE).exists() else None,
             remote_code=remote_code,
             onnx=ONNX if onnx else None,
+            base_model=wrapper.config.base_model,
         )
         card.save(staging / "README.md")
         if results is not None:
@@ -255,6 +256,7 @@ def render_card(
     picture: str | None = None,
     remote_code: bool = False,
     onnx: str | None = None,
+    base_model: str | None = None,
 ) -> ModelCard:
     """The model card, from the run's own values.
 
@@ -268,11 +270,13 @@ def render_card(
         picture: File name of the picture, if there is one.
         remote_code: Whether the code to load the model without this package is beside it.
         onnx: Path of the ONNX file, if there is one.
+        base_model: Name on the Hub of the model that a training began with; that of ``results`` wins.
 
     Raises:
         ValueError: ``results`` lacks one of :data:`RESULT_KEYS`.
     """
     results = results or {}
+    base_model = results.get("base_model") or base_model
     if results and (missing := [key for key in RESULT_KEYS if key not in results]):
         raise ValueError(f"results lacks {', '.join(missing)}; timm_eps.hub.RESULT_KEYS lists what a card states.")
     task = "image-classification" if classifies else "image-feature-extraction"
@@ -280,10 +284,10 @@ def render_card(
         license=results.get("license", "apache-2.0"),
         library_name="timm",
         pipeline_tag=task,
-        tags=[task, "timm", "transformers", "eps-resnet", "pruned"],
+        tags=[task, "timm", "transformers", "eps-resnet", *(["pruned"] if blocks_kept < blocks_total else [])],
         datasets=[results["dataset_id"]] if results.get("dataset_id") else None,
-        base_model=results.get("base_model"),
-        base_model_relation="finetune" if results.get("base_model") else None,
+        base_model=base_model,
+        base_model_relation="finetune" if base_model else None,
         metrics=["accuracy"] if results else None,
         model_name=repo_id.rpartition("/")[2],
         eval_results=[
@@ -313,6 +317,7 @@ def render_card(
         picture=picture,
         remote_code=remote_code,
         onnx=onnx,
+        base_model=base_model,
         is_twin=timm.is_model(base_name(architecture)),
         results=results,
         summary=_summary(architecture, blocks_total, blocks_kept, results),
@@ -324,6 +329,9 @@ def render_card(
 
 
 def _summary(architecture: str, total: int, kept: int, results: Mapping[str, Any]) -> str:
+    if kept == total:
+        text = f"This `{architecture}` has all its {total} residual branches"
+        return f"{text}. {outcome(results)}" if results else f"{text}."
     text = f"This `{architecture}` keeps {kept} of {total} residual branches"
     if not results:
         return text + "."

@@ -179,6 +179,11 @@ class EpsilonPruner:
             note_step(gates(self.model).values())
 
     @property
+    def wanted(self) -> int:
+        """Number of branches that are to stay in the end; without a budget all of them may."""
+        return self.schedule.kept(self.total) if isinstance(self.schedule, BudgetEpsilon) else self.total
+
+    @property
     def discarded(self) -> int:
         """Number of branches that are closed or removed by now."""
         return self.total - sum(not gate.closed for gate in gates(self.model).values())

@@ -121,6 +121,8 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     def percent(value: float | None) -> str:
         return "not trained" if value is None else f"{100 * value:.2f} %"
 
+    if not is_pruned(results) and "dense_eval_accuracy" not in results:
+        return _plain_table(results)
     blocks, kept = results["blocks_total"], results["blocks_kept"]
     dense_accuracy, accuracy = results.get("dense_eval_accuracy"), results["eval_accuracy"]
     difference = "" if dense_accuracy is None else f"{100 * (accuracy - dense_accuracy):+.2f} points".replace("-", "−")
@@ -139,6 +141,48 @@ def comparison_table(results: Mapping[str, Any]) -> str:
         lines.append(row("training time", *times, "{:.0f} s".format, f"{times[1] / times[0]:.2f}×"))
     lines.append(row("accuracy", dense_accuracy, accuracy, percent, difference))
     return "\n".join(lines)
+
+
+def is_pruned(results: Mapping[str, Any]) -> bool:
+    """Whether a run removed a branch."""
+    return results["blocks_kept"] < results["blocks_total"]
+
+
+def outcome(results: Mapping[str, Any]) -> str:
+    """What a run did to the network, in a few sentences, from the values of ``all_results.json``."""
+    share = 100 * (1 - results["params"] / results["dense_params"])
+    text = (
+        f"{results['blocks_kept']} of {results['blocks_total']} residual branches stayed; "
+        f"{share:.1f} % of the parameters are gone. The network that is left classifies "
+        f"{100 * results['eval_accuracy']:.2f} % of the {results['eval_images']} test images correctly."
+    )
+    if not is_pruned(results):
+        text = (
+            f"The network has all its {results['blocks_total']} residual branches and classifies "
+            f"{100 * results['eval_accuracy']:.2f} % of the {results['eval_images']} test images correctly."
+        )
+    wanted = results.get("blocks_wanted")
+    if wanted is not None and results["blocks_kept"] > wanted:
+        text += (
+            f" The budget was not reached: it wanted {wanted} branches, and {results['blocks_kept']} stayed. Train for "
+            "more epochs, or shorten --epsilon_warmup_epochs and --ramp_epochs."
+        )
+    return text
+
+
+def _plain_table(results: Mapping[str, Any]) -> str:
+    """A Markdown table of a network that has all its branches."""
+    rows = {
+        "residual branches": str(results["blocks_total"]),
+        "parameters": f"{results['params']:,}",
+        "multiply-adds an image": f"{results['macs']:,}",
+    }
+    for key in sorted((k for k in results if k.startswith("latency_batch")), key=len):
+        size = key.removeprefix("latency_batch").removesuffix("_seconds")
+        rows[f"latency at batch {size}"] = _milliseconds(results[key])
+    rows["accuracy"] = f"{100 * results['eval_accuracy']:.2f} %"
+    lines = [f"| {what} | {value} |" for what, value in rows.items()]
+    return "\n".join([f"| {results['architecture']} | |", "|---|---:|", *lines])
 
 
 def _milliseconds(seconds: float) -> str:

@@ -65,8 +65,10 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     gate("--keep", type=fraction_or_number, help="share (0.25) or number (14) of branches to keep; default 0.25")
     gate("--epsilon", type=finite, help="the paper's fixed threshold instead of --keep")
     gate("--no_gates", action="store_true", help="train the dense network only")
-    gate("--epsilon_warmup_epochs", type=at_least(0), default=4, help="epochs with all gates open first")
-    gate("--ramp_epochs", type=at_least(0), default=8, help="with --keep: epochs from there to the full budget")
+    gate("--epsilon_warmup_epochs", type=at_least(0), help="epochs with all gates open first; default 4, or fewer")
+    gate(
+        "--ramp_epochs", type=at_least(0), help="with --keep: epochs from there to the full budget; default 8, or fewer"
+    )
     gate(
         "--criterion",
         choices=CRITERIA,
@@ -145,7 +147,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
         "dataset_name": ["train_dir"],
         "per_pixel_mean": ["pretrained", "streaming"],
         "steps_per_epoch": ["streaming"],
-        "model_name_or_path": ["architecture", "crop_pct", "image_size", "model_args", "per_pixel_mean", "pretrained"],
+        "model_name_or_path": ["architecture", "crop_pct", "model_args", "per_pixel_mean", "pretrained"],
     }.items():
         if getattr(args, flag) and (clash := next((name for name in excluded if getattr(args, name)), None)):
             parser.error(f"--{flag} and --{clash} exclude each other")
@@ -172,6 +174,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
             parser.error(f"--{flag} goes with --{option} {' or '.join(fitting)}")
     if args.keep is None and args.epsilon is None and not args.no_gates:
         args.keep = 0.25
+    fit_to_epochs(args)
     if args.criterion != "response" and args.keep is None:
         parser.error(f"--criterion {args.criterion} goes with --keep")
     if args.model_name_or_path is None and args.architecture is None:
@@ -180,6 +183,16 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
         names = args.model_name_or_path or args.architecture, args.dataset_name or args.train_dir or "digits"
         args.output_dir = str(Path("outputs") / "-".join(Path(name).name for name in names))
     return args
+
+
+def fit_to_epochs(args: argparse.Namespace) -> None:
+    """Choose the warm-up and the ramp where they are not given: shorter ones if the run has few epochs."""
+    epochs = args.num_train_epochs
+    fits = 4 + 8 + args.patience <= epochs
+    if args.epsilon_warmup_epochs is None:
+        args.epsilon_warmup_epochs = 4 if fits or args.no_gates else max(1, epochs // 5)
+    if args.ramp_epochs is None:
+        args.ramp_epochs = 8 if fits or args.no_gates else max(1, epochs // 2 - args.epsilon_warmup_epochs)
 
 
 def fraction_or_number(text: str) -> float | int:

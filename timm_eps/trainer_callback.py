@@ -204,8 +204,21 @@ class EpsilonCallback(TrainerCallback, ExportableState):
             for parameter in group["params"]
             if parameter in bounding
         }
+        self._check_epochs(state.num_train_epochs)
         if args.world_size > 1:
             on_first_forward(model, self._note_wrapper)
+
+    def _check_epochs(self, epochs: int) -> None:
+        if self.arguments["keep"] is None:
+            return
+        # The first epoch of a budget is open whatever the warm-up: there are no responses yet to close by.
+        needed = max(1, self.arguments["warmup_epochs"]) + max(1, self.arguments["ramp_epochs"])
+        if needed > epochs:
+            _logger.warning(
+                "The budget keep=%s cannot be reached: warmup_epochs=%d and ramp_epochs=%d need %d epochs, and the "
+                "training has %d.",
+                self.arguments["keep"], self.arguments["warmup_epochs"], self.arguments["ramp_epochs"], needed, epochs,
+            )  # fmt: skip
 
     def _note_wrapper(self, wrapper: DistributedDataParallel) -> None:
         self._wrapper = wrapper
@@ -258,6 +271,12 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         kwargs["model"].keeps_training_parts = False
+        if self.pruner is not None and (left := self.pruner.total - self.pruner.discarded) > self.pruner.wanted:
+            _logger.warning(
+                "The budget was not reached: it wanted %d branches, and %d of %d stayed. Train for more epochs, or "
+                "shorten warmup_epochs and ramp_epochs.",
+                self.pruner.wanted, left, self.pruner.total,
+            )  # fmt: skip
 
 
 def _checked(model: nn.Module) -> EpsResNetPreTrainedModel:
