@@ -126,7 +126,7 @@ class _Chooser:
             self._knapsack(self.rises_in_turn, cost, goal),
         ]
         within: set[tuple[str, ...]] = {
-            tuple(_in_order(self.costs, without_superfluous(slots, self.rises_in_turn, cost, goal)))
+            tuple(_in_order(self.costs, without_superfluous(slots, self.rises_in_turn, self.costs, cost, goal)))
             for slots in choices
             if cost(slots) <= goal
         }

@@ -58,9 +58,8 @@ def size_of(body: nn.Module, image_shape: Sequence[int]) -> Size:
         body: A timm model.
         image_shape: (C, H, W) of an image.
     """
-    net = meta_copy(body)
-    dtype = next(net.parameters()).dtype
-    return Size(count_parameters(net), count_macs(net, torch.empty((1, *image_shape), device="meta", dtype=dtype)))
+    dtype = next(body.parameters()).dtype
+    return Size(count_parameters(body), count_macs(body, torch.empty((1, *image_shape), device="meta", dtype=dtype)))
 
 
 def size_without(body: nn.Module, slots: Iterable[str], image_shape: Sequence[int]) -> Size:
