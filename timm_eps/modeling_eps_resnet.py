@@ -10,6 +10,7 @@ import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from .branches import gates
 from .configuration_eps_resnet import EpsResNetConfig
@@ -48,6 +50,9 @@ __all__ = [
 ]
 
 
+_logger = logging.get_logger(__name__)
+
+
 def _key_conversions() -> list[WeightConverter | WeightRenaming]:
     """Checkpoints hold timm's keys; the wrapper's begin with ``timm_model.``, but for the side head's."""
     return [WeightRenaming(r"^(?!timm_model\.|side_head\.)(.+)", r"timm_model.\1")]
@@ -60,6 +65,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         keeps_training_parts (bool | str): Save the model as it trains, with closed branches and the side head, not what
             it evaluates to: True, or ``"in checkpoints"``, only into directories that are called as Trainer's
             checkpoints. To resume from; transformers loads what is saved so, timm does not.
+        loads_leniently (bool): True while ``load_state_dict(..., strict=False)`` runs, which torch does not tell hooks.
     """
 
     config_class = EpsResNetConfig
@@ -67,6 +73,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
     timm_model: Any
     _weight_conversions: list[WeightConverter | WeightRenaming]
     keeps_training_parts: bool | str = False
+    loads_leniently: bool = False
     _no_split_modules = ["PreActBasic"]  # noqa: RUF012  the parent's declaration
 
     def post_init(self) -> None:
@@ -102,13 +109,17 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
                 tensor.data = tensor.data.clone()
         return (model, info) if output_loading_info else model
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes this class's own keys, those of its files, and timm's for the network alone."""
         if any(key.startswith("side_head.") for key in state_dict):
             own = ("timm_model.", "side_head.")
             state_dict = {key if key.startswith(own) else f"timm_model.{key}": v for key, v in state_dict.items()}
         whole = any(key.startswith("timm_model.") for key in state_dict)
-        return nn.Module.load_state_dict(self if whole else self.timm_model, state_dict, *args, **kwargs)
+        self.loads_leniently = not strict
+        try:
+            return nn.Module.load_state_dict(self if whole else self.timm_model, state_dict, strict, assign)
+        finally:
+            self.loads_leniently = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -239,15 +250,33 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
+@dataclass
+class SupervisedOutput(ImageClassifierOutput):
+    """Output in training without labels: ``side_logits`` (B, classes) are those of the side head, at half depth."""
+
+    side_logits: Tensor | None = None
+
+
 class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForImageClassification):
     """ε-ResNet with a classifier, and in training with the paper's side supervision.
 
     The training loss is ``cross-entropy + side_loss_weight * side cross-entropy`` (paper, section 4); the side head
     (BN-ReLU, global average pool, linear) reads the network at half depth. In evaluation the loss is the cross-entropy
     alone. The side head is saved in checkpoints of a training that goes on only.
+
+    A loss that is computed elsewhere, from the logits, has no side term of its own. In training without ``labels`` the
+    output has ``side_logits`` (B, classes) for it, and a warning comes if they get no gradient::
+
+        outputs = model(pixel_values)
+        loss = criterion(outputs.logits, labels)
+        loss += model.config.side_loss_weight * criterion(outputs.side_logits, labels)
+
+    That is also how a ``compute_loss_func`` of Trainer adds it, of ``outputs, labels, num_items_in_batch``; by
+    ``label_smoothing_factor`` there is none.
     """
 
     side_head: nn.Module | None
+    _warned_of_unused_side = False
 
     def post_init(self) -> None:
         # The parent's __init__ calls this when the network is there and before weights are initialised.
@@ -275,7 +304,7 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
         **kwargs: Any,
     ) -> ImageClassifierOutput | tuple[Tensor, ...]:
         """Images (B, C, H, W) and labels (B,) to loss and logits (B, classes)."""
-        if self.side_head is None or labels is None or not self.training:
+        if self.side_head is None or not self.training or (labels is None and not torch.is_grad_enabled()):
             return super().forward(
                 pixel_values,
                 labels=labels,
@@ -290,8 +319,36 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
                 pixel_values, labels=labels, output_hidden_states=output_hidden_states, return_dict=True, **kwargs
             )
         side, self._tap.output = self._tap.output, None
-        output.loss += self.config.side_loss_weight * self.loss_function(labels, self.side_head(side), self.config)
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        side_logits = self.side_head(side)
+        if labels is not None:
+            output.loss += self.config.side_loss_weight * self.loss_function(labels, side_logits, self.config)
+        else:
+            output = SupervisedOutput(**output, side_logits=side_logits)
+            self._warn_if_unused(side, side_logits)
+        if self.config.return_dict if return_dict is None else return_dict:
+            return output
+        return tuple(value for name, value in output.items() if name != "side_logits")
+
+    def _warn_if_unused(self, side: Tensor, side_logits: Tensor) -> None:
+        """Warn once if, in the backward pass, the side head's input gets a gradient and its output has got none."""
+        if self._warned_of_unused_side or torch.compiler.is_compiling() or not side.requires_grad:
+            return
+        used: list[bool] = []
+
+        def note(gradient: Tensor) -> None:
+            used.append(True)
+
+        def check(gradient: Tensor) -> None:  # after all that depends on it
+            if not used and not self._warned_of_unused_side:
+                self._warned_of_unused_side = True
+                _logger.warning(
+                    "Side supervision is off: the loss was computed outside of the model, from its logits. Add "
+                    "side_loss_weight times the same loss of outputs.side_logits to it, pass labels to the model, or "
+                    "set side_loss_weight to 0 in its config."
+                )
+
+        side_logits.register_hook(note)
+        side.register_hook(check)
 
     def _drop_training_parts(self) -> None:
         super()._drop_training_parts()

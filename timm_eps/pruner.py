@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from .branches import gates, timm_body
-from .importance import importance_ranks
+from .branches import check_input, gates, timm_body
+from .checks import shortened, warn_of_silent, warn_of_undecayed
+from .copies import note_copies
+from .followers import follow, left_behind
+from .frozen import FrozenBranches
+from .gate import EpsilonGate
+from .importance import importance_ranks, note_step, sum_gradients
+from .loading import LoadedStructure
+from .optimizers import Optimizers, forget, innermost
 from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery import add_gates, remove, removed_slots, replay_removed
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ["CRITERIA", "EpsilonPruner", "forgetting_lost"]
+__all__ = ["CRITERIA", "EpsilonPruner"]
 
 CRITERIA = ("response", "importance")
 _STATE = {"epoch", "epsilon", "removed", "streaks", "closed", "responses", "importances", "history"}
@@ -36,10 +43,15 @@ class EpsilonPruner:
             train_one_epoch(model, optimizer)
             removed = pruner.step()
 
+    Weights that are loaded into the model while it has a pruner may lack branches: the model, its optimizers and its
+    followers lose them first. So ``accelerator.register_for_checkpointing(pruner)`` and ``accelerator.load_state``
+    resume a run, and so does Lightning, in whichever order the states are loaded.
+
     Args:
         model: A model with gates (any ``eps_*`` model); a timm model without them gets them here. Not wrapped, not
             compiled: wrap or compile after the pruner was made, and hand the pruner the model itself.
-        optimizer: Parameters of removed blocks, and their state, are taken out of it; those of the others stay.
+        optimizer: One, or a list of them. Parameters of removed blocks, and their state, are taken out; those of the
+            others stay. timm's ``Lookahead`` and accelerate's wrapper are looked into.
         epsilon: The paper's threshold, in activation units, one for the whole network. Exclusive with ``keep``.
         keep: Fraction (float) or number (int) of branches to keep; ε then follows the responses.
         warmup_epochs: Epochs with every gate open first.
@@ -50,25 +62,32 @@ class EpsilonPruner:
             ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`). By
             importance each stage keeps its share of the budget, if that is as large as there are stages, and each
             branch that is due gets an ε of its own, twice its response. It is measured in the epochs after which
-            branches are to close, in no others.
+            branches are to close, in no others, over the steps of the optimizer: give the pruner that one.
+        prune_frozen: Whether a branch goes that cannot learn, because none of its parameters needs a gradient. By
+            default it stays, and counts as one of those that the budget keeps.
+        followers: Copies of the model that are updated in place and must have its structure, such as averages of its
+            weights: timm's ``ModelEmaV3``, torch's ``AveragedModel``, or the copy in it. After each step what is closed
+            and removed in the model is so in them.
 
     Attributes:
         epoch (int): Epochs finished.
         epsilon (float): Threshold of the current epoch; with ``keep`` that of the branches which are due to close.
         total (int): Number of branches of the unpruned network.
+        followers (list): Copies that follow the model; more may be appended.
         history (list[dict]): One record an epoch: ``epoch``, ``epsilon``, ``responses`` (slot to float), ``closed``
             (list of slots, those shut on every batch) and ``removed`` (those that went after it); where they were
             measured also ``importances``.
 
     Raises:
         ValueError: Both or neither of ``epsilon`` and ``keep``, a value out of range, a model without residual
-            branches, or a wrapped or compiled model.
+            branches, a wrapped or compiled model, one that does not take the images that it is configured for, an
+            optimizer from which parameters cannot be taken out, or a follower that is no copy of the model.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers = None,
         *,
         epsilon: float | None = None,
         keep: float | int | None = None,
@@ -77,6 +96,8 @@ class EpsilonPruner:
         patience: int = 3,
         live_removal: bool = True,
         criterion: str = "response",
+        prune_frozen: bool = False,
+        followers: Iterable[Any] = (),
     ) -> None:
         if (epsilon is None) == (keep is None):
             raise ValueError(f"Give exactly one of epsilon and keep, got epsilon={epsilon!r} and keep={keep!r}.")
@@ -93,14 +114,23 @@ class EpsilonPruner:
         else:
             self.schedule = ConstantEpsilon(epsilon, warmup_epochs)  # type: ignore[arg-type]
         self.model = model
-        self.optimizer = optimizer
         self.patience = patience
         self.live_removal = live_removal
         self.criterion = criterion
+        self.prune_frozen = prune_frozen
+        self.followers = list(followers)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
-        if not gates(model) and not removed_slots(model):
+        self._frozen = FrozenBranches()
+        self._handles: list[RemovableHandle] = []
+        self._warned_of_evaluation = False
+        self.optimizer = optimizer
+        if gates(model) or removed_slots(model):
+            check_input(timm_body(model))
+            note_copies(timm_body(model))
+        else:
             add_gates(model)
+        self._parameters = set(model.parameters())
         self._streaks = dict.fromkeys(gates(model), 0)
         self._stuck: set[str] = set()  # closed, but proven to be needed: not tried again until another one is ready
         self.total = len(self._streaks) + len(removed_slots(model))
@@ -108,6 +138,45 @@ class EpsilonPruner:
             raise ValueError(f"keep={keep} branches, but {type(timm_body(model)).__name__} has only {self.total}.")
         # A budget needs responses to measure by, so its first epoch is open whatever the warm-up.
         self._set_thresholds(self.schedule(0, dict.fromkeys(self._streaks, math.inf), self.total))
+        LoadedStructure(model, self._lose).install(timm_body(model))
+        self._take_along()
+        self._warn_of_frozen()
+        warn_of_silent(model)
+        if self._optimizers:
+            warn_of_undecayed(model, self._optimizers)
+
+    @property
+    def optimizer(self) -> Optimizers:
+        """What holds the model's parameters; it may be set later than the pruner is made."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizers) -> None:
+        self._optimizers = innermost(optimizer)
+        self._optimizer = optimizer
+        for handle in self._handles:
+            handle.remove()
+        note = weakref.WeakMethod(self._note_step)
+
+        def before_step(*_: Any) -> None:
+            if (noting := note()) is not None:
+                noting()
+
+        self._handles = [one.register_step_pre_hook(before_step) for one in self._optimizers]
+        for gate in gates(self.model).values():
+            if gate.gain is not None:
+                self._measure(gate)
+
+    def _measure(self, gate: EpsilonGate) -> None:
+        """Measure a gate's importance, over the steps of the optimizer or, without one, over backward passes."""
+        if self._optimizers:
+            sum_gradients([gate])
+        else:
+            gate.measure_importance()
+
+    def _note_step(self) -> None:
+        if self._measuring:
+            note_step(gates(self.model).values())
 
     @property
     def discarded(self) -> int:
@@ -117,7 +186,9 @@ class EpsilonPruner:
     def step(self) -> list[str]:
         """End an epoch: close, remove, and set ε for the next.
 
-        A branch that did not run in training in this epoch, because its block is frozen, stays as it is.
+        A branch that did not run in training in this epoch, because its block is in evaluation mode, stays as it is. A
+        warning says so if that is true of all of them, and another one if a copy of the model is updated in place, as
+        an average of the weights is, but is not among the followers.
 
         Under ``torch.distributed`` every process must call this; the decision is taken on the largest response of
         all of them, so they all take the same one.
@@ -128,11 +199,18 @@ class EpsilonPruner:
         found = gates(self.model)
         self._streaks = {slot: streak for slot, streak in self._streaks.items() if slot in found}  # see remove_closed
         is_measured = self._measuring  # asked now: branches that go change the answer
+        staying = self._staying
         responses = self._collect_responses()
+        if found and not responses and not self._warned_of_evaluation:
+            self._warned_of_evaluation = True
+            _logger.warning(
+                "No branch saw a batch in training mode before this step(), so nothing can close. Call model.train() "
+                "before the training batches, and model.eval() only to evaluate."
+            )
         for slot, response in responses.items():
             # In the gate's own precision, or a response right at ε would be judged differently than in training.
             # NaN is not below ε: a diverged branch stays open.
-            is_below = response < found[slot].threshold.item()
+            is_below = slot not in staying and response < found[slot].threshold.item()
             self._streaks[slot] = self._streaks[slot] + 1 if is_below else 0
             found[slot].closed = is_below
         closed = [slot for slot in responses if found[slot].closed]
@@ -149,6 +227,14 @@ class EpsilonPruner:
         self.history.append(record)
         self.epoch += 1
         self._set_thresholds(self._next_thresholds())
+        self._take_along()
+        for copied in left_behind(self.model, self.followers):
+            _logger.warning(
+                "A copy of the model (%s) is updated in place, as an average of the weights is, but has not closed and "
+                "removed the branches that the model has: what it computes, and what it is updated with, is wrong. "
+                "Hand it over: EpsilonPruner(..., followers=[ema]), or pruner.followers.append(ema).",
+                type(copied).__name__,
+            )
         return removed
 
     @property
@@ -161,7 +247,8 @@ class EpsilonPruner:
     def _next_thresholds(self) -> dict[str, float]:
         """ε of each branch in the epoch that begins, by what the last one showed."""
         responses = self.history[-1]["responses"]
-        remaining = {slot: responses.get(slot, math.inf) for slot in self._streaks}
+        staying = self._staying
+        remaining = {slot: math.inf if slot in staying else responses.get(slot, math.inf) for slot in self._streaks}
         if self.criterion == "response":
             return self.schedule(self.epoch, remaining, self.total)
         if "importances" not in self.history[-1]:
@@ -184,7 +271,7 @@ class EpsilonPruner:
                 self.epoch - 1,
             )
         importances = dict.fromkeys(self._streaks, math.inf) | measured
-        ranks = importance_ranks(importances, removed_slots(self.model), self.schedule.kept(self.total))
+        ranks = importance_ranks(importances, removed_slots(self.model), self.schedule.kept(self.total), staying)
         due, _ = self.schedule.divide(self.epoch, ranks, self.total)
         found = gates(self.model)
         # Of an empty branch at least the smallest number there is: 0 is not below 0.
@@ -208,7 +295,8 @@ class EpsilonPruner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state. The model, if it still has all its blocks, is given the saved structure first.
 
-        Load weights and optimizer state after this, not before: both fit only the smaller structure.
+        Weights may be loaded before this or after it; optimizer state, which fits the smaller structure only, after
+        one of them.
 
         Raises:
             ValueError: The state is of another architecture, or the model has lost blocks that the state still has.
@@ -220,9 +308,7 @@ class EpsilonPruner:
             raise ValueError(f"The model has already lost {sorted(lost)[0]!r}, which the pruner's state still has.")
         if strangers := (gates(self.model).keys() | already) ^ (state["streaks"].keys() | set(state["removed"])):
             raise ValueError(f"The pruner's state is of another model: they differ at {min(strangers)!r}.")
-        if new := set(state["removed"]) - already:
-            with forgetting_lost(self.model, self.optimizer):
-                replay_removed(self.model, new)
+        replay_removed(self.model, set(state["removed"]) - already)
         found = gates(self.model)
         self._streaks = dict(state["streaks"])
         self.epoch = state["epoch"]
@@ -233,6 +319,7 @@ class EpsilonPruner:
         for slot, gate in found.items():
             gate.response.fill_(state["responses"][slot])
             gate.importance.fill_(state["importances"][slot])
+        self._take_along()
 
     def share_responses(self) -> None:
         """Under ``torch.distributed``: give every process the largest response of all of them, for each gate.
@@ -267,8 +354,7 @@ class EpsilonPruner:
     def _remove(self, slots: list[str]) -> list[str]:
         if not self.live_removal or self._stuck.issuperset(slots):
             return []
-        with forgetting_lost(self.model, self.optimizer):
-            removed = remove(self.model, slots)
+        removed = remove(self.model, slots)
         self._stuck = set(slots).difference(removed)
         for slot in removed:
             del self._streaks[slot]
@@ -276,25 +362,45 @@ class EpsilonPruner:
 
     def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
         self.epsilon = max(thresholds.values(), default=0.0)
-        measuring = self._measuring
+        measuring, staying = self._measuring, self._staying
         for slot, gate in gates(self.model).items():
-            gate.epsilon = thresholds[slot]
+            gate.epsilon = 0.0 if slot in staying else thresholds[slot]
             gate.reset_response()
-            if measuring != (gate.gain is not None):
-                gate.measure_importance(measuring)
+            if measuring and gate.gain is None:
+                self._measure(gate)
+            elif not measuring:
+                gate.gain = None
 
+    @property
+    def _staying(self) -> set[str]:
+        """The slots of branches that must not close."""
+        return set() if self.prune_frozen else self._frozen.of(timm_body(self.model))
 
-@contextmanager
-def forgetting_lost(model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
-    """Take the parameters that a model loses out of its optimizer, in place: schedulers hold the same groups."""
-    before = set(model.parameters())
-    yield
-    if optimizer is None:
-        return
-    parameters = before.difference(model.parameters())
-    for group in optimizer.param_groups:
-        kept = [index for index, parameter in enumerate(group["params"]) if parameter not in parameters]
-        for key in group.keys() & {"params", "param_names"}:
-            group[key] = [group[key][index] for index in kept]
-    for parameter in parameters:
-        optimizer.state.pop(parameter, None)
+    def _lose(self, model: nn.Module, slots: list[str]) -> None:
+        """Take out of the model the branches that weights which are about to be loaded lack."""
+        replay_removed(model, slots)
+        self._take_along()
+
+    def _take_along(self) -> None:
+        """Let optimizers and followers lose what the model has lost, whoever took it out."""
+        parameters = set(self.model.parameters())
+        forget(self._optimizers, self._parameters - parameters)
+        self._parameters = parameters
+        for follower in self.followers:
+            follow(self.model, follower)
+
+    def _warn_of_frozen(self) -> None:
+        if not (staying := self._staying):
+            return
+        free = self.total - len(staying)
+        wanted = self.total - self.schedule.kept(self.total) if isinstance(self.schedule, BudgetEpsilon) else 1
+        if wanted > free:
+            _logger.warning(
+                "%d of the %d branches are frozen and stay, as none of their parameters needs a gradient (%s): at most "
+                "%d branches can go, and %d are to. Unfreeze some of them, raise keep, or pass prune_frozen=True.",
+                len(staying),
+                self.total,
+                shortened(slot for slot in self._streaks if slot in staying),
+                free,
+                wanted,
+            )

@@ -17,9 +17,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .branches import UNUSED, branch_ends, evaluating, find_slots, gates, probe_batch, timm_body
+from .branches import (
+    UNUSED,
+    block_path,
+    branch_ends,
+    check_input,
+    evaluating,
+    find_slots,
+    gates,
+    probe_batch,
+    timm_body,
+)
 from .collapse import Plan, plan_collapse
+from .copies import note_copies
 from .gate import EpsilonGate, check_epsilon
+from .module_hooks import carrying_hooks
 from .names import twin_name
 from .tracing import tensors
 
@@ -59,11 +71,16 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
         The slot paths of all gates, such as ``stages.1.blocks.4.drop_path``.
 
     Raises:
-        ValueError: No residual branch was found, ε is negative or NaN, or the model is wrapped or compiled.
+        ValueError: No residual branch was found, ε is negative or NaN, the model is wrapped or compiled, or it does
+            not take the images that it is configured for.
     """
     check_epsilon(epsilon)
     body = timm_body(model)
-    slots, refused = find_slots(body)
+    try:
+        slots, refused = find_slots(body)
+    except Exception:
+        check_input(body)  # says what is wrong
+        raise
     device = next(body.parameters()).device
     for slot, single_zero in slots.items():
         path, _, name = slot.rpartition(".")
@@ -79,6 +96,7 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
     for gate in found.values():
         gate.epsilon = epsilon
         gate.train(body.training)
+    note_copies(body)
     return list(found)
 
 
@@ -175,7 +193,7 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
         raise ValueError(f"Cannot remove {still_open[0]}: its gate is open, so its branch still counts.")
     if not slots:
         return []
-    with evaluating(body):
+    with evaluating(body), carrying_hooks(body, _replaced(body, slots)):
         batch = probe_batch(body)
         before = body(batch)
         while slots:
@@ -206,15 +224,22 @@ def replay_removed(model: nn.Module, removed: Iterable[str]) -> None:
         ValueError: A path is not a slot of this model, or names a branch around another one that is not named.
     """
     body = timm_body(model)
+    note_copies(body)
     slots = _check_slot_list(removed)
     found = gates(body)
     _check_known(slots, found, body)
     if not slots:
         return
-    _carry_out(body, plan_collapse(body, slots))
+    with carrying_hooks(body, _replaced(body, slots)):
+        _carry_out(body, plan_collapse(body, slots))
     if more := found.keys() - gates(body).keys() - slots:
         raise ValueError(f"removed lacks {min(more)!r}, which stands inside a branch that it names.")
     _record(model, {*removed_slots(body), *slots})
+
+
+def _replaced(body: nn.Module, slots: Iterable[str]) -> set[str]:
+    """Paths at which something that computes the same stands afterwards: of the gates, and of whole blocks."""
+    return {path for slot in slots for path in (slot, block_path(body, slot))}
 
 
 def _to_blame(body: nn.Module, plans: list[Plan], batch: Tensor, before: Any) -> list[Plan]:
