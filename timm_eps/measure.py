@@ -63,9 +63,9 @@ def size_of(body: nn.Module, image_shape: Sequence[int]) -> Size:
 
 
 def size_without(body: nn.Module, slots: Iterable[str], image_shape: Sequence[int]) -> Size:
-    """Parameters and multiply-adds that are left when these branches, and those that are closed, are removed."""
+    """Parameters and multiply-adds that are left when these branches are removed, whether they are closed or not."""
     net = meta_copy(body)
-    _collapse(net, {*slots, *(slot for slot, gate in gates(net).items() if gate.closed)})
+    _collapse(net, set(slots))
     return size_of(net, image_shape)
 
 
@@ -83,12 +83,12 @@ def open_slots(body: nn.Module) -> list[str]:
 
 
 def pruned_copy(body: nn.Module, slots: Iterable[str]) -> nn.Module:
-    """A copy that has lost these branches and those that are closed, proven; it shares its weights with the model."""
+    """A copy without exactly these branches, proven; all others are open. It shares its weights with the model."""
     net = shared_copy(body)
-    found = gates(net)
-    for slot in slots:
-        found[slot].closed = True
-    remove(net, [slot for slot, gate in found.items() if gate.closed])
+    chosen = set(slots)
+    for slot, gate in gates(net).items():
+        gate.closed = slot in chosen
+    remove(net, chosen)
     return net
 
 
