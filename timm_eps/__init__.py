@@ -8,6 +8,7 @@ from . import eps_twins as _eps_twins  # noqa: F401
 from .analysis import analyze
 from .analysis_report import Analysis
 from .configuration_eps_resnet import EpsResNetConfig
+from .criteria import Importance, LeaveOneOut, Response
 from .cutting import prune
 from .export import export_timm
 from .gate import EpsilonGate
@@ -31,6 +32,9 @@ __all__ = [
     "EpsilonGate",
     "EpsilonMixin",
     "EpsilonPruner",
+    "Importance",
+    "LeaveOneOut",
+    "Response",
     "RestartingLR",
     "add_gates",
     "analyze",
