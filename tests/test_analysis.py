@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import timm_eps
 from timm_eps import Analysis, analyze, prune
 from timm_eps.branches import evaluating, gates, probe_batch
-from timm_eps.report import count_macs, count_parameters
+from timm_eps.report import count_macs, count_parameters, paired_latency
 
 FAMILIES = {
     "eps_resnet20": {},
@@ -403,3 +403,49 @@ def test_prune_leaves_closed_what_it_cannot_remove(monkeypatch, caplog, images):
     assert gates(model)[SLOTS[1]].closed
     assert "stays, closed" in caplog.text
     assert torch.equal(model(images), before)
+
+
+# One of each kind that the twins have; small images, or a network cut short, so that all take minutes.
+TWINS = {
+    "eps_resnet20": {},
+    "eps_resnet50": {"pretrained_cfg_overlay": {"input_size": (3, 96, 96)}},
+    "eps_resnetv2_50": {"pretrained_cfg_overlay": {"input_size": (3, 96, 96)}},
+    "eps_tf_efficientnet_lite0": {"pretrained_cfg_overlay": {"input_size": (3, 96, 96)}},
+    "eps_mobilenetv3_large_100": {"pretrained_cfg_overlay": {"input_size": (3, 96, 96)}},
+    "eps_regnety_004": {"pretrained_cfg_overlay": {"input_size": (3, 96, 96)}},
+    "eps_convnext_atto": {"pretrained_cfg_overlay": {"input_size": (3, 96, 96)}},
+    "eps_vit_tiny_patch16_224": {"img_size": 96},
+    "eps_mixer_s32_224": {"img_size": 96},
+    "eps_poolformer_s12": {"pretrained_cfg_overlay": {"input_size": (3, 96, 96)}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWINS)
+def test_targets_are_reached_on_every_kind_of_network(name):
+    """Halfway to what depth can reach: counts never above, and by less than a branch below; latency within 5 %."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **TWINS[name]).eval()
+    batches = batches_for(model)
+    image = batches[0][0][:1]
+    report = analyze(model, batches, batch_sizes=(8,), rerank=1, progress=False)
+    dense, least = report.curve[0], report.curve[-1]
+    for unit, field, count in (
+        ("macs", "macs", lambda net: count_macs(net, image)),
+        ("params", "parameters", count_parameters),
+    ):
+        goal = (getattr(dense, field) + getattr(least, field)) // 2
+        slots = report.choose(**{f"target_{unit}": goal})
+        prune(pruned := copy.deepcopy(model), slots)
+        assert goal - max(getattr(branch, field) for branch in report.branches) < count(pruned) <= goal
+    share = (dense.milliseconds[8] + least.milliseconds[8]) / dense.milliseconds[8] / 2
+    slots = report.choose(target_latency=share)
+    prune(pruned := copy.deepcopy(model), slots)
+    found = paired_latency({"dense": model, "pruned": pruned}, batches[0][0].repeat(2, 1, 1, 1), 31)
+    step = max(branch.milliseconds[8] for branch in report.branches) / dense.milliseconds[8]
+    reached = found["pruned"] / found["dense"]
+    print(
+        f"{name}: asked {share:.3f}, reached {reached:.3f} ({100 * (reached / share - 1):+.1f} %), a branch {step:.3f}"
+    )
+    assert reached <= 1.05 * share
+    assert reached >= 0.95 * share or reached > share - step

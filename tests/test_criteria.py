@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SLOTS, close, tiny_net
+from test_trainer import fresh_model, make_trainer
 from torch import nn
 
 import timm_eps
@@ -195,3 +197,18 @@ def test_a_run_with_a_target_resumes():
     assert removed_slots(again) == removed_slots(model)
     with pytest.raises(ValueError, match="of another budget"):
         EpsilonPruner(tiny_net(num_classes=5), target_macs=0.5).load_state_dict(state | {"budget": {}})
+
+
+def test_trainer_takes_a_target_and_a_criterion(tmp_path):
+    """A checkpoint tells a criterion by its name; the network keeps to the target."""
+    model = fresh_model()
+    dense = count_parameters(model.timm_model)
+    budget = dict(target_params=0.6, patience=1, criterion=SmallestFirst())
+    trainer = make_trainer(tmp_path, model, budget=budget, save_strategy="epoch", save_total_limit=1)
+    trainer.train()
+    assert count_parameters(model.timm_model) <= 0.6 * dense
+    assert model.config.model_args["removed"] == removed_slots(model)
+    [path] = tmp_path.glob("checkpoint-*/trainer_state.json")
+    saved = json.loads(path.read_text())["stateful_callbacks"]["EpsilonCallback"]
+    assert "SmallestFirst" in saved["args"]["criterion"]
+    assert saved["attributes"]["saved"]["budget"] == {"dense": dense}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .branches import gates
 from .evaluation import Batch, Loss, evaluate, to_network
-from .measure import REPEATS, Size, gated_copy, milliseconds, open_slots, pruned_copy, size_without
+from .measure import REPEATS, Size, gated_copy, milliseconds, open_slots, pruned_copy, repeats_for, size_without
 from .surgery import closed_slots
 
 __all__ = ["LiveNetwork", "batch_of"]
@@ -67,9 +67,10 @@ class LiveNetwork:
         net = gated_copy(self.model)
         net = pruned_copy(net, closed_slots(net))
         batch = batch_of(net, self.batches, batch_size)
+        repeats = repeats_for(net, batch, 2 * REPEATS)
 
         def measure(slots: Iterable[str]) -> float:
-            found = milliseconds({"dense": net, "pruned": pruned_copy(net, slots)}, batch, 2 * REPEATS)
+            found = milliseconds({"dense": net, "pruned": pruned_copy(net, slots)}, batch, repeats)
             return found["pruned"] * (1 if dense is None else dense / found["dense"])
 
         return measure

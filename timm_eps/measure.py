@@ -9,7 +9,6 @@ to what the whole network saves when all of them go.
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -32,11 +31,14 @@ __all__ = [
     "milliseconds",
     "open_slots",
     "pruned_copy",
+    "repeats_for",
     "size_of",
     "size_without",
 ]
 
+# How often a network is timed: as often as fits into the seconds, within the limits.
 REPEATS = 15
+_LEAST_REPEATS, _SECONDS = 5, 2.0
 
 
 class Size(NamedTuple):
@@ -92,6 +94,14 @@ def pruned_copy(body: nn.Module, slots: Iterable[str]) -> nn.Module:
     return net
 
 
+def repeats_for(net: nn.Module, batch: Tensor, most: int = REPEATS) -> int:
+    """How often a forward pass is timed: a slow one less often than a fast one, whose time is less certain."""
+    with evaluating(net):
+        net(batch)  # the first pass prepares much
+    [seconds] = paired_latency({"once": net}, batch, 1, 0).values()
+    return max(_LEAST_REPEATS, min(most, int(_SECONDS / seconds)))
+
+
 def milliseconds(nets: Mapping[str, nn.Module], batch: Tensor, repeats: int = REPEATS) -> dict[str, float]:
     """Median time of a forward pass of each network, measured in turn (:func:`timm_eps.report.paired_latency`)."""
     return {name: 1000 * seconds for name, seconds in paired_latency(nets, batch, repeats).items()}
@@ -111,7 +121,7 @@ class BranchTimes(NamedTuple):
     saved: dict[str, float]
 
 
-def branch_times(body: nn.Module, batch: Tensor, repeats: int = REPEATS) -> BranchTimes:
+def branch_times(body: nn.Module, batch: Tensor) -> BranchTimes:
     """The time that goes with each branch.
 
     However many branches there are, few networks are timed: the dense one, the one without any branch, and, where
@@ -121,8 +131,8 @@ def branch_times(body: nn.Module, batch: Tensor, repeats: int = REPEATS) -> Bran
     Args:
         body: A timm model with gates, none of them closed; it is not changed.
         batch: Images (B, C, H, W) on its device.
-        repeats: Measurements of each network.
     """
+    repeats = repeats_for(body, batch)
     blocks = slots_by_block(body, gates(body))
     nets = {"dense": body, "none": _without(body, gates(body))}
     whole = milliseconds(nets, batch, repeats)
@@ -159,7 +169,10 @@ def _collapse(net: nn.Module, slots: set[str]) -> None:
 def _block_milliseconds(
     nets: Mapping[str, nn.Module], paths: Sequence[str], batch: Tensor, repeats: int, warmup: int = 3
 ) -> dict[str, dict[str, float]]:
-    """Median time within each block of each network, measured in turn; 0 of one that is not called, or not there."""
+    """Time within each block of each network, measured in turn; 0 of one that is not called, or not there.
+
+    It is the shortest one: a block takes so little time that whatever else the machine does would show.
+    """
     synchronise: Callable[[], None] = torch.cuda.synchronize if batch.is_cuda else lambda: None
     times: dict[str, dict[str, list[float]]] = {name: {path: [] for path in paths} for name in nets}
     order, draw = list(nets), random.Random(0)
@@ -170,9 +183,7 @@ def _block_milliseconds(
             if turn >= warmup:
                 for path in paths:
                     times[name][path].append(passed[path])
-    return {
-        name: {path: 1000 * statistics.median(values) for path, values in own.items()} for name, own in times.items()
-    }
+    return {name: {path: 1000 * min(values) for path, values in own.items()} for name, own in times.items()}
 
 
 def _time_blocks(
