@@ -26,7 +26,7 @@ FAMILIES = {
     "eps_mobilenetv3_small_050": {"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}},
     "eps_tf_efficientnet_lite0": {"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}},
     "eps_resnetv2_50": {"layers": (1, 2, 1, 1), "pretrained_cfg_overlay": {"input_size": (3, 32, 32)}},
-    "eps_mixer_s32_224": {"num_blocks": 3, "embed_dim": 64, "img_size": 64},
+    "eps_mixer_s32_224": {"img_size": 64},
 }
 
 QUICK = ("eps_vit_tiny_patch16_224",)  # two slots a block
