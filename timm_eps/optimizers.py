@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["Optimizers", "decays", "forget", "forgetting_lost", "innermost"]
+__all__ = ["Optimizers", "decays", "forget", "innermost"]
 
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
 
@@ -69,14 +68,6 @@ def forget(optimizers: Iterable[Optimizer], parameters: set[nn.Parameter]) -> No
                 group[key] = [group[key][index] for index in kept]
         for parameter in parameters:
             optimizer.state.pop(parameter, None)
-
-
-@contextmanager
-def forgetting_lost(model: nn.Module, optimizer: Optimizers) -> Iterator[None]:
-    """Take the parameters that a model loses meanwhile out of its optimizers."""
-    before = set(model.parameters())
-    yield
-    forget(innermost(optimizer), before.difference(model.parameters()))
 
 
 def decays(optimizers: Iterable[Optimizer]) -> dict[Tensor, bool]:

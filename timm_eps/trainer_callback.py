@@ -23,7 +23,7 @@ from .criteria import Criterion
 from .distributed import on_first_forward, wrap_again
 from .loading import LoadedStructure, keys_of
 from .modeling_eps_resnet import EpsResNetPreTrainedModel
-from .optimizers import Optimizers, forgetting_lost
+from .optimizers import Optimizers, forget, innermost
 from .pruner import EpsilonPruner
 from .surgery import bounding_parameters, removed_slots, replay_removed
 
@@ -137,6 +137,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         self._ended: tuple[int, dict[str, float]] = (-1, {})
         self._undecayed: set[nn.Parameter] = set()
         self._given: Optimizers = None
+        self._parameters: set[nn.Parameter] = set()  # the model's, until there is a pruner
         self._expects_models = False
 
     def state(self) -> dict[str, Any]:
@@ -168,7 +169,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
                 "from its logits. Set side_loss_weight to 0 in the model's config, or smooth by a compute_loss_func "
                 "that adds side_loss_weight times the same loss of outputs.side_logits."
             )
-        self._given = kwargs["optimizer"]
+        self._given, self._parameters = kwargs["optimizer"], set(model.parameters())
         _Resumed(model, self.lose).install(model.timm_model)
         self._expect_models()
 
@@ -188,13 +189,12 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         weakref.finalize(self, register_module_module_registration_hook(registered).remove)
 
     def lose(self, model: EpsResNetPreTrainedModel, slots: list[str]) -> None:
-        """Take the branches that a checkpoint lacks out of a model, and out of the optimizer that is already there.
+        """Take the branches that a checkpoint lacks out of a model, and out of the optimizer that Trainer was given.
 
-        That is the user's, or the one of a training before this one.
+        The one of a training before this one is its pruner's business.
         """
-        optimizer = self.pruner.optimizer if self.pruner else self._given
-        with forgetting_lost(model, optimizer):
-            replay_removed(model, slots)
+        replay_removed(model, slots)  # none if another callback, whose Trainer it is not, was told first
+        forget(innermost(self._given), self._parameters.difference(model.parameters()))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -205,6 +205,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         self.pruner = EpsilonPruner(model, **self.arguments, followers=self.followers)
         self.pruner.optimizer = kwargs["optimizer"]  # not before: the callback itself decays what it exempts
         self.followers = self.pruner.followers  # so that more may be appended
+        self._parameters = set()
         self._expect_models()
         self._ended = (-1, {})
         if state.global_step:
