@@ -22,8 +22,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from accelerate.utils import (
 )
 from huggingface_hub import create_repo
 from PIL.Image import Image
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import distribute_bn
 from torch import Tensor, nn
@@ -62,10 +63,16 @@ from timm_eps import (
 )
 from timm_eps.branches import gates
 from timm_eps.cuda_graphs import GraphedPasses
+from timm_eps.directory_lock import locked
 from timm_eps.distributed import rewrap
-from timm_eps.eps_resnet import is_cifar_network
+from timm_eps.failures import NETWORK_ERRORS, WRITE_ERRORS, as_script, one_line, reading_images
+from timm_eps.interruption import Interruption, InterruptionError
+from timm_eps.names import is_cifar_network
+from timm_eps.process_state import all_finite, check_random_states, load_own, save_own
+from timm_eps.step_watch import StepWatch
 from timm_eps.sync_batchnorm import synchronize_batchnorm
 from timm_eps.train_arguments import binding_arguments, hub_id, on_digits, parse_arguments, used_arguments
+from timm_eps.training_state import Progress, check_like, check_pruner, dump_json, load_state
 
 
 def load_images(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], int | None]:
@@ -228,18 +235,8 @@ def build_pruner(args: argparse.Namespace, model: nn.Module, optimizer: torch.op
     )  # fmt: skip
 
 
-@dataclass
-class Progress:
-    """How far a training is, and what it found on the way."""
-
-    epoch: int = 0  # finished ones
-    batch: int = 0  # of the epoch that goes on
-    step: int = 0  # of the optimizer, since the beginning
-    loss: float = 0.0  # sum over the batches of the epoch that goes on, mean over the processes
-    seconds: float = 0.0
-    accuracies: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    corrupt: list[str] = field(default_factory=list)
+# What a checkpoint holds at the least, whatever its list of files says.
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "training.json")
 
 
 class Training:
@@ -303,9 +300,34 @@ class Training:
         self.progress = Progress()
         self.clock = time.perf_counter()
         self.loss = torch.zeros((), device=accelerator.device)  # as progress.loss, of this process
+        self.watch = StepWatch(accelerator.num_processes, accelerator.device)
+        self.interruption = Interruption()
+        self.signum = 0  # of a signal that tells all processes to stop
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the results."""
+        try:
+            with self.interruption, reading_images():
+                self.train_epochs()
+        except ChildProcessError as error:
+            if signum := self.interruption.signum:  # it was for those that read images as well
+                raise self.interrupted(signum) from error
+            raise ChildProcessError(f"{error} {self.remedy()}") from error
+        # Without the autocast that mixed precision wraps around forward: what is measured now is what will be loaded.
+        self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False, keep_torch_compile=False)
+        self.model.to(memory_format=torch.contiguous_format)
+        with reading_images():
+            accuracy, images = self.evaluate()
+        return {
+            "eval_accuracy": accuracy,
+            "eval_accuracy_by_epoch": self.progress.accuracies,
+            "eval_images": images,
+            "train_loss_by_epoch": self.progress.losses,
+            "train_seconds": self.progress.seconds,
+        }
+
+    def train_epochs(self) -> None:
+        """All epochs that are left, unless a signal stops them."""
         for epoch in range(self.progress.epoch, self.args.num_train_epochs):
             name = f"{'' if self.pruner else 'dense, '}epoch {epoch + 1}/{self.args.num_train_epochs}"
             with tqdm(
@@ -317,17 +339,10 @@ class Training:
                     self.train_epoch(epoch, bar)
                 self.end_epoch()
                 bar.set_postfix_str(self.summary())
-        # Without the autocast that mixed precision wraps around forward: what is measured now is what will be loaded.
-        self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False, keep_torch_compile=False)
-        self.model.to(memory_format=torch.contiguous_format)
-        accuracy, images = self.evaluate()
-        return {
-            "eval_accuracy": accuracy,
-            "eval_accuracy_by_epoch": self.progress.accuracies,
-            "eval_images": images,
-            "train_loss_by_epoch": self.progress.losses,
-            "train_seconds": self.progress.seconds,
-        }
+            if self.signum:
+                raise self.interrupted(self.signum)
+        if signum := self.watch.last().signum:
+            raise self.interrupted(signum)
 
     def queue(self) -> AbstractContextManager[None]:
         """Where an epoch is computed."""
@@ -356,9 +371,13 @@ class Training:
             self.progress.batch = index + 1
             if takes_step:
                 self.take_step()
-                if self.is_due() and not is_last:  # at the end of the epoch there is more to do first
-                    self.lap()
-                    self.save()
+                self.look()
+                if not is_last:  # at the end of the epoch there is more to do first
+                    if self.is_due():
+                        self.lap()
+                        self.save()
+                    if self.signum:
+                        raise self.interrupted(self.signum)
             bar.update()
 
     def passes(self, images: Tensor, labels: Tensor, accumulated: int = 1) -> Tensor:
@@ -398,14 +417,42 @@ class Training:
         """Of the batches of this epoch so far, over all processes."""
         return self.accelerator.reduce(self.loss, "mean").item() / self.progress.batch
 
+    def look(self) -> None:
+        """Find out whether a process was told to stop or has diverged; every process must call this."""
+        seen = self.watch.look(self.interruption.signum, self.loss)
+        self.signum = self.signum or seen.signum
+        if not seen.is_finite:
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise, in all processes, if the loss or the weights of one are not finite; this waits for the device."""
+        loss = self.mean_loss() if self.progress.batch else 0.0
+        all_are = self.accelerator.reduce(all_finite(self.model).float()).item() == self.accelerator.num_processes
+        if math.isfinite(loss) and all_are:
+            return
+        what = f"The loss of epoch {self.progress.epoch + 1} is {loss}"
+        if math.isfinite(loss):
+            what = f"The weights of epoch {self.progress.epoch + 1} are not finite"
+        raise ValueError(
+            f"{what}; lower --learning_rate {self.args.learning_rate}. It was seen after step {self.progress.step}, "
+            f"and nothing was written since. {self.remedy(going_on=False)}"
+        )
+
+    def remedy(self, going_on: bool = True) -> str:
+        """What there is to go on from, for an error."""
+        last = checkpoints.newest_whole(self.directory, CHECKPOINT_FILES)
+        if last is None:
+            return "There is no checkpoint."
+        return f"Go on with --resume_from_checkpoint, from {last}." if going_on else f"{last} is whole."
+
+    def interrupted(self, signum: int) -> InterruptionError:
+        last = checkpoints.newest_whole(self.directory, CHECKPOINT_FILES)
+        return InterruptionError(signum, self.progress.step, last)
+
     def end_epoch(self) -> None:
         args, progress, pruner = self.args, self.progress, self.pruner
+        self.check_finite()
         progress.losses.append(self.mean_loss())
-        if not math.isfinite(progress.losses[-1]):
-            raise ValueError(
-                f"The loss of epoch {progress.epoch + 1} is {progress.losses[-1]}; lower --learning_rate "
-                f"{args.learning_rate}."
-            )
         self.share_statistics()
         rates = {"epsilon": pruner.epsilon} if pruner else {}
         rates["learning_rate"] = self.optimizer.param_groups[0]["lr"]
@@ -427,6 +474,7 @@ class Training:
             found |= {"blocks": pruner.total - pruner.discarded}
             found |= {f"response/{slot}": value for slot, value in pruner.history[-1]["responses"].items()}
         self.log({**found, **rates, "epoch": progress.epoch})
+        self.look()
         if self.is_due() or (args.checkpointing_steps and progress.epoch == args.num_train_epochs):
             self.save()
 
@@ -466,20 +514,36 @@ class Training:
 
     def is_due(self) -> bool:
         every = self.args.checkpointing_steps
+        if self.signum:
+            return bool(every)
         return self.progress.batch == 0 if every == "epoch" else bool(every) and self.progress.step % every == 0
 
     def save(self) -> None:
-        """Write a checkpoint; every process must call this. What differs between them is shared first."""
-        self.share_statistics()
-        if self.pruner:
-            self.pruner.share_responses()
-        self.loss = self.accelerator.reduce(self.loss, "mean")
+        """Write a checkpoint; every process must call this.
+
+        Raises:
+            ValueError: The loss or the weights are not finite.
+            OSError: It cannot be written; those before it stay.
+        """
+        self.check_finite()
         self.progress.loss = self.loss.item()
         staging = checkpoints.staging_of(self.directory, self.progress.step)
+        try:
+            self.write(staging)
+        except WRITE_ERRORS as error:
+            checkpoints.clear_unfinished(self.directory)
+            raise OSError(
+                f"The checkpoint of step {self.progress.step} could not be written to {self.directory} "
+                f"({one_line(error)}). {self.remedy()}"
+            ) from error
+
+    def write(self, staging: Path) -> None:
         if self.accelerator.is_main_process:
             checkpoints.clear_unfinished(self.directory)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(staging))
+        if self.draws.processes > 1:
+            save_own(self.model, self.loss, staging / f"process_{self.draws.rank}.safetensors")
         if self.accelerator.is_main_process:
             state = {
                 "run": self.identity(),
@@ -488,7 +552,7 @@ class Training:
                 "pruner": self.pruner and self.pruner.state_dict(),
                 "draws": self.draws.generator.get_state().numpy().tobytes().hex(),
             }
-            (staging / "training.json").write_text(json.dumps(state))
+            dump_json(state, staging / "training.json")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             checkpoints.commit(staging)
@@ -506,26 +570,46 @@ class Training:
         return json.loads(json.dumps(found))
 
     def resume(self, checkpoint: Path) -> None:
-        """Take up the run where a checkpoint left it; every process must call this."""
-        state = json.loads((checkpoint / "training.json").read_text())
-        now = self.identity()
-        for name in {**state["run"], **now}:
-            if now.get(name) != state["run"].get(name):
+        """Take up the run where a checkpoint left it; every process must call this.
+
+        Raises:
+            ValueError: It is of another run, or does not fit.
+        """
+        with checkpoints.taking_up(checkpoint):
+            state = load_state(checkpoint / "training.json")
+        before, now = state["run"], self.identity()
+        for name in {**before, **now}:
+            if now.get(name) != before.get(name):
                 raise ValueError(
-                    f"The run of {checkpoint} has {name} {state['run'].get(name)}, this one {now.get(name)}: it would "
+                    f"The run of {checkpoint} has {name} {before.get(name)}, this one {now.get(name)}: it would "
                     "not go on as it began. Give the same arguments, or begin anew in another --output_dir."
                 )
-        if self.pruner:  # the weights fit the smaller structure only
-            self.pruner.load_state_dict(state["pruner"])
-            rewrap(self.network)
-        self.accelerator.load_state(str(checkpoint))
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.draws.generator.set_state(torch.frombuffer(bytearray.fromhex(state["draws"]), dtype=torch.uint8))
-        self.progress = Progress(**state["progress"])
-        self.loss.fill_(self.progress.loss)
+        with checkpoints.taking_up(checkpoint):
+            self.take_up(checkpoint, state)
         self.accelerator.print(
             f"Going on from {checkpoint}: {self.progress.epoch} epochs and {self.progress.batch} batches are done."
         )
+
+    def take_up(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        accumulated = self.args.gradient_accumulation_steps
+        progress = Progress.of(
+            state["progress"], epochs=self.args.num_train_epochs, batches=len(self.batches), accumulated=accumulated
+        )
+        check_like(state["scheduler"], self.scheduler.state_dict(), "scheduler")
+        if not 0 <= state["scheduler"]["last_epoch"] <= progress.step:
+            raise ValueError(f"scheduler.last_epoch must be 0 to {progress.step}")
+        if self.pruner:  # the weights fit the smaller structure only
+            check_pruner(state["pruner"], progress.epoch)
+            self.pruner.load_state_dict(state["pruner"])
+            rewrap(self.network)
+        self.accelerator.load_state(str(checkpoint))
+        check_random_states(checkpoint / f"random_states_{self.draws.rank}.pkl")
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.draws.generator.set_state(torch.frombuffer(bytearray.fromhex(state["draws"]), dtype=torch.uint8))
+        self.progress = progress
+        self.loss.fill_(progress.loss)
+        if self.draws.processes > 1:
+            load_own(self.model, self.loss, checkpoint / f"process_{self.draws.rank}.safetensors")
 
 
 def find_checkpoint(args: argparse.Namespace, directory: Path) -> Path | None:
@@ -536,9 +620,9 @@ def find_checkpoint(args: argparse.Namespace, directory: Path) -> Path | None:
     """
     wanted = args.resume_from_checkpoint
     if wanted == "latest" or (wanted and directory != Path(args.output_dir)):
-        return checkpoints.newest_whole(directory)
+        return checkpoints.newest_whole(directory, CHECKPOINT_FILES)
     if wanted:
-        if reason := checkpoints.why_torn(wanted):
+        if reason := checkpoints.why_torn(wanted, CHECKPOINT_FILES):
             raise ValueError(
                 f"--resume_from_checkpoint {wanted} is not a whole checkpoint ({reason}); 'latest' finds the last one "
                 "that is."
@@ -676,9 +760,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_arguments(argv, __doc__)
     transformers.logging.disable_progress_bar()
     accelerator = start_accelerator(args)
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(args.output_dir))
+        try:
+            return run(args, accelerator)
+        except InterruptionError:
+            accelerator.end_training()  # trackers write what they hold
+            raise
+
+
+def run(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+    """The whole run in one of its processes: data, training, saving, the Hub. Returns the results."""
     repo_id = None
     if accelerator.is_main_process:  # better to fail here than after the training
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output_dir).close()
         if args.with_onnx:
             onnx_export.check_installed()
@@ -737,7 +833,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     saved = {
         "results": results, "history": history, "remote_code": args.with_remote_code, "onnx": args.with_onnx,
     }  # fmt: skip
-    timm_eps.save_pretrained(model, args.output_dir, repo_id=repo_id, **saved)
+    try:
+        timm_eps.save_pretrained(model, args.output_dir, repo_id=repo_id, **saved)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The trained model could not be saved in {args.output_dir} ({one_line(error)}). {training.remedy()}"
+        ) from error
 
     gone = 100 * (1 - results["params"] / results["dense_params"])
     print(
@@ -758,10 +859,10 @@ def push(args: argparse.Namespace, model: nn.Module, repo_id: str, message: str,
         commit = timm_eps.push_to_hub(
             model, repo_id, token=args.hub_token, revision=args.hub_revision, commit_message=message, **saved
         )
-    except (OSError, RuntimeError) as error:  # huggingface_hub raises the latter when an upload fails
+    except (*NETWORK_ERRORS, RuntimeError) as error:  # huggingface_hub raises the latter when an upload fails
         raise OSError(
-            f"What is saved in {args.output_dir} could not be pushed to {repo_id}: {error}. Nothing of it is "
-            f"there; to try again: hf upload {repo_id} {args.output_dir}"
+            f"The push of what is saved in {args.output_dir} to {repo_id} failed: {one_line(error, limit=1000)}. "
+            f"To try again: hf upload {repo_id} {args.output_dir}"
         ) from error
     print(f"Pushed to {commit.repo_url} ({commit.oid[:7]}).")
 
@@ -788,7 +889,5 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    try:
+    with as_script("train_hf.py"):
         main()
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"train_hf.py: error: {' '.join(str(error).split())}") from error

@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """Which timm architectures lose residual branches, how much goes, and whether it is exact: writes docs/coverage.md.
 
-    python benchmarks/coverage.py                # everything; takes about an hour on two cores and resumes
-    python benchmarks/coverage.py --only resnet  # modules whose name contains this; prints, writes nothing
+    python -m benchmarks.coverage                # everything; takes about two hours on two cores and resumes
+    python -m benchmarks.coverage --only resnet  # modules whose name contains this; prints, writes nothing
 
 First every architecture of timm is built and traced without memory, to find its gates. Then, of each network class and
 set of residual blocks, the smallest one is taken: gates are added, a random half of them shut, and removed, with three
 seeds, and outputs compared bit by bit; the pruned network is built again by its twin's name; and one that lost half of
-its blocks, but no stage's first, is exported as a stock timm architecture.
+its blocks, but no stage's first, is exported as a stock timm architecture. Then TorchScript and torch.fx are tried, see
+``benchmarks/tools.py``; what they made of a kind is kept with the versions until it is deleted from coverage.json.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import statistics
 import tempfile
 import warnings
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ import torch
 from torch import nn
 
 import timm_eps
+from benchmarks.tools import STATES, TOOLS, try_tools
 from timm_eps.branches import branch_parameters, evaluating, find_slots, gates, probe_batch, slots_by_block
 from timm_eps.names import twin_name
 from timm_eps.report import count_parameters
@@ -142,7 +146,42 @@ def representatives(scanned: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     return {min(names, key=lambda name: scanned[name]["parameters"]): names for names in groups.values()}
 
 
-def document(scanned: dict[str, dict[str, Any]], tried: dict[str, dict[str, Any]]) -> str:
+def tools_table(tools: dict[str, dict[str, Any]], rows: list[str]) -> list[str]:
+    """The lines on TorchScript and torch.fx."""
+    by_versions = Counter(tools[name]["versions"] for name in rows if name in tools)
+    sizes = ", ".join(f"{number} kinds with {versions}" for versions, number in sorted(by_versions.items()))
+    lines = [
+        "## TorchScript and torch.fx",
+        "",
+        f"Tried on {sizes}, in evaluation unless it says training, without gradients. The first column of figures "
+        "counts the kinds of which a tool takes timm's own network; the others count those of them of which it also "
+        "takes the network with gates, or pruned, and computes the same. Closed, and removed, is the last branch of "
+        "every second block; of whole blocks all branches are removed.",
+        "",
+        f"| | timm's | {' | '.join(STATES)} |",
+        f"|---|{'---:|' * (len(STATES) + 1)}",
+    ]
+    obstacles: dict[str, list[str]] = defaultdict(list)
+    for label in TOOLS:
+        taken = {name: found for name in rows if (found := tools.get(name, {}).get("obstacles", {}).get(label))}
+        counts = [sum(found[state] is None for found in taken.values()) for state in STATES]
+        lines.append(f"| {label} | {len(taken)} | {' | '.join(map(str, counts))} |")
+        for name, found in taken.items():
+            for state in STATES:
+                if found[state] is not None:
+                    obstacles[f"{label}, {state}: {found[state]}"].append(name)
+    lines += [""] * bool(obstacles)
+    return lines + [f"- {why}: {', '.join(f'`{name}`' for name in names)}" for why, names in sorted(obstacles.items())]
+
+
+def versions() -> str:
+    """What the figures depend on."""
+    return f"timm {timm.__version__} and torch {torch.__version__.partition('+')[0]}"
+
+
+def document(
+    scanned: dict[str, dict[str, Any]], tried: dict[str, dict[str, Any]], tools: dict[str, dict[str, Any]]
+) -> str:
     """docs/coverage.md."""
     standing = representatives(scanned)
     rows = sorted(standing, key=lambda name: (scanned[name]["module"], scanned[name]["class"], name))
@@ -158,7 +197,7 @@ def document(scanned: dict[str, dict[str, Any]], tried: dict[str, dict[str, Any]
     lines = [
         "# Coverage of timm",
         "",
-        f"Written by `python benchmarks/coverage.py` with timm {timm.__version__} and torch {torch.__version__}, on a "
+        f"Written by `python -m benchmarks.coverage` with timm {timm.__version__} and torch {torch.__version__}, on a "
         f"CPU. Of {len(scanned)} architectures in timm {len(gated)} have residual branches that a gate can close. They "
         f"fall into {len(rows)} kinds by network class and types of residual block; the smallest of each kind was "
         f"tried out with random weights and seeds {', '.join(map(str, SEEDS))}, and stands for the others.",
@@ -202,6 +241,7 @@ def document(scanned: dict[str, dict[str, Any]], tried: dict[str, dict[str, Any]
             f"| {seen['gates']}{f', −{refused}' if refused else ''} "
             f"| {sum(found['removed'])} of {sum(found['shut'])} | {freed} | {exact} | {export} |"
         )
+    lines += ["", *tools_table(tools, rows)]
     lines += ["", "## Why some cannot be exported without zeros", ""]
     lines += [f"- {reason}: {', '.join(f'`{name}`' for name in names)}" for reason, names in sorted(reasons.items())]
     lines += ["", "## Slots without a gate", ""]
@@ -246,7 +286,7 @@ def main() -> None:
     only = parser.parse_args().only
     warnings.simplefilter("ignore")
     logging.getLogger("timm_eps").setLevel(logging.ERROR)
-    stored = {"timm": timm.__version__, "scanned": {}, "tried": {}}
+    stored: dict[str, Any] = {"timm": timm.__version__, "scanned": {}, "tried": {}, "tools": {}}
     if STORE.exists() and (old := json.loads(STORE.read_text()))["timm"] == timm.__version__:
         stored = old
     for name in timm.list_models(exclude_filters="eps_*"):
@@ -264,8 +304,19 @@ def main() -> None:
         else:
             continue
         print(name, stored["tried"][name], flush=True)
+    # A process for each: what TorchScript failed to compile stands in the way of what it compiles next.
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
+        for name in representatives(stored["scanned"]):
+            if (only is None and name not in stored["tools"]) or (
+                only is not None and only in stored["scanned"][name]["module"]
+            ):
+                obstacles = processes.submit(try_tools, name, SHORTENED.get(name, {})).result()
+                stored["tools"][name] = {"versions": versions(), "obstacles": obstacles}
+                store(stored, only)
+                print(name, stored["tools"][name], flush=True)
     if only is None:
-        (ROOT / "docs" / "coverage.md").write_text(document(stored["scanned"], stored["tried"]), encoding="utf-8")
+        text = document(stored["scanned"], stored["tried"], stored["tools"])
+        (ROOT / "docs" / "coverage.md").write_text(text, encoding="utf-8")
 
 
 def store(found: dict[str, Any], only: str | None) -> None:

@@ -35,7 +35,7 @@ from timm_eps.branches import gates  # noqa: E402
 def hub():
     """The Hub that the real client talks to in all tests and in processes that they start; others' models are on it."""
     yield _HUB
-    _HUB.fail_on = None
+    _HUB.fail_on = _HUB.fault = None
 
 
 def pytest_configure(config):

@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property, partial
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,7 +48,7 @@ class Commit:
     files: dict[str, Blob]
     parent: Commit | None = None
     description: str = ""
-    date: str = field(default_factory=lambda: f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%S.%fZ}")
+    date: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}")
 
     @cached_property
     def oid(self) -> str:
@@ -97,6 +97,8 @@ class LoopbackHub:
         # A request with this in its "METHOD /path" is refused with 507; an LFS upload is "PUT /lfs/HASH". Not with
         # 500: the client would try that, and a closed connection too, six times, 23 seconds in all.
         self.fail_on: str | None = None
+        # What goes wrong, and with which requests. It is asked of each "METHOD /path"; see FAULTS.
+        self.fault: Callable[[str], str | None] | None = None
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Connection, self))
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -127,6 +129,14 @@ class LoopbackHub:
 
     def is_private(self, repo_id: str, repo_type: str = "model") -> bool:
         return self.repos[f"{repo_type}s", repo_id].private
+
+
+# How a request can fail: by a status before it is done or after it; by a connection that is closed; by an answer that
+# is cut off, whose header says how long it was to be or does not; by no answer until the client gives up.
+FAULTS = (
+    "401", "403", "404", "409", "429", "500", "503", "500 after", "504 after", "drop", "drop after", "cut after",
+    "short after", "hang", "hang after",
+)  # fmt: skip
 
 
 class RefusedError(Exception):
@@ -193,15 +203,33 @@ class Connection(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.status = 200
         self.reply: dict[str, str] = {}
+        kind, _, after = ((self.hub.fault and self.hub.fault(f"{self.command} {self.path}")) or "").partition(" ")
         try:
-            with self.hub.lock:
-                content = self.answer()
+            content: Any = b""
+            if not kind or after:
+                with self.hub.lock:
+                    content = self.answer()
+            if kind.isdecimal():
+                # A server may repeat what it was sent, and how often it is to be asked again is up to it.
+                raise RefusedError(int(kind), f"Told to fail on {self.headers.get('Authorization')}\n\nby the test")
         except RefusedError as refusal:
             self.status, content = refusal.status, refusal.body
-            self.reply |= refusal.headers
+            # A header has no line breaks.
+            self.reply |= {name: " ".join(value.split()) for name, value in refusal.headers.items()}
+        if kind in ("drop", "hang"):
+            if kind == "hang":
+                self.connection.settimeout(10)
+                self.connection.recv(1)  # until the client closes it
+            self.close_connection = True
+            return
         encoded = content if isinstance(content, bytes) else json.dumps(content).encode()
+        length = len(encoded)
+        if kind in ("cut", "short"):
+            encoded = encoded[: length // 2]
+            length = length if kind == "cut" else len(encoded)
+            self.close_connection = True
         self.send_response(self.status)
-        for name, value in {**self.reply, "Content-Length": str(len(encoded))}.items():
+        for name, value in {**self.reply, "Content-Length": str(length)}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -137,7 +137,7 @@ def test_asking_a_configuration_changes_nothing(tmp_path):
     assert model.config.out_indices == [3]
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
-    assert not {"closed", "out_features", "out_indices", "stage_names", "_out_features", "_out_indices"} & set(stored)
+    assert not {"out_features", "out_indices", "stage_names", "_out_features", "_out_indices"} & set(stored)
 
 
 def test_saved_and_loaded(tmp_path, quiet):

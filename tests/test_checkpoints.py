@@ -107,6 +107,8 @@ def test_each_harm_to_each_file_is_found(tmp_path, caplog, name, harm):
         *(b'{"model.safetensors": null}', b'{"model.safetensors": 1}', b'{"model.safetensors": "0"}', b'{"": "0"}'),
         *(b'{"inner": "0"}', b'{"model.safetensors/x": "0"}', b'{"nowhere": "0"}', b'{"\\u0000": "0"}'),
         b'{"' + b"x" * 300 + b'": "0"}',
+        *(b"[" * 100_000, b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+        *(b'{"/dev/zero": "0"}', b'{"../checkpoint-3/training.json": "0"}', b'{"model.safetensors": NaN}'),
     ],
     ids=lambda content: repr(content[:30]),
 )
@@ -117,6 +119,45 @@ def test_a_manifest_of_any_content_is_torn_not_an_error(tmp_path, caplog, conten
     assert why_torn(torn)
     found, _ = used_instead(tmp_path, torn, caplog)
     assert found == tmp_path / "checkpoint-3"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.symlink_to(path.with_name("nowhere")), "it is a link to nowhere"),
+        (lambda path: path.symlink_to(path), "it is a link to nowhere"),
+        (lambda path: path.write_text("a file"), "it is no directory"),
+        (lambda path: path.mkdir(), f"{MANIFEST} is missing"),
+        (lambda path: (path / MANIFEST).mkdir(parents=True), f"{MANIFEST} is not as it was written"),
+    ],
+)
+def test_what_has_the_name_of_a_checkpoint_is_passed_over_and_replaced(tmp_path, caplog, make, reason):
+    write(tmp_path, 3)
+    make(tmp_path / "checkpoint-6")
+    found, said = used_instead(tmp_path, tmp_path / "checkpoint-6", caplog)
+    assert found == tmp_path / "checkpoint-3"
+    assert reason in said
+    assert why_torn(write(tmp_path, 6)) is None
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_a_link_to_a_checkpoint_is_one_and_what_it_leads_to_is_not_touched(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    target = write(tmp_path / "elsewhere", 3)
+    (tmp_path / "out/checkpoint-3").symlink_to(target)
+    assert newest_whole(tmp_path / "out") == tmp_path / "out/checkpoint-3"
+    write(tmp_path / "out", 6)
+    discard_oldest(tmp_path / "out", 1)
+    assert names(tmp_path / "out") == ["checkpoint-6"]
+    assert why_torn(target) is None
+
+
+def test_needed_files_must_be_listed(tmp_path):
+    checkpoint = write(tmp_path, 3)
+    assert why_torn(checkpoint, ["training.json", "empty"]) is None
+    assert why_torn(checkpoint, ["optimizer.bin"]) == f"{MANIFEST} does not list optimizer.bin"
+    assert newest_whole(tmp_path, ["optimizer.bin"]) is None
 
 
 def test_a_shortened_manifest_is_torn(tmp_path):

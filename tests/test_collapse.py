@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import pickle
 import random
 
 import pytest
 import timm
 import torch
+import torchvision.models.feature_extraction
 from conftest import close
 from timm.models import create_feature_extractor
-from torch import nn
+from torch import Tensor, nn
 
 import timm_eps
 from timm_eps.branches import gates, probe_batch
-from timm_eps.collapse import ZeroBranch
+from timm_eps.standins import Chain, Passthrough, ZeroBranch
 from timm_eps.surgery import replay_removed, same_outputs
 from timm_eps.tracing import meta_copy, trace
 
@@ -255,6 +258,31 @@ def test_zero_branch_takes_the_sizes_it_was_given():
     assert ZeroBranch((None, None, None))(x.double()).dtype == torch.float64
 
 
+class Picky(timm.models.vision_transformer.Block):
+    """A block that adds nothing but what has the shape of its input, and says so in its own way."""
+
+    error: type[Exception]
+
+    def forward(self, x, **kwargs):
+        branch = self.drop_path1(self.attn(self.norm1(x)))
+        if branch.shape != x.shape:
+            raise self.error("not the shape of the input")
+        return x + branch
+
+
+@pytest.mark.parametrize("error", [AssertionError, AttributeError, KeyError, NotImplementedError, ValueError])
+def test_a_block_refuses_a_single_zero_by_any_error(error):
+    """torch.stack raises an AssertionError for it on the meta device, before torch 2.10."""
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    model.blocks[1] = Picky(model.embed_dim, num_heads=2).eval()
+    model.blocks[1].error = error
+    timm_eps.add_gates(model)
+    close(model, "blocks.1.drop_path1")
+    before = model(probe_batch(model))
+    assert timm_eps.remove_closed(model) == ["blocks.1.drop_path1"]
+    assert torch.equal(model(probe_batch(model)), before)
+
+
 @pytest.mark.parametrize(("name", "slot"), [("resnet18", "layer1.0.drop_path"), ("test_resnet", "layer1.0.drop_path")])
 def test_what_is_left_works_on_nobody_elses_tensor(name, slot):
     """An activation that worked in place on the sum now gets what the stem or the last block put out."""
@@ -296,3 +324,118 @@ def test_hooks_of_the_user_do_not_run():
     assert not seen
     model(probe_batch(model))
     assert len(seen) == 1
+
+
+class Asking(nn.Module):
+    """A block that is called with more than its input, in every way that Python has."""
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        size: tuple[int, int] = (1, 2),
+        scale: float = 1.5,
+    ) -> Tensor:
+        return x * 2
+
+
+class Several(nn.Module):
+    def forward(self, x: Tensor, others: list[Tensor], *rest: Tensor, last: int = 3) -> Tensor:
+        return x
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x + y, x - y
+
+
+def copies(module: nn.Module) -> list[nn.Module]:
+    return [module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+
+
+def chain_of(like: type[nn.Module]) -> Chain:
+    chain = Chain(like)
+    chain.add_module("downsample", nn.Linear(2, 2))
+    chain.add_module("act", nn.ReLU())
+    return chain
+
+
+def parameters_of(forward) -> list[tuple]:
+    """Names, kinds and defaults of what a method is called with."""
+    return [(p.name, p.kind, p.default) for p in inspect.signature(forward).parameters.values() if p.name != "self"]
+
+
+@pytest.mark.parametrize("like", [Asking, Several, nn.Bilinear, timm.models.vision_transformer.Block])
+def test_stand_ins_are_called_like_what_they_replace(like):
+    for original in (Passthrough(like), Passthrough(like, (1, 0)), chain_of(like)):
+        for module in copies(original):
+            assert parameters_of(module.forward) == parameters_of(like.forward)
+            assert type(module) is type(original)
+            assert repr(module) == repr(original)
+            assert isinstance(module, Passthrough | Chain)
+
+
+def test_stand_ins_put_out_their_arguments():
+    x, mask = torch.randn(1, 2), torch.randn(1, 2)
+    for module in copies(Passthrough(Asking)):
+        assert module(x) is module(x, mask, causal=True) is module(mask=mask, x=x) is x
+    for module in copies(Passthrough(Asking, (1, 0))):
+        assert module(x, mask=mask) == (mask, x)
+    assert Passthrough(Several, 3)(x, [x], mask, x) is x, "the second of the rest"
+    for module in copies(chain_of(Asking)):
+        assert len(list(module.parameters())) == 2
+        assert torch.equal(module(x, mask), nn.functional.relu(module.downsample(x)))
+    with pytest.raises(IndexError, match="no argument has position 9"):
+        Passthrough(Asking, 9)
+
+
+@pytest.mark.parametrize("how", [torch.jit.script, torch.fx.symbolic_trace, torch.compile])
+@pytest.mark.parametrize(
+    "make", [lambda: Passthrough(Asking), lambda: Passthrough(Pair, (1, 0)), lambda: chain_of(Asking)]
+)
+def test_stand_ins_compile(how, make):
+    x, y = torch.randn(1, 2), torch.randn(1, 2)
+    module = make()
+    found = how(module, **({"fullgraph": True, "backend": "eager"} if how is torch.compile else {}))
+    expected, answer = module(x, y), found(x, y)
+    assert all(map(torch.equal, expected, answer)) if isinstance(expected, tuple) else torch.equal(expected, answer)
+
+
+@pytest.mark.parametrize("shape", [(), (None, None), (None, 5), (3, None)])
+def test_zeros_script_and_trace(shape):
+    x = torch.randn(3, 4)
+    zeros = ZeroBranch(shape)
+    for how in (torch.jit.script, torch.fx.symbolic_trace):
+        assert torch.equal(how(zeros)(x), zeros(x))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_nfnet"])
+def test_torchvisions_feature_extraction(name):
+    """It traces in training and in evaluation; in both the gates do what they do in the model."""
+    model = pruned_twin(name)
+    batch = probe_batch(model)
+    last = torchvision.models.feature_extraction.get_graph_node_names(model)[1][-1]
+    extractor = torchvision.models.feature_extraction.create_feature_extractor(model, [last])
+    with torch.no_grad():
+        assert torch.equal(extractor.eval()(batch)[last], model.eval()(batch))
+    for gate in gates(model).values():
+        gate.epsilon = 1e9
+    copies_of = {slot: extractor.get_submodule(slot) for slot in gates(model)}
+    assert copies_of
+    extractor.train()(batch)
+    assert all(gate.response >= 0 for gate in copies_of.values())
+
+
+@pytest.mark.parametrize("name", ["eps_resnet20", "eps_test_vit"])
+def test_nothing_is_removed_on_the_meta_device(name):
+    """There are no numbers to prove it by; the list of slots needs none."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=3)
+    close(model)
+    for call in (timm_eps.remove_closed, lambda model: timm_eps.surgery.remove(model, list(gates(model))[:1])):
+        with pytest.raises(ValueError, match=r"on the meta device.*removed="):
+            call(model)
+    closed = [slot for slot, gate in gates(model).items() if gate.closed]
+    replay_removed(model, closed)
+    assert model.removed == closed

@@ -128,7 +128,7 @@ def test_no_parameters_and_no_state():
     assert not gate.state_dict()
 
 
-@pytest.mark.parametrize("value", [-1.0, -1e-9, math.nan, "2.5", True, None])
+@pytest.mark.parametrize("value", [-1.0, -1e-9, math.nan, math.inf, 3.5e38, "2.5", True, None])
 def test_bad_epsilon(value):
     with pytest.raises(ValueError, match="epsilon must be a number of at least 0"):
         EpsilonGate(value)
@@ -262,3 +262,94 @@ def test_importance_however_the_gate_is_run(how):
         "checkpoint": lambda gate, x: torch.utils.checkpoint.checkpoint(gate, x, use_reentrant=False),
     }
     assert measured(runs[how]) == pytest.approx(measured(lambda gate, x: gate(x))) != 0
+
+
+@pytest.mark.parametrize("convert", ["half", "bfloat16", "double", "to"])
+@pytest.mark.parametrize("epsilon", [1e-8, 1e-3, 2.5])
+def test_the_threshold_stays_a_float32(convert, epsilon):
+    """In half precision 1e-8 is 0, under which no gate closes."""
+    gate = EpsilonGate(epsilon).train()
+    gate.measure_importance()
+    model = nn.Sequential(gate)
+    model.to(torch.float16) if convert == "to" else getattr(model, convert)()
+    found = {name: getattr(gate, name) for name in ("threshold", "response", "importance", "gain")}
+    assert {name: number.dtype for name, number in found.items()} == dict.fromkeys(found, torch.float32)
+    assert gate.threshold.item() == torch.tensor(epsilon).item()
+    dtype = {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64, "to": torch.float16}[convert]
+    empty = torch.zeros(2, 3, dtype=dtype, requires_grad=True)
+    answer = gate(empty)
+    assert answer.dtype == dtype
+    answer.sum().backward()
+    assert not empty.grad.any(), "an empty branch is below every threshold"
+    assert gate(torch.full((2, 3), 2 * epsilon, dtype=dtype)).all() == (2 * torch.tensor(epsilon, dtype=dtype) > 0)
+
+
+def test_the_threshold_is_a_float32_whatever_the_default_is():
+    """transformers builds a half-precision model under a half-precision default."""
+    torch.set_default_dtype(torch.float16)
+    try:
+        gate = EpsilonGate(1e-8)
+        closed = epsilon_gate(torch.zeros(3, requires_grad=True), 1e-8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (gate.threshold.dtype, gate.response.dtype, gate.importance.dtype) == (torch.float32,) * 3
+    closed.sum().backward()
+    assert gate.threshold.item() == pytest.approx(1e-8)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0), (0,)])
+@pytest.mark.parametrize("how", ["eager", "script", "compile"])
+def test_an_empty_batch_says_nothing(shape, how):
+    gate = EpsilonGate(0.5).train()
+    gate.measure_importance()
+    run = {
+        "eager": lambda x: gate(x),
+        "script": torch.jit.script(gate),
+        "compile": torch.compile(gate, fullgraph=True, backend="eager"),
+    }[how]
+    gate(torch.ones(2, 3, requires_grad=True)).sum().backward()
+    seen = gate.response.item(), gate.importance.item()
+    x = torch.zeros(shape, requires_grad=True)
+    y = run(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape
+    assert (gate.response.item(), gate.importance.item()) == seen == (1.0, 36.0)
+    gate.reset_response()
+    run(x)
+    assert gate.response.item() == -1.0, "nothing was seen"
+    assert epsilon_gate(x, 1.0).shape == shape
+    assert max_response(x).item() == -1.0
+
+
+def test_a_graph_of_fx_gates_and_follows():
+    """It calls the gate as a module: it notes the response, and what is closed later is closed in the graph."""
+    model = nn.Sequential(nn.Linear(2, 2), EpsilonGate(1.0))
+    for mode in (True, False):
+        model.train(mode)
+        gate = model[1]
+        gate.closed = False
+        graph = torch.fx.symbolic_trace(model)
+        assert graph.get_submodule("1") is gate
+        graph.train()
+        gate.reset_response()
+        with torch.no_grad():
+            model[0].weight.fill_(0.1)
+            model[0].bias.zero_()
+        assert not graph(torch.ones(1, 2)).any()
+        assert gate.response.item() == pytest.approx(0.2)
+        assert graph(10 * torch.ones(1, 2)).all()
+        assert gate.response.item() == pytest.approx(2.0)
+        graph.eval()
+        assert graph(torch.ones(1, 2)).all()
+        gate.closed = True
+        assert not graph(torch.ones(1, 2)).any()
+        assert "1.threshold" not in graph.state_dict()
+        assert graph.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_gate_that_is_traced_alone():
+    gate = EpsilonGate(1.0).eval()
+    x = torch.ones(2)
+    assert torch.equal(torch.fx.symbolic_trace(gate)(x), x)
+    gate.closed = True
+    assert not torch.fx.symbolic_trace(gate)(x).any()

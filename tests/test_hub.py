@@ -178,7 +178,7 @@ def test_saving_over_another_structure(model, tmp_path, images):
 
 
 def test_bad_input(model, tmp_path):
-    with pytest.raises(ValueError, match="Got 3 label names for a model with 10 classes"):
+    with pytest.raises(ValueError, match="label_names must have one name for each of the 10 classes, got 3"):
         timm_eps.save_pretrained(model, tmp_path, label_names=["a", "b", "c"])
     with pytest.raises(ValueError, match=r"ResNet has no gates; call timm_eps\.add_gates\(model\) first"):
         timm_eps.save_pretrained(timm.create_model("resnet18"), tmp_path)

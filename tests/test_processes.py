@@ -84,6 +84,8 @@ def both(tmp_path_factory) -> dict:
             "wrapped": None,
             "pruned": [*PRUNED, *batch(8)],
             "resumed": [*PRUNED, *batch(8), *resume],
+            "stopped": [*PRUNED, *batch(8)],
+            "taken up": [*PRUNED, *batch(8), "--resume_from_checkpoint", str(out / "stopped/checkpoint-13")],
             "refused": [*ONE_STEP, *batch(32), "--resume_from_checkpoint", str(out / "alone/checkpoint-2")],
             "learned": [*LEARNED, *batch(8)],
             "one step": [*ONE_STEP, *batch(32)],
@@ -97,7 +99,7 @@ def both(tmp_path_factory) -> dict:
     return found | {rank: json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)}
 
 
-RUNS = ["pruned", "resumed", "learned", "one step", "one step, synchronised", "gentle", "accumulated"]
+RUNS = ["pruned", "resumed", "taken up", "learned", "one step", "one step, synchronised", "gentle", "accumulated"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -143,6 +145,20 @@ def test_taken_up_within_an_epoch(both):
     for what in ("parameters", "buffers", "removed"):
         assert both[1]["resumed"][what] == both[1]["pruned"][what]
     found = [without_times(json.loads((out / name / "all_results.json").read_text())) for name in ("resumed", "pruned")]
+    assert found[0] == found[1]
+
+
+def test_told_to_stop_both_do_at_the_same_step_and_go_on_bit_by_bit(both):
+    """One was told at step 12, both know of it one step later; nobody waits for it meanwhile."""
+    out = both["out"]
+    for rank in (0, 1):
+        assert both[rank]["stopped"].startswith("Stopped by SIGTERM after step 13; go on with")
+    steps = [path.name for path in checkpoints.all_checkpoints(out / "stopped")]
+    assert steps == ["checkpoint-5", "checkpoint-10", "checkpoint-13"]
+    assert (out / "taken up/model.safetensors").read_bytes() == (out / "pruned/model.safetensors").read_bytes()
+    found = [
+        without_times(json.loads((out / name / "all_results.json").read_text())) for name in ("taken up", "pruned")
+    ]
     assert found[0] == found[1]
 
 
@@ -200,11 +216,11 @@ def test_only_the_main_process_speaks_and_writes(both):
         assert {path.name for path in (both["out"] / name).iterdir() if path.is_file()} == {
             "README.md", "all_results.json", "blocks.png", "config.json", "model.safetensors",
         }  # fmt: skip
-    assert said.count("Training eps_resnet20 on") == len(RUNS) + 1, "and the one that was refused"
-    assert said.count("Going on from") == 1
+    assert said.count("Training eps_resnet20 on") == len(RUNS) + 2, "and those that were refused and stopped"
+    assert said.count("Going on from") == 2
     # A bar writes over itself until it is closed with a line break.
     bars = [line for line in both["errors"].split("\n") if "epoch 4/4: 100%" in line.rpartition("\r")[2]]
-    assert len(bars) == 3, "one for each run of four epochs"
+    assert len(bars) == 4, "one for each run of four epochs"
     for checkpoint in checkpoints.all_checkpoints(both["out"] / "pruned"):
         assert checkpoints.why_torn(checkpoint) is None
         assert len(list(checkpoint.glob("random_states_*.pkl"))) == 2, "what is random differs between them"

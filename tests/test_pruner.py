@@ -90,7 +90,7 @@ def test_warmup_holds_epsilon_at_zero(model):
     seen = []
     for _ in range(4):
         seen.append({gate.epsilon for gate in gates(model).values()})
-        respond(model, {}, default=0.1)
+        respond(model, {SLOTS[0]: 9.0, SLOTS[1]: 9.0}, default=0.1)
         pruner.step()
     assert seen == [{0.0}, {0.0}, {2.5}, {2.5}]
 
@@ -464,6 +464,58 @@ def test_state_that_is_less_pruned_than_the_model(model):
         pruner.load_state_dict(state)
 
 
+@pytest.mark.parametrize("live_removal", [True, False])
+@pytest.mark.parametrize("epsilon", [1e9, 11.0])
+def test_one_branch_always_stays(model, caplog, epsilon, live_removal):
+    """The one that responds most. It is open in training as well, or it would learn nothing."""
+    pruner = EpsilonPruner(model, epsilon=epsilon, patience=2, live_removal=live_removal)
+    for _ in range(4):
+        respond(model, {SLOTS[4]: 10.5})
+        pruner.step()
+        assert pruner.discarded == 8
+        assert [slot for slot, gate in gates(model).items() if not gate.closed] == [SLOTS[4]]
+        assert {slot for slot, gate in gates(model).items() if gate.epsilon == 0} == {SLOTS[4]}
+    assert len(model.removed) == (8 if live_removal else 0)
+    [warning] = caplog.messages
+    assert warning.startswith(
+        f"epsilon={epsilon:g} would close all 9 branches that are left: {SLOTS[4]}, whose response"
+    )
+    timm_eps.remove_closed(model)
+    assert list(gates(model)) == [SLOTS[4]]
+
+
+def test_the_last_branch_may_change(model):
+    """Another one that opens again lets the one close that stayed."""
+    pruner = EpsilonPruner(model, epsilon=5.0, patience=9)
+    respond(model, {SLOTS[4]: 2.0}, default=1.0)
+    pruner.step()
+    respond(model, {SLOTS[4]: 2.0, SLOTS[7]: 6.0}, default=1.0)
+    pruner.step()
+    assert {slot for slot, gate in gates(model).items() if not gate.closed} == {SLOTS[4], SLOTS[7]}
+    assert {gate.epsilon for gate in gates(model).values()} == {5.0}
+    respond(model, {SLOTS[4]: 2.0, SLOTS[7]: 6.0}, default=1.0)
+    pruner.step()
+    assert [slot for slot, gate in gates(model).items() if not gate.closed] == [SLOTS[7]]
+
+
+def test_a_frozen_branch_is_one_that_stays(model, caplog):
+    """It has no response, and no gate closes it."""
+    pruner = EpsilonPruner(model, epsilon=100.0, patience=1)
+    respond(model, {SLOTS[4]: -1.0})
+    pruner.step()
+    assert list(gates(model)) == [SLOTS[4]]
+    assert not caplog.messages
+
+
+def test_the_last_branch_is_taken_up_as_it_was(model):
+    pruner = EpsilonPruner(model, epsilon=1e9, patience=1)
+    respond(model, {SLOTS[4]: 10.5})
+    pruner.step()
+    again = EpsilonPruner(tiny_net(), epsilon=1e9, patience=1)
+    again.load_state_dict(json.loads(json.dumps(pruner.state_dict(), allow_nan=False)))
+    assert {slot: gate.epsilon for slot, gate in gates(again.model).items()} == {SLOTS[4]: 0.0}
+
+
 @pytest.mark.parametrize("given", [{}, {"epsilon": 1.0, "keep": 0.5}])
 def test_exactly_one_of_epsilon_and_keep(model, given):
     with pytest.raises(ValueError, match="Give exactly one of epsilon and keep"):
@@ -475,6 +527,8 @@ def test_exactly_one_of_epsilon_and_keep(model, given):
     [
         ({"epsilon": -1.0}, "epsilon must be"),
         ({"epsilon": math.nan}, "epsilon must be"),
+        ({"epsilon": math.inf}, r"epsilon must be .* at most 3\.4e\+38, got inf"),
+        ({"epsilon": 1e39}, r"epsilon must be .* got 1e\+39"),
         ({"keep": 1.5}, "keep must be"),
         ({"keep": 10}, "keep=10 branches, but EpsResNet has only 9"),
         ({"epsilon": 1.0, "patience": 0}, "patience must be"),

@@ -10,6 +10,8 @@ import os
 import runpy
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import datasets
@@ -18,8 +20,9 @@ import pytest
 import timm
 import torch
 from conftest import close, tiny_net
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_session, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import _http
 from PIL import Image
 from test_hub import RESULTS
 from transformers import (
@@ -362,7 +365,7 @@ def test_a_wrong_token_creates_nothing(hub, repo_id):
         (lambda: timm.create_model("test_resnet"), {}, r"has no gates; call timm_eps\.add_gates\(model\) first"),
         (lambda: timm_eps.eps_resnet.EpsResNet([1, 1, 1]), {}, "cannot be built again from a name"),
         (lambda: torch.compile(tiny_net()), {}, "Got a compiled model"),
-        (tiny_net, {"label_names": ["a"]}, "Got 1 label names for a model with 10 classes"),
+        (tiny_net, {"label_names": ["a"]}, "label_names must have one name for each of the 10 classes, got 1"),
         (tiny_net, {"results": {"eval_accuracy": 0.9}}, "results lacks architecture, arguments"),
         (lambda: timm.create_model("eps_test_vit"), {"remote_code": True}, "remote_code is for the CIFAR networks"),
         (lambda: tiny_net(global_pool="max"), {"remote_code": True}, "which this file cannot build; timm_eps can"),
@@ -577,6 +580,21 @@ def test_a_wrong_token_ends_the_script_before_it_trains(hub, monkeypatch, tmp_pa
     assert state_of(hub) == before
 
 
+@pytest.mark.parametrize("fault", ["drop", "hang after", "500", "short after"])
+def test_a_lost_connection_ends_the_script_in_one_line(hub, monkeypatch, tmp_path, fault):
+    client = type(get_session())
+    set_client_factory(lambda: client(timeout=0.2, follow_redirects=True))
+    monkeypatch.setattr(_http, "time", types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
+    hub.fault = lambda asked: fault
+    try:
+        error = run_script(monkeypatch, "--push_to_hub", "--hub_model_id", "me/none", "--output_dir", str(tmp_path))
+    finally:
+        set_client_factory(_http.default_client_factory)
+    assert error.startswith("train_hf.py: error: ")
+    assert "\n" not in error
+    assert hub.token not in error
+
+
 def test_a_wrong_token_is_told_in_one_line(hub, monkeypatch, tmp_path):
     assert "\n" not in push_with_a_wrong_token(monkeypatch, tmp_path)
 
@@ -586,7 +604,10 @@ def test_a_push_that_fails_after_the_training_is_told_in_one_line(hub, monkeypat
     short = ["--num_train_epochs", "1", "--max_train_samples", "40", "--max_eval_samples", "20", "--no_gates"]
     push = ["--push_to_hub", "--hub_model_id", "me/fails-late", "--output_dir", str(tmp_path)]
     error = run_script(monkeypatch, *short, *push)
-    assert error.startswith("train_hf.py: error: ")
+    assert error.startswith(f"train_hf.py: error: The push of what is saved in {tmp_path} to me/fails-late failed: ")
+    assert "Nothing of the model was published. To try again: hf upload me/fails-late" in error
+    assert "\n" not in error
+    assert hub.files("me/fails-late").keys() == {".gitattributes"}
     assert (tmp_path / "model.safetensors").exists()
 
 

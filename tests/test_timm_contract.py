@@ -18,6 +18,7 @@ from timm.models import FeatureInfo, create_feature_extractor, get_graph_node_na
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.tools import STATES, TOOLS, try_tools
 from timm_eps.branches import gates
 from timm_eps.names import base_name
 
@@ -398,6 +399,37 @@ def test_fx(traced_case):
                 pytest.skip(f"{base_name(traced_case.name)} cannot: {type(error).__name__}")
             raise
     assert same(found, expected)
+
+
+# A post-activation ResNet, ConvNeXt, ViT, Swin, EfficientNet, MobileNetV3, RegNet, and the CIFAR network.
+PRUNED = {
+    "eps_test_resnet": set(TOOLS),
+    "eps_test_convnext": set(TOOLS),
+    "eps_test_vit": {"torch.jit.script", "feature extraction"},
+    "eps_swin_tiny_patch4_window7_224": set(TOOLS),
+    "eps_mobilenetv2_035": set(TOOLS),
+    "eps_mobilenetv3_small_050": set(TOOLS),
+    "eps_regnetx_002": set(TOOLS),
+}
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_pruned_twins_script_and_trace(name):
+    """Whatever takes timm's own network takes it with gates, open or closed, and without whole or half blocks."""
+    found = try_tools(base_name(name), COVER[name][1])
+    assert found == {tool: dict.fromkeys(STATES) for tool in TOOLS if tool in PRUNED[name]}
+
+
+def test_pruned_cifar_network_scripts_and_traces():
+    found = try_tools("eps_resnet20", {})
+    assert found == {tool: dict.fromkeys(STATES) for tool in TOOLS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in [*COVER, *LARGE_COVER] if name not in PRUNED])
+def test_all_pruned_twins_script_and_trace(name):
+    found = try_tools(base_name(name), (COVER | LARGE_COVER)[name][1])
+    assert found == {tool: dict.fromkeys(STATES) for tool in found}
 
 
 @pytest.mark.slow

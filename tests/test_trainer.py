@@ -271,7 +271,7 @@ def test_saved_after_the_training_every_loader_gives_the_live_logits(trained, tm
     assert torch.equal(logits(by_auto, images), live)
     with torch.no_grad():
         assert torch.equal(by_timm(images), live)
-    assert "closed" not in json.loads((tmp_path / "config.json").read_text())
+    assert "closed" not in json.loads((tmp_path / "config.json").read_text())["model_args"]
     assert set(removed_slots(by_auto)) == gone
 
 
@@ -374,7 +374,7 @@ def test_a_checkpoint_is_the_training_form(trained):
     _, spy, out = trained()
     step = checkpoint_step(spy, "some closed")
     seen, checkpoint = spy.seen[step], out / f"checkpoint-{step}"
-    assert AutoConfig.from_pretrained(checkpoint).closed == seen.closed
+    assert AutoConfig.from_pretrained(checkpoint).model_args["closed"] == seen.closed
     stored = safetensors.torch.load_file(checkpoint / "model.safetensors")
     loaded = AutoModelForImageClassification.from_pretrained(checkpoint)
     for key, value in loaded.side_head.state_dict().items():
@@ -390,7 +390,7 @@ def test_a_checkpoint_saved_again_is_the_inference_form(trained, tmp_path, state
     loaded = AutoModelForImageClassification.from_pretrained(out / f"checkpoint-{step}")
     loaded.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert "closed" not in config
+    assert "closed" not in config["model_args"]
     assert config["side_loss_weight"] == 0
     assert set(config["model_args"].get("removed", [])) == {*seen.closed, *seen.removed}
     assert not [key for key in safetensors.torch.load_file(tmp_path / "model.safetensors") if "side_head" in key]

@@ -22,6 +22,7 @@ import timm_eps
 import train_hf
 from timm_eps import EpsilonPruner
 from timm_eps.branches import gates
+from timm_eps.interruption import InterruptionError
 from timm_eps.surgery import removed_slots
 from timm_eps.sync_batchnorm import synchronize_batchnorm
 
@@ -31,6 +32,23 @@ def digest(values: dict[str, torch.Tensor]) -> str:
     for name, value in sorted(values.items()):
         found.update(name.encode() + value.detach().contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def stopped(arguments: list[str], rank: int) -> str:
+    """A run of which one process is told to stop at step 12; what each of them says."""
+    take_step = train_hf.Training.take_step
+
+    def and_be_told(self):
+        take_step(self)
+        if dist.get_rank() == rank and self.progress.step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(train_hf.Training, "take_step", and_be_told):
+        try:
+            train_hf.main(arguments)
+        except InterruptionError as error:
+            return str(error)
+    return "not stopped"
 
 
 def train(arguments: list[str], kill_rank: int | None = None) -> dict:
@@ -187,6 +205,8 @@ def main(out: Path) -> None:
         Accelerator.end_training = end_training if name == list(todo)[-1] else lambda self: None
         if name.startswith("refused"):
             found[name] = refused(arguments)
+        elif name == "stopped":
+            found[name] = stopped(arguments, rank=1)
         elif name in ("decisions", "batch_norms", "wrapped"):
             found[name] = globals()[name](dist.get_rank())
         else:

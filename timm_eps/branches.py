@@ -43,12 +43,17 @@ UNUSED = "it does not run in a forward pass"
 _SLOT = re.compile(r"(\w+_)?drop_path\d*")
 
 
-def timm_body(model: nn.Module) -> nn.Module:
-    """The timm model itself, also when a transformers class holds it as ``timm_model``.
+def timm_body(model: nn.Module, *, allow_stock_wrapper: bool = False) -> nn.Module:
+    """The timm model itself, also when a transformers class of this package holds it as ``timm_model``.
+
+    Args:
+        model: A timm model, or a transformers model around one.
+        allow_stock_wrapper: Take timm's network out of a stock wrapper too, for those who only read it.
 
     Raises:
         ValueError: ``model`` is wrapped for distributed training or compiled (changing modules behind such a wrapper
-            leaves it with buckets or graphs of the old structure), or is no timm model.
+            leaves it with buckets or graphs of the old structure), a stock wrapper whose files cannot say which
+            branches are removed, or no timm model.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise ValueError(
@@ -60,12 +65,25 @@ def timm_body(model: nn.Module) -> nn.Module:
             "Got a compiled model; pass the model itself (the argument of torch.compile, or model._orig_mod). "
             "The compiled one follows its changes, compiling anew; torch.compiler.reset() keeps it under torch's limit."
         )
-    body = getattr(model, "timm_model", model)
-    if not hasattr(body, "forward_features"):
+    body: Any = getattr(model, "timm_model", model)
+    if body is not model and not allow_stock_wrapper and not getattr(model, "records_structure", False):
         raise ValueError(
-            f"{type(body).__name__} is no timm model; pass the one inside it, not features_only and not a container."
+            f"A {type(model).__name__} saves a network without saying which of its branches are closed or removed; "
+            "EpsResNetForImageClassification.from_timm(model) makes one of it that says so."
         )
+    if not _is_timm_model(body):
+        inside = next((path for path, module in model.named_modules() if path and _is_timm_model(module)), None)
+        hint = f"pass the one inside it, model.{inside}" if inside else "make one by timm.create_model"
+        raise ValueError(f"{type(body).__name__} is no timm model with a forward_features; {hint}.")
     return body
+
+
+def _is_timm_model(module: nn.Module) -> bool:
+    """Whether a module is a network of timm's, or of a class that is registered with timm or inherits from its own."""
+    if not hasattr(module, "forward_features"):
+        return False
+    of_timm = any(kind.__module__.startswith(("timm.models.", "timm_eps.")) for kind in type(module).__mro__)
+    return of_timm or "architecture" in (getattr(module, "pretrained_cfg", None) or ())
 
 
 def gates(model: nn.Module) -> dict[str, EpsilonGate]:
@@ -283,5 +301,5 @@ def _takes_single_zero(probe: _Probe, calls: list[Call]) -> bool:
     try:
         with torch.no_grad(), probe.answering(lambda x: x.new_zeros(())):
             return all(shapes(call.module(*call.args, **call.kwargs)) == shapes(call.output) for call in calls)
-    except (IndexError, RuntimeError, TypeError, ValueError):
+    except Exception:  # whatever the block's own code, or its torch, raises: torch.stack asserted before 2.10
         return False

@@ -22,52 +22,10 @@ from torch import Tensor, nn
 
 from .branches import gates, probe_batch, slots_by_block, traces_open_and_shut
 from .gate import EpsilonGate
+from .standins import Chain, Passthrough, ZeroBranch
 from .tracing import Call, Trace, meta_copy, random_copy, random_like, shapes, tensors, trace
 
 __all__ = ["Edit", "Plan", "plan_collapse"]
-
-
-class ZeroBranch(nn.Module):
-    """Stands in the slot of a removed branch: zero, to which the shortcut is added.
-
-    Args:
-        shape: Shape of the zeros, None where it is that of the input; by default a single zero.
-    """
-
-    def __init__(self, shape: tuple[int | None, ...] = ()) -> None:
-        super().__init__()
-        self.shape = shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros([x.shape[i] if size is None else size for i, size in enumerate(self.shape)])
-
-    def extra_repr(self) -> str:
-        return f"shape={self.shape}"
-
-
-class Passthrough(nn.Module):
-    """An identity for modules that are called with, or return, more than one thing.
-
-    Args:
-        take: Positions of the arguments that it returns: a tuple of them unless it is a number.
-    """
-
-    def __init__(self, take: int | tuple[int, ...] = 0) -> None:
-        super().__init__()
-        self.take = take
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return args[self.take] if isinstance(self.take, int) else tuple(args[position] for position in self.take)
-
-    def extra_repr(self) -> str:
-        return f"take={self.take}"
-
-
-class Chain(nn.Sequential):
-    """A sequence that may be called with more than its input."""
-
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return super().forward(input)
 
 
 class Edit(NamedTuple):
@@ -223,7 +181,7 @@ def _passing(calls: list[Call]) -> Callable[[nn.Module], nn.Module] | None:
         if not isinstance(calls[0].output, Tensor):
             return None
         take = 0  # of another shape: the block must do with it, or keeps the module
-    return lambda old: _like(old, nn.Identity() if take == 0 and _takes_one(old) else Passthrough(take))
+    return lambda old: _like(old, nn.Identity() if take == 0 and _takes_one(old) else Passthrough(_class_of(old), take))
 
 
 def _taken(args: tuple, output: Any) -> int | tuple[int, ...] | None:
@@ -249,7 +207,7 @@ def _chain(block: nn.Module, call: Call) -> Callable[[nn.Module], nn.Module] | N
     def make(old: nn.Module, names: list[str] = names) -> nn.Module:
         if not names and (passing := _passing([call])):
             return passing(old)
-        chain = nn.Sequential() if _takes_one(old) else Chain()
+        chain = nn.Sequential() if _takes_one(old) else Chain(_class_of(old))
         for name in names:
             chain.add_module(name, old.get_submodule(name))
         if names and getattr(chain[0], "inplace", False):
@@ -289,6 +247,11 @@ def _is_rectified(x: Any) -> bool:
 
 def _takes_one(module: nn.Module) -> bool:
     return len(inspect.signature(module.forward).parameters) == 1
+
+
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a module's callers know: of a stand-in, that of the module which stood there first."""
+    return module.like if isinstance(module, Passthrough | Chain) else type(module)
 
 
 def _like(old: nn.Module, new: nn.Module) -> nn.Module:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import field
 from functools import lru_cache
 from typing import Any
 
@@ -14,9 +14,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import TimmWrapperConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .eps_resnet import is_cifar_network
-from .names import base_name, twin_name
-from .surgery import removed_slots
+from .branches import timm_body
+from .config_checks import check_config, check_label_names, check_model_args, shortened
+from .names import base_name, is_cifar_network, twin_name
+from .surgery import closed_slots, removed_slots
 
 __all__ = ["EpsResNetConfig"]
 
@@ -26,18 +27,20 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
     """Configuration of :class:`EpsResNetModel`, :class:`EpsResNetForImageClassification` and the backbone.
 
     One ``config.json`` serves timm and transformers. The structure of a pruned network is data in it:
-    ``model_args["removed"]`` lists the slots of the branches that are gone.
+    ``model_args["removed"]`` lists the slots of removed branches, ``model_args["closed"]`` those of closed gates whose
+    branches are still there, in a checkpoint of a training.
 
     Args:
         architecture: A timm model name that this package registers, such as ``eps_resnet110`` or ``eps_resnet50``.
-        model_args: Keyword arguments for ``timm.create_model``; ``removed`` among them.
+        model_args: Keyword arguments of the network; they name its structure and nothing else, see
+            :func:`timm_eps.config_checks.check_model_args`.
         pretrained_cfg: timm's description of weights and input (input size, mean, std, ...). By default that of
             the architecture.
         side_loss_weight: Weight of the side head's cross-entropy in the training loss. 0 leaves the side head out. By
             default the paper's 0.1 for the CIFAR networks, and 0 for others. Saved models carry 0, and a stored config
             without the field means 0.
-        closed: Slots whose gates are closed but whose branches are still there, in a checkpoint of a training that goes
-            on. A saved model has none.
+        weights_sha256: SHA-256 of the weights file that the configuration was saved with, as hexadecimal digits.
+        base_model: Name on the Hub of the model whose weights a training began with.
         out_features: Names, out of ``stage_names``, of the features that a backbone puts out; the last if None.
         out_indices: The same by number. Names and numbers must agree if both are given.
 
@@ -45,8 +48,9 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         stage_names (list[str]): What timm's ``feature_info`` lists: ``stem``, if there is one, ``stage1``, and so on.
 
     Raises:
-        ValueError: ``architecture`` is none of this package's, ``side_loss_weight`` is negative or NaN, or
-            ``out_features`` or ``out_indices`` are not to be had.
+        ValueError: ``architecture`` is not one of this package's, ``model_args`` does not name structure,
+            ``side_loss_weight`` is negative or not finite, or the network has no such ``out_features`` or
+            ``out_indices``.
     """
 
     model_type = "eps_resnet"
@@ -54,9 +58,12 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
     architecture: str = "eps_resnet110"
     pretrained_cfg: dict[str, Any] | None = None
     side_loss_weight: float | None = None
-    closed: list[str] = field(default_factory=list)
+    weights_sha256: str | None = None
+    base_model: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if "closed" in kwargs:
+            raise ValueError(f"closed={shortened(kwargs['closed'])} belongs into model_args['closed'].")
         if self.architecture != twin_name(self.architecture):
             raise ValueError(
                 f"architecture {self.architecture!r} has no gates; its twin is {twin_name(self.architecture)!r}."
@@ -66,9 +73,10 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         known = timm.get_pretrained_cfg(self.architecture, allow_unregistered=True)
         if self.pretrained_cfg is None and known is not None:
             self.pretrained_cfg = _carried(known.to_dict())
-        if not self.side_loss_weight >= 0:
-            raise ValueError(f"side_loss_weight must be at least 0, got {self.side_loss_weight!r}.")
-        self.model_args = dict(self.model_args or {})  # timm cannot read a null here
+        if not 0 <= self.side_loss_weight < math.inf:
+            raise ValueError(f"side_loss_weight must be a finite number of at least 0, got {self.side_loss_weight!r}.")
+        # timm cannot read a null here.
+        self.model_args = check_model_args(self.model_args, is_cifar=is_cifar_network(self.architecture))
         self._out_features = kwargs.pop("out_features", None)
         self._out_indices = kwargs.pop("out_indices", None)
         if self._out_features is not None or self._out_indices is not None:
@@ -107,8 +115,14 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        if "architecture" not in config_dict:
-            raise ValueError(f"config.json names no 'architecture', only {sorted(config_dict)}.")
+        config_dict = check_config(config_dict, is_cifar=is_cifar_network)
+        if config_dict.get("model_type") == TimmWrapperConfig.model_type:  # timm's own network in a stock wrapper
+            config_dict["architecture"] = twin_name(config_dict["architecture"].partition(".")[0])
+        if not timm.is_model(config_dict["architecture"]):
+            raise ValueError(
+                f"architecture {shortened(config_dict['architecture'])} is unknown; timm.list_models('eps_*') lists "
+                "the names."
+            )
         if "id2label" in kwargs:
             # The parent would set the stored number of classes last, which replaces the names just given.
             kwargs["num_labels"] = len(kwargs["id2label"])
@@ -123,7 +137,8 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         fields = {**super().to_dict(), "label_names": [labels[number] for number in sorted(labels)]}
         # As it reads once it was stored, where timm's tuples are lists.
         fields["pretrained_cfg"] = json.loads(json.dumps(fields["pretrained_cfg"]))
-        left_out = {name for name in ("closed", "out_features", "out_indices") if not fields[name]}
+        left_out = {name for name in ("base_model", "out_features", "out_indices") if not fields[name]}
+        left_out.add("weights_sha256")  # who writes a file of weights notes its digest
         # A repository with code of its own says so here, but that code is not part of the model.
         left_out |= {"auto_map", "image_processor_type"}
         return {name: value for name, value in fields.items() if name not in left_out}
@@ -133,45 +148,73 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         """The configuration of an existing timm model.
 
         Args:
-            model: A model made by ``timm.create_model``; one of timm's own is described as its twin.
+            model: A model made by ``timm.create_model``, or a transformers class around one. A network of timm's own is
+                described as its twin. Class names and the base model that it knows are kept.
             kwargs: Further fields, such as ``id2label``; they win over what the model says.
 
         Raises:
             ValueError: The model was not made by ``timm.create_model``, has no twin here, or was made with an argument
-                that JSON cannot hold, such as a class.
+                that does not name structure.
         """
-        architecture = twin_name((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "")
-        if not (timm.is_model(architecture) and hasattr(model, "forward_features")):
+        body: Any = timm_body(model, allow_stock_wrapper=True)
+        known = getattr(body, "pretrained_cfg", None) or {}
+        architecture = twin_name(known.get("architecture") or "")
+        if not (timm.is_model(architecture) and hasattr(body, "forward_features")):
             raise ValueError(
-                f"{type(model).__name__} cannot be built again from a name and a list of removed branches; only "
+                f"{type(body).__name__} cannot be built again from a name and a list of removed branches; only "
                 "models made by timm.create_model can, of an architecture that timm.list_models('eps_*') lists."
             )
-        model_args = {k: v for k, v in timm.models.get_model_args(model).items() if k != "num_classes"}
-        if removed := removed_slots(model):
-            model_args["removed"] = removed
-        for name, value in model_args.items():
-            if not isinstance(value, str | int | float | list | tuple | dict | None):
-                raise ValueError(f"The model was made with {name}={value!r}, which config.json cannot hold; name it.")
-        pretrained_cfg = _carried(model.pretrained_cfg) | {
-            "input_size": timm.models.get_model_input_config(model)["input_size"]
+        fields: dict[str, Any] = {
+            "architecture": architecture,
+            "model_args": _model_args(body),
+            "pretrained_cfg": _carried(known) | {"input_size": timm.models.get_model_input_config(body)["input_size"]},
+            "side_loss_weight": 0.0,
+            "num_labels": body.num_classes,
+            "base_model": getattr(body, "base_model", None),
         }
-        fields: dict[str, Any] = dict(
-            architecture=architecture,
-            model_args=model_args,
-            pretrained_cfg=pretrained_cfg,
-            side_loss_weight=0.0,
-            num_labels=len(kwargs["id2label"]) if "id2label" in kwargs else model.num_classes,
-        )
+        names = _class_names(model, body)
+        if names is not None:
+            fields |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        if "id2label" in kwargs:
+            fields["num_labels"] = len(kwargs["id2label"])
+            kwargs.setdefault("label2id", {name: int(i) for i, name in kwargs["id2label"].items()})
         return cls(**{**fields, **kwargs})
+
+
+def _model_args(body: Any) -> dict[str, Any]:
+    """Arguments that build the network of a timm model again, its structure as it is now among them."""
+    # What a network was loaded from, and by which variant of its layers, is no part of it.
+    passing = ("num_classes", "removed", "closed", "pretrained_strict", "kwargs_filter", "pretrained_cfg", "cache_dir")
+    model_args = {name: value for name, value in timm.models.get_model_args(body).items() if name not in passing}
+    for name, slots in (("removed", removed_slots(body)), ("closed", closed_slots(body))):
+        if slots:
+            model_args[name] = slots
+    for name, value in model_args.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"The model was made with {name}={shortened(value)}, which config.json cannot hold; name it."
+            ) from None
+    return model_args
+
+
+def _class_names(model: Any, body: Any) -> list[str] | None:
+    """Class names that a model knows, in a transformers configuration or in timm's; None if they are not of number."""
+    config = getattr(model, "config", None)
+    stored = config.id2label if config is not None else (body.pretrained_cfg or {}).get("label_names")
+    if not stored or len(stored) != body.num_classes:
+        return None
+    return check_label_names("label_names", stored)
 
 
 @lru_cache
 def _features(architecture: str, model_args: str) -> tuple[str, ...]:
     """The modules that timm lists as features of an architecture, built without memory."""
-    options = {name: value for name, value in json.loads(model_args).items() if name != "removed"}
+    options = {name: value for name, value in json.loads(model_args).items() if name not in ("removed", "closed")}
     name = base_name(architecture)
     with torch.device("meta"):
-        model: Any = timm.create_model(name if timm.is_model(name) else architecture, **options)
+        model: Any = timm.create_model(name if timm.is_model(name) else architecture, pretrained=False, **options)
     return tuple(info["module"] for info in model.feature_info)
 
 

@@ -22,14 +22,17 @@ from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
-    is_model_in_modules,
     register_model,
     register_notrace_module,
 )
 from torch import Tensor, nn
 
+from .config_checks import check_network
 from .gate import EpsilonGate
+from .names import CIFAR_DEPTHS
+from .stored import create_stored, set_closed
 from .surgery import replay_removed
+from .wrapping import guard_saving
 
 __all__ = ["EpsResNet"]  # register_model adds the entrypoints
 
@@ -157,11 +160,13 @@ class EpsResNet(nn.Module):
         drop_path_rate: Stochastic depth, rising linearly to this rate in the last block.
         norm_layer: Normalisation with activation, by timm's name or class.
         act_layer: Activation, by timm's name or class.
-        removed: Slot paths of blocks that are gone, as :func:`timm_eps.remove_closed` returns them.
+        removed: Slot paths of removed blocks, as :func:`timm_eps.remove_closed` returns them.
         pixel_mean: Height and width of the images if the mean of each pixel is taken off them, see :class:`PixelMean`.
+        closed: Slot paths of closed gates, whose blocks are still there.
 
     Raises:
-        ValueError: ``removed`` names a slot that this architecture does not have.
+        ValueError: ``removed`` or ``closed`` names a slot that this architecture does not have, or a size is out of
+            bounds.
     """
 
     def __init__(
@@ -177,9 +182,11 @@ class EpsResNet(nn.Module):
         act_layer: str | Callable[..., nn.Module] = "relu",
         removed: Sequence[str] = (),
         pixel_mean: Sequence[int] | None = None,
+        closed: Sequence[str] = (),
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        check_network(layers, channels, in_chans, pixel_mean)
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.num_classes = num_classes
@@ -227,6 +234,8 @@ class EpsResNet(nn.Module):
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         replay_removed(self, removed)
+        set_closed(self, closed)
+        guard_saving(self)
         self.init_weights()
 
     @torch.jit.ignore
@@ -336,11 +345,6 @@ class EpsResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def is_cifar_network(architecture: str) -> bool:
-    """Whether a name is one of the CIFAR networks of this module, not a twin of a timm architecture."""
-    return is_model_in_modules(architecture, ["eps_resnet"])
-
-
 def init_weights(module: nn.Module) -> None:
     """Initialise one convolution or linear layer; norms come into being as they should start."""
     if isinstance(module, nn.Conv2d):
@@ -382,73 +386,81 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {f"eps_resnet{depth}": _cfg() for depth in (20, 32, 44, 56, 110, 200, 302, 500, 752)}
-)
+default_cfgs = generate_default_cfgs({f"eps_resnet{depth}": _cfg() for depth in CIFAR_DEPTHS})
 
 
-def _create_eps_resnet(variant: str, depth: int, pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+def _create_eps_resnet(variant: str, depth: int, pretrained: bool = False, /, **kwargs: Any) -> nn.Module:
     blocks, remainder = divmod(depth - 2, 6)
     assert remainder == 0, "two convolutions a block, three stages, a stem and a classifier"
     kwargs.setdefault("layers", (blocks,) * 3)
-    return build_model_with_cfg(
-        EpsResNet,
-        variant,
-        pretrained,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-        **kwargs,
-    )
+
+    def build(pretrained: bool, load: Callable[[nn.Module], None] | None, /, **kwargs: Any) -> nn.Module:
+        def network(**arguments: Any) -> EpsResNet:
+            model = EpsResNet(**arguments)
+            if load is not None:
+                load(model)
+            return model
+
+        return build_model_with_cfg(
+            network,
+            variant,
+            pretrained,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+            **kwargs,
+        )
+
+    return create_stored(variant, build, pretrained, kwargs)
 
 
 @register_model
-def eps_resnet20(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+def eps_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """3 blocks a stage, 0.27 M parameters."""
     return _create_eps_resnet("eps_resnet20", 20, pretrained, **kwargs)
 
 
 @register_model
-def eps_resnet32(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+def eps_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """5 blocks a stage, 0.46 M parameters."""
     return _create_eps_resnet("eps_resnet32", 32, pretrained, **kwargs)
 
 
 @register_model
-def eps_resnet44(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+def eps_resnet44(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """7 blocks a stage, 0.66 M parameters."""
     return _create_eps_resnet("eps_resnet44", 44, pretrained, **kwargs)
 
 
 @register_model
-def eps_resnet56(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+def eps_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """9 blocks a stage, 0.85 M parameters."""
     return _create_eps_resnet("eps_resnet56", 56, pretrained, **kwargs)
 
 
 @register_model
-def eps_resnet110(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+def eps_resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """18 blocks a stage, 1.73 M parameters; CIFAR and SVHN in the paper."""
     return _create_eps_resnet("eps_resnet110", 110, pretrained, **kwargs)
 
 
 @register_model
-def eps_resnet200(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+def eps_resnet200(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """33 blocks a stage, 3.19 M parameters; CIFAR and SVHN in the paper."""
     return _create_eps_resnet("eps_resnet200", 200, pretrained, **kwargs)
 
 
 @register_model
-def eps_resnet302(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+def eps_resnet302(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """50 blocks a stage, 4.84 M parameters; SVHN in the paper."""
     return _create_eps_resnet("eps_resnet302", 302, pretrained, **kwargs)
 
 
 @register_model
-def eps_resnet500(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+def eps_resnet500(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """83 blocks a stage, 8.05 M parameters; CIFAR in the paper."""
     return _create_eps_resnet("eps_resnet500", 500, pretrained, **kwargs)
 
 
 @register_model
-def eps_resnet752(pretrained: bool = False, **kwargs: Any) -> EpsResNet:
+def eps_resnet752(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """125 blocks a stage, 12.13 M parameters; CIFAR in the paper."""
     return _create_eps_resnet("eps_resnet752", 752, pretrained, **kwargs)

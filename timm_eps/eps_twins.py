@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import timm
@@ -34,6 +35,7 @@ from torch import nn
 from .branches import branch_ends, branch_parameters
 from .checks import is_zero_scale, silent_branches
 from .names import twin_name
+from .stored import create_stored, set_closed
 from .surgery import add_gates, replay_removed
 
 __all__: list[str] = []  # register_model adds the entrypoints
@@ -53,38 +55,57 @@ _NO_BRANCHES_EITHER = [
 default_cfgs: dict[str, DefaultCfg] = {}
 
 
-def _create(base: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(base: str, pretrained: bool, /, **kwargs: Any) -> nn.Module:
     """Build the twin of a timm architecture.
 
     Args:
         base: timm's name of the architecture.
         pretrained: Load weights: timm's, or those of a saved twin if ``pretrained_cfg`` describes one.
-        kwargs: timm's keywords, and ``removed``.
+        kwargs: timm's keywords, ``removed`` and ``closed``.
     """
+    filter_fn = getattr(sys.modules[model_entrypoint(base).__module__], "checkpoint_filter_fn", None)
+    return create_stored(twin_name(base), partial(_build, base, filter_fn), pretrained, kwargs, filter_fn)
+
+
+def _build(
+    base: str,
+    filter_fn: Callable[..., Any] | None,
+    pretrained: bool,
+    load: Callable[[nn.Module], None] | None,
+    /,
+    **kwargs: Any,
+) -> nn.Module:
     entrypoint = model_entrypoint(base)
-    removed = kwargs.pop("removed", ())
+    removed, closed = kwargs.pop("removed", ()), kwargs.pop("closed", ())
     features: dict[str, Any] = {
         name: kwargs.pop(name) for name in ("features_only", "out_indices", "feature_cls") if name in kwargs
     }
-    # A tag names weights that timm published; a configuration comes with a saved twin, which has lost these branches.
-    is_saved = isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg)
+    # A tag names weights that timm published; a configuration may describe those of a network with fewer branches.
+    is_described = isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg)
     given = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     cfg = resolve_pretrained_cfg(twin_name(base), *given)
-    load_here = pretrained and is_saved and bool(removed)
-    model = entrypoint(pretrained=pretrained and not load_here, pretrained_cfg=cfg, **kwargs)
+    if pretrained and is_described and removed:
+        pretrained, load = (
+            False,
+            partial(
+                load_pretrained,
+                pretrained_cfg=cfg.to_dict(),
+                num_classes=kwargs.get("num_classes", cfg.num_classes),
+                in_chans=kwargs.get("in_chans", 3),
+                filter_fn=filter_fn,
+                cache_dir=kwargs.get("cache_dir"),
+            ),
+        )
+    model = entrypoint(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
     add_gates(model)
-    if not pretrained:
+    if not pretrained and load is None:
         _revive(model)
     replay_removed(model, removed)
-    if load_here:
-        load_pretrained(
-            model,
-            cfg.to_dict(),
-            num_classes=getattr(model, "num_classes", 0),
-            in_chans=kwargs.get("in_chans", 3),
-            filter_fn=getattr(sys.modules[entrypoint.__module__], "checkpoint_filter_fn", None),
-            cache_dir=kwargs.get("cache_dir"),
-        )
+    set_closed(model, closed)
+    if load is not None:
+        load(model)
+    elif pretrained:
+        model.base_model = cfg.hf_hub_id  # type: ignore[assignment]
     return _features(model, entrypoint, cfg, kwargs, features) if features.get("features_only") else model
 
 

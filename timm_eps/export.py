@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import TimmWrapperConfig
 
 from .branches import block_path, evaluating, gates, probe_batch, timm_body
-from .collapse import Passthrough
 from .configuration_eps_resnet import EpsResNetConfig
-from .hub import staged
+from .model_files import staged
 from .modeling_eps_resnet import unshared
 from .names import base_name
+from .standins import Passthrough
 from .surgery import check_gated, collapsed_copy, natural_order, removed_slots, same_outputs
 
 __all__ = ["export_timm"]

@@ -13,14 +13,16 @@ passes exact zeros back into the branch, which leaves weight decay as the only f
 """
 
 import numbers
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 __all__ = ["EpsilonGate", "epsilon_gate", "max_response"]
 
-# A response of 0 is that of an empty branch; one of a branch that did not run in training must not be taken for it.
+# 0 means an empty branch, so a branch that has not run, or only on empty batches, needs a different value.
 NOT_SEEN = -1.0
 
 
@@ -31,9 +33,11 @@ def max_response(x: Tensor) -> Tensor:
         x: Residual branch output of any shape, in activation units.
 
     Returns:
-        0-dimensional tensor of the dtype of ``x``, detached. NaN if any element is NaN.
+        0-dimensional tensor of the dtype of ``x``, detached. NaN if any element is NaN; -1 if there is no element.
     """
     x = x.detach()
+    if x.numel() == 0:
+        return x.new_full((), -1.0)  # NOT_SEEN, as TorchScript cannot read it
     if x.is_cuda:  # in one kernel, as starting one takes longer than reading x; on the CPU it is several times slower
         return torch.linalg.vector_norm(x, ord=torch.inf)
     low, high = torch.aminmax(x)
@@ -53,11 +57,12 @@ def epsilon_gate(x: Tensor, epsilon: Tensor | float) -> Tensor:
     """
     # A product and not a selection of detached zeros: with no gradient at all (None instead of zeros) optimizers skip
     # the parameter, weight decay included, and the branch would never empty.
-    return x * _is_open(max_response(x), torch.as_tensor(epsilon, device=x.device))
+    return x * _is_open(max_response(x), torch.as_tensor(epsilon, dtype=torch.float32, device=x.device))
 
 
 def _is_open(response: Tensor, epsilon: Tensor) -> Tensor:
-    # "not below" rather than "at or above": a NaN response must leave the gate open.
+    # "not below" rather than "at or above": a NaN response must leave the gate open. ε is a float32, so that is what
+    # both are compared as: in half precision a small ε would be 0.
     return torch.logical_not(response < epsilon)
 
 
@@ -68,7 +73,12 @@ class EpsilonGate(nn.Module):
     response since it was last reset. In evaluation the batch is never looked at: ``closed`` alone decides, so the
     output for one image cannot depend on its neighbours.
 
-    The gate has no parameters and no entries in the state dict.
+    The gate has no parameters. An open gate has no entry in the state dict. A closed one has ``closed``, so that no
+    copy of the weights can be loaded without it: an ungated network refuses the unknown name.
+
+    The threshold and what the gate measures stay in float32 when the model is converted to another dtype, where a small
+    ε could become 0. An empty batch says nothing. A graph of ``torch.fx`` calls the gate as a module, so that it gates,
+    and follows ``closed``, as the model does.
 
     Args:
         epsilon: Threshold ε in activation units; 0 never closes.
@@ -86,7 +96,7 @@ class EpsilonGate(nn.Module):
         closed (bool): Whether the branch is zero in evaluation.
 
     Raises:
-        ValueError: ``epsilon`` is negative or NaN.
+        ValueError: ``epsilon`` is negative, NaN or infinite.
     """
 
     threshold: Tensor
@@ -102,11 +112,11 @@ class EpsilonGate(nn.Module):
         # ε is read from a buffer in the forward pass because a compiled graph would be specialised on a Python float
         # and compiled anew at every change of ε. The float beside it restores the buffer after construction on the
         # meta device, where buffers hold nothing.
-        self.register_buffer("threshold", torch.zeros(()), persistent=False)
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32), persistent=False)
         # No buffer: DistributedDataParallel gives every process the buffers of the first one before each step, and
         # what the others have seen would be lost.
-        self.response = torch.full((), NOT_SEEN)
-        self.importance = torch.zeros(())
+        self.response = torch.full((), NOT_SEEN, dtype=torch.float32)
+        self.importance = torch.zeros((), dtype=torch.float32)
         self.gain: Tensor | None = None
         self._epsilon = 0.0
         self.epsilon = epsilon
@@ -140,7 +150,8 @@ class EpsilonGate(nn.Module):
         """
         self.gain = None
         if measure:
-            self.gain = torch.ones((), device=self.threshold.device, requires_grad=True)
+            device = self.threshold.device
+            self.gain = torch.ones((), dtype=torch.float32, device=device, requires_grad=True)
             self.gain.register_post_accumulate_grad_hook(self._note_importance)
 
     def _note_importance(self, gain: Tensor) -> None:
@@ -157,12 +168,51 @@ class EpsilonGate(nn.Module):
         if self.gain is not None:
             self.measure_importance()  # copies have no hooks
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.closed:
+            destination[f"{prefix}closed"] = torch.ones((), dtype=torch.bool, device=self.threshold.device)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}closed"
+        if key in state_dict:
+            self.closed = bool(state_dict[key])
+            state_dict = {name: value for name, value in state_dict.items() if name != key}
+        elif strict or local_metadata:
+            # The weights of a whole model, in which this gate was open.
+            self.closed = False
+        elif self.closed:
+            missing_keys.append(key)  # maybe the weights of a part, which say nothing about this gate
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EpsilonGate":
+        """What ``to``, ``half`` and their like do; torch's own recurrent layers override it for the same reason."""
+        super()._apply(fn, recurse)
+        if self.threshold.dtype != torch.float32:
+            self.threshold = torch.full_like(self.threshold, self._epsilon, dtype=torch.float32)
+        return self
+
     def init_non_persistent_buffers(self) -> None:
         """Give the buffers their values after they were materialised from the meta device (timm's convention)."""
         self.threshold.fill_(self._epsilon)
         self.reset_response()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an "and"
+            if isinstance(x, Proxy) and getattr(x.tracer, "root", self) is not self:
+                # What follows depends on numbers, which a trace by torch.fx has not: its graph calls this module.
+                return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         if self.training:
             response = max_response(x)
             if self.response.device != x.device:
@@ -190,6 +240,10 @@ class EpsilonGate(nn.Module):
 
 def check_epsilon(value: float) -> float:
     """Return ``value`` as a float, or raise ValueError if it cannot be a threshold."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value >= 0:  # NaN is not >= 0
-        raise ValueError(f"epsilon must be a number of at least 0 (0 keeps every gate open), got {value!r}.")
+    # What single precision cannot hold would be infinity there, and close every gate. NaN is in no range.
+    largest = torch.finfo(torch.float32).max
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= largest:
+        raise ValueError(
+            f"epsilon must be a number of at least 0 (0 keeps every gate open), at most {largest:.1e}, got {value!r}."
+        )
     return float(value)

@@ -13,8 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,20 @@ from huggingface_hub import (
 )
 from torch import nn
 
-from . import standalone
+from . import config_checks, standalone, weight_checks
 from .branches import gates, timm_body
+from .config_checks import check_label_names, shortened
 from .configuration_eps_resnet import EpsResNetConfig
 from .eps_resnet import EpsResNet
+from .hub_commit import NOTHING, asking, commit_files
+from .model_files import staged
 from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel, EpsResNetPreTrainedModel
 from .names import base_name
 from .onnx_export import write_onnx
 from .report import comparison_table, draw_blocks
 from .surgery import check_gated, closed_slots, natural_order, removed_slots
 
-__all__ = ["RESULT_KEYS", "push_to_hub", "render_card", "save_pretrained", "staged"]
+__all__ = ["RESULT_KEYS", "push_to_hub", "render_card", "save_pretrained"]
 
 _logger = logging.getLogger(__name__)
 PICTURE = "blocks.png"
@@ -49,7 +51,9 @@ RESULTS = "all_results.json"
 ONNX = "onnx/model.onnx"
 # standalone.py under the name that it has beside a config.json, and the classes in it.
 REMOTE_CODE = "modeling_eps_resnet.py"
-_OPTIONAL = (PICTURE, RESULTS, ONNX, REMOTE_CODE)
+# It imports these, which stand beside it under their own names.
+_CHECKS = (config_checks, weight_checks)
+_OPTIONAL = (PICTURE, RESULTS, ONNX, REMOTE_CODE, *(Path(str(module.__file__)).name for module in _CHECKS))
 _AUTO_MAP = {
     "AutoBackbone": "EpsResNetBackbone",
     "AutoConfig": "EpsResNetConfig",
@@ -67,7 +71,7 @@ def save_pretrained(
     model: nn.Module,
     directory: str | os.PathLike,
     *,
-    label_names: Sequence[str] | None = None,
+    label_names: Sequence[str] | Mapping[int, str] | None = None,
     results: Mapping[str, Any] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
     repo_id: str | None = None,
@@ -81,14 +85,15 @@ def save_pretrained(
     closed branches and the side head are left out. The model itself is unchanged. Of these files and the optional
     ones, those that an earlier save left and this one does not write are deleted: they would speak of another model.
 
-    All files are written to the side first, so that a save that fails or is killed while it writes leaves the previous
-    one whole. Then they are renamed one by one, configuration and weights last and right after each other; should a
-    process be killed between these two renames, loading says that they do not fit.
+    All files are written to the side first, so a save that fails or is killed leaves the previous one whole. Then they
+    are renamed one by one, configuration and weights last. The configuration holds the digest of the weights: if a
+    process is killed between these two renames, loading says that they do not fit.
 
     Args:
         model: A timm model of this package or one of its transformers classes.
         directory: Made if it is not there.
-        label_names: Names of the classes, in the order of the logits.
+        label_names: Names of the classes, in the order of the logits; of a mapping, its values by class number. By
+            default the names that the model knows.
         results: Values of ``all_results.json``; they fill the card. :data:`RESULT_KEYS` are needed.
         history: :attr:`EpsilonPruner.history`, for the picture.
         repo_id: How the card names the model; by default the directory's name.
@@ -97,8 +102,9 @@ def save_pretrained(
         onnx: Add ``onnx/model.onnx``, ``pixel_values`` to ``logits``.
 
     Raises:
-        ValueError: The model cannot be built again from a name and arguments, the names do not fit the classes,
-            ``results`` lacks a key, or ``remote_code`` is asked for a network that is none of the CIFAR networks.
+        ValueError: The model cannot be built again from a name and arguments, its weights are not finite, the names do
+            not fit the classes, ``results`` lacks a key or holds NaN, or ``remote_code`` is asked for a network that is
+            not one of the CIFAR networks.
         ImportError: ``onnx`` without onnx and onnxscript.
         OSError: The directory cannot be written.
     """
@@ -133,26 +139,10 @@ def save_pretrained(
         )
         card.save(staging / "README.md")
         if results is not None:
-            (staging / RESULTS).write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+            (staging / RESULTS).write_text(json.dumps(results, indent=2, sort_keys=True, allow_nan=False) + "\n")
         stale = [name for name in _OPTIONAL if not (staging / name).exists()]
     for name in stale:
         (Path(directory) / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def staged(directory: str | os.PathLike) -> Iterator[Path]:
-    """A directory to write a model's files into, which are moved into the real one when all of them are whole."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as name:
-        staging = Path(name)
-        yield staging
-        # The pair that must fit together goes last, one rename right after the other.
-        pair = ("model.safetensors", "config.json")
-        written = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
-        for path in sorted(written, key=lambda path: (str(path) in pair, path)):
-            (directory / path).parent.mkdir(exist_ok=True)
-            os.replace(staging / path, directory / path)
 
 
 def push_to_hub(
@@ -182,28 +172,30 @@ def push_to_hub(
     Raises:
         ValueError: See :func:`save_pretrained`.
         huggingface_hub.errors.HfHubHTTPError: The Hub refused: the token is not valid or may not write there.
+        ConnectionError: The Hub did not answer, or not in a way that can be read.
         RuntimeError: An upload failed.
+
+    The text of the last three says whether the model was published; if the answer to the commit was an error, the Hub
+    has been asked again.
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as name:
         # What is wrong with the model shows before anything is made on the Hub; the card needs the name in full.
-        owner = "" if "/" in repo_id else f"{api.whoami()['name']}/"
+        with asking(api, NOTHING):
+            owner = "" if "/" in repo_id else f"{api.whoami()['name']}/"
         save_pretrained(model, name, repo_id=owner + repo_id, **saving)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
         paths = {path.relative_to(name).as_posix(): path for path in Path(name).rglob("*") if path.is_file()}
-        stale = set(_OPTIONAL).intersection(api.list_repo_files(url.repo_id, revision=revision)) - paths.keys()
+        with asking(api, NOTHING):
+            full_name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(full_name, branch=revision, exist_ok=True)
+            stale = set(_OPTIONAL).intersection(api.list_repo_files(full_name, revision=revision)) - paths.keys()
         # Not upload_folder: it may send a folder in several commits.
-        return api.create_commit(
-            url.repo_id,
-            [
-                *(CommitOperationAdd(path_in_repo, path) for path_in_repo, path in sorted(paths.items())),
-                *(CommitOperationDelete(path_in_repo) for path_in_repo in sorted(stale)),
-            ],
-            commit_message=commit_message,
-            revision=revision,
-        )
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationAdd(path_in_repo, path) for path_in_repo, path in sorted(paths.items())),
+            *(CommitOperationDelete(path_in_repo) for path_in_repo in sorted(stale)),
+        ]
+        return commit_files(api, full_name, operations, message=commit_message, revision=revision)
 
 
 def _check_remote_code(body: nn.Module) -> None:
@@ -213,13 +205,16 @@ def _check_remote_code(body: nn.Module) -> None:
             "timm_eps.export_timm writes such a network for machines without this package."
         )
     known = EpsResNetConfig.from_timm(body)
+    model_args = {name: value for name, value in (known.model_args or {}).items() if name != "closed"}  # not written
     # Raises if it cannot build the network.
-    _ = standalone.EpsResNetConfig(architecture=known.architecture, model_args=known.model_args).network
+    _ = standalone.EpsResNetConfig(architecture=known.architecture, model_args=model_args).network
 
 
 def _add_remote_code(directory: Path) -> None:
     """Put the CIFAR networks' code beside a config.json, and say there that it is to be used."""
     shutil.copyfile(standalone.__file__, directory / REMOTE_CODE)
+    for module in _CHECKS:
+        shutil.copy(str(module.__file__), directory)
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {name: f"{REMOTE_CODE.removesuffix('.py')}.{entry}" for name, entry in _AUTO_MAP.items()}
@@ -228,11 +223,17 @@ def _add_remote_code(directory: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _as_transformers(model: nn.Module, label_names: Sequence[str] | None) -> EpsResNetPreTrainedModel:
-    body = timm_body(model)
-    if label_names is not None and len(label_names) != body.num_classes:
-        raise ValueError(f"Got {len(label_names)} label names for a model with {body.num_classes} classes.")
-    labels = {} if label_names is None else {"id2label": dict(enumerate(label_names))}
+def _as_transformers(
+    model: nn.Module, label_names: Sequence[str] | Mapping[int, str] | None
+) -> EpsResNetPreTrainedModel:
+    body: Any = timm_body(model)
+    labels: dict[str, Any] = {}
+    if label_names is not None:
+        names = check_label_names("label_names", label_names, body.num_classes)
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"label_names must name each class differently, got {shortened(twice)} twice.")
+        labels = {"id2label": dict(enumerate(names))}
     if not isinstance(model, EpsResNetPreTrainedModel):
         return (EpsResNetForImageClassification if body.num_classes else EpsResNetModel).from_timm(body, **labels)
     if labels:

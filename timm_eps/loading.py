@@ -64,4 +64,10 @@ def _lacking(body: nn.Module, keys: Collection[str]) -> list[str]:
         replay_removed(net, slots)
     except ValueError:
         return []
-    return slots if net.state_dict().keys() == body.state_dict().keys() & keys else []
+    left, own = (_weights_of(names) for names in (net.state_dict(), body.state_dict()))
+    return slots if left == own & set(keys) else []
+
+
+def _weights_of(names: Iterable[str]) -> set[str]:
+    """Names without those by which gates say that they are closed."""
+    return {name for name in names if not name.endswith(".closed")}

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .stored import set_closed
 from .surgery import add_gates, replay_removed
 
 __all__ = ["EpsilonMixin"]
@@ -25,14 +26,16 @@ class EpsilonMixin(nn.Module):
 
     Args:
         args: Those of the class behind.
-        removed: Slot paths of branches that are gone, as :func:`timm_eps.remove_closed` returns them.
+        removed: Slot paths of removed branches, as :func:`timm_eps.remove_closed` returns them.
+        closed: Slot paths of closed gates, whose branches are still there.
         kwargs: Those of the class behind.
 
     Raises:
-        ValueError: The class has no residual branches, or ``removed`` names one that it does not have.
+        ValueError: The class has no residual branches, or ``removed`` or ``closed`` names one that it does not have.
     """
 
-    def __init__(self, *args: Any, removed: Iterable[str] = (), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, removed: Iterable[str] = (), closed: Iterable[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         add_gates(self)
         replay_removed(self, removed)
+        set_closed(self, closed)

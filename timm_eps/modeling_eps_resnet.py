@@ -35,11 +35,15 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .branches import gates
+from .branches import gates, timm_body
 from .configuration_eps_resnet import EpsResNetConfig
 from .eps_resnet import init_weights
+from .model_files import TransformersFiles, bind_weights, check_outputs, check_rebuilt, staged
 from .side_supervision import Tap, half_depth, new_side_head
-from .surgery import closed_slots, collapsed_copy, removed_slots
+from .stored import set_closed
+from .surgery import add_gates, collapsed_copy, record_structure, removed_slots
+from .weight_checks import check_numbers
+from .wrapping import recorded
 
 __all__ = [
     "EpsResNetBackbone",
@@ -73,35 +77,48 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
     timm_model: Any
     _weight_conversions: list[WeightConverter | WeightRenaming]
     keeps_training_parts: bool | str = False
+    is_headless = False
+    records_structure = True  # surgery changes no network whose wrapper does not
     loads_leniently: bool = False
     _no_split_modules = ["PreActBasic"]  # noqa: RUF012  the parent's declaration
 
     def post_init(self) -> None:
         # Known from the config alone when loading: a probe or an image processor must see this model's input.
-        self.timm_model.pretrained_cfg = {**self.timm_model.pretrained_cfg, **(self.config.pretrained_cfg or {})}
-        found = gates(self)
-        if strangers := set(self.config.closed) - found.keys():
-            raise ValueError(f"closed lists {min(strangers)!r}, which this {self.config.architecture} does not have.")
-        for slot in self.config.closed:
-            found[slot].closed = True
-        self.config.closed = []  # from here on the gates know
+        described = {name: v for name, v in (self.config.pretrained_cfg or {}).items() if name not in _OF_ARCHITECTURE}
+        self.timm_model.pretrained_cfg = {**self.timm_model.pretrained_cfg, **described}
         if not any(parameter.is_meta for parameter in self.timm_model.parameters()):
             for module in self.timm_model.modules():
                 module._is_hf_initialized = True  # by timm, each architecture in its way
         super().post_init()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As :meth:`transformers.PreTrainedModel.from_pretrained`, but strict about the residual blocks.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As :meth:`transformers.PreTrainedModel.from_pretrained`, but strict about the weights.
+
+        Only the classifier may differ from what the file holds, and only with ``ignore_mismatched_sizes=True`` or where
+        the stored network has none.
 
         Raises:
-            ValueError: The file holds other blocks than ``config.json`` says. transformers alone would give random
-                weights to those that are missing, with a warning.
+            ValueError: The file does not fit what ``config.json`` says, or holds NaN. transformers alone would give
+                random weights to what is missing, with a warning.
         """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        kwargs.setdefault("use_safetensors", True)  # other formats can hold code
+        stored = None
+        if kwargs.get("state_dict") is None and pretrained_model_name_or_path is not None:
+            stored = TransformersFiles.of(cls.config_class, pretrained_model_name_or_path, kwargs)
+        asked = bool(kwargs.get("ignore_mismatched_sizes")) or (stored is not None and not stored.num_classes)
+        if stored is not None:
+            stored.check(replaces_classifier=asked or cls.is_headless)
+            kwargs = stored.with_open_gates(kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         if kwargs.get("state_dict") is None:
-            _check_blocks(model, info)
+            _check_blocks(model, info, replaces_classifier=asked)
+        if stored is not None:
+            set_closed(model, stored.closed)
+            record_structure(model)
         # transformers leaves CPU weights in the mapped file, at odd addresses, where kernels for single images sum in
         # another order than at aligned ones: logits would differ from timm's and the live model's in the last bits.
         for tensor in (*model.parameters(), *model.buffers()):
@@ -121,6 +138,11 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         finally:
             self.loads_leniently = False
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`torch.nn.Module.state_dict`; a closed gate has an entry of its own."""
+        with recorded(self.timm_model):
+            return super().state_dict(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -129,48 +151,78 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Save what the model evaluates to: without closed branches and without the side head.
 
-        Arguments are those of :meth:`transformers.PreTrainedModel.save_pretrained`.
+        The files are written to the side first. They are moved into place when the network that the configuration
+        describes has been built again, has the names and shapes of the weights, and computes the same. Arguments are
+        those of :meth:`transformers.PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: The configuration cannot say what the network is, as after modules were replaced by hand; or
+                weights are NaN or infinite, or of several precisions.
         """
         is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name)
-        if self.keeps_training_parts is True or (self.keeps_training_parts and is_checkpoint):
+        keeps_parts = self.keeps_training_parts is True or bool(self.keeps_training_parts and is_checkpoint)
+        if keeps_parts:
             written = copy.copy(self)
             written.config = copy.deepcopy(self.config)
-            written.config.closed = closed_slots(self)
         else:
             written = collapsed_copy(self)
-            written.config.closed = []
             written._drop_training_parts()
         # By itself transformers saves the keys it loaded, which may have been the wrapper's; timm reads its own alone.
         written._weight_conversions = _key_conversions()
-        if removed := removed_slots(written):  # the network knows best, also if it was pruned on its own
-            written.config.model_args = {**(written.config.model_args or {}), "removed": removed}
+        # The network knows its structure best, also if it was pruned on its own.
+        record_structure(written)
+        weights = {name: tensor for name, tensor in written.state_dict().items() if not name.endswith(".closed")}
         if state_dict is not None:
-            wanted = written.state_dict().keys()
-            if missing := sorted(wanted - state_dict.keys()):
+            if missing := sorted(weights.keys() - state_dict.keys()):
                 raise ValueError(f"state_dict lacks {missing[0]!r} and {len(missing) - 1} more keys of the model.")
-            state_dict = {key: state_dict[key] for key in wanted}
-        state_dict = unshared(written.state_dict() if state_dict is None else state_dict)
-        super(EpsResNetPreTrainedModel, written).save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+            weights = {name: state_dict[name] for name in weights}
+        check_numbers(weights, source="the model")
+        kinds = {str(tensor.dtype) for tensor in weights.values() if tensor.is_floating_point()}
+        if len(kinds) > 1:
+            raise ValueError(f"The weights are of several precisions, {', '.join(sorted(kinds))}; use model.to(dtype).")
+        if not is_main_process:
+            return
+        with staged(save_directory) as staging:
+            super(EpsResNetPreTrainedModel, written).save_pretrained(staging, state_dict=unshared(weights), **kwargs)
+            check_rebuilt(type(self), staging)
+            if not keeps_parts:  # a checkpoint is written often, and begins with a network that was proven
+                check_outputs(written, staging)
+            bind_weights(staging)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def _drop_training_parts(self) -> None:
         self.config.side_loss_weight = 0.0
 
     @classmethod
     def from_timm(cls, model: nn.Module, **config_fields: Any) -> Any:
-        """Wrap an existing timm model of this package; nothing is copied.
+        """Wrap an existing timm model; nothing is copied.
+
+        ::
+
+            stock = AutoModelForImageClassification.from_pretrained("timm/resnet18.a1_in1k")
+            model = EpsResNetForImageClassification.from_timm(stock)  # the same weights, with gates and class names
 
         Args:
-            model: A model made by ``timm.create_model``, gated or not.
+            model: A model made by ``timm.create_model``, gated or not, or a stock ``TimmWrapper`` model around one.
             config_fields: Further fields of :class:`EpsResNetConfig`, such as ``id2label`` or ``side_loss_weight``.
 
         Raises:
             ValueError: The model cannot be built again from a name and arguments.
         """
         config = EpsResNetConfig.from_timm(model, **config_fields)
+        model = timm_body(model, allow_stock_wrapper=True)
+        if not gates(model) and not removed_slots(model):
+            add_gates(model)
         with torch.device("meta"):
             wrapper: Any = cls(config)
         wrapper.timm_model = model
@@ -182,7 +234,9 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
 
 
 class _Headless(EpsResNetPreTrainedModel):
-    """What has no classifier."""
+    """A network without a classifier."""
+
+    is_headless = True
 
     def post_init(self) -> None:
         # A classifier's checkpoint loads here as it is meant to: silently without its last layer.
@@ -219,7 +273,9 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
         # The mixin reads the choice as it stands in the configuration, where it may have been left open.
         config.set_output_features_output_indices(config.out_features, config.out_indices)
         super().__init__(config)
-        self.timm_model = timm.create_model(config.architecture, num_classes=0, **(config.model_args or {}))
+        self.timm_model = timm.create_model(
+            config.architecture, pretrained=False, num_classes=0, **(config.model_args or {})
+        )
         if not hasattr(self.timm_model, "forward_intermediates"):
             raise ValueError(f"{config.architecture!r} cannot be a backbone: timm gives no features of its stages.")
         self.num_features = [info["num_chs"] for info in self.timm_model.feature_info]
@@ -314,11 +370,13 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
             )
         if not torch.compiler.is_compiling():
             self.follow_structure()  # the network inside may have been pruned on its own
-        with self._tap:
+        self._tap.listen()
+        try:
             output: Any = super().forward(
                 pixel_values, labels=labels, output_hidden_states=output_hidden_states, return_dict=True, **kwargs
             )
-        side, self._tap.output = self._tap.output, None
+        finally:
+            side = self._tap.take()
         side_logits = self.side_head(side)
         if labels is not None:
             output.loss += self.config.side_loss_weight * self.loss_function(labels, side_logits, self.config)
@@ -366,20 +424,25 @@ def unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+# The names of layers are those of the architecture; a file that says otherwise would switch checks off.
+_OF_ARCHITECTURE = ("classifier", "first_conv")
+
+
 def _classifiers(model: EpsResNetPreTrainedModel) -> tuple[str, ...]:
     """Paths of the last layers in the timm model; networks with a distillation token have two."""
     named = model.timm_model.pretrained_cfg.get("classifier") or ()
     return (named,) if isinstance(named, str) else tuple(named)
 
 
-def _check_blocks(model: EpsResNetPreTrainedModel, info: Mapping[str, Iterable[str]]) -> None:
-    """Raise ValueError if loading left out, or found too much, of anything but the classifier and the side head."""
-    fresh = ("side_head.", *(f"timm_model.{name}." for name in _classifiers(model)))
+def _check_blocks(model: Any, info: Mapping[str, Iterable[str]], *, replaces_classifier: bool) -> None:
+    """Raise ValueError if loading left out, or found too much, of what the caller did not ask to replace."""
+    side_head = ("side_head.",)
+    fresh = tuple(f"timm_model.{name}." for name in _classifiers(model)) if replaces_classifier else ()
     for verb, keys in (("lack", info["missing_keys"]), ("also hold", info["unexpected_keys"])):
-        if strangers := sorted(key for key in keys if not key.startswith(fresh)):
+        if strangers := sorted(key for key in keys if not key.startswith((*side_head, *fresh))):
             raise ValueError(
                 f"The weights do not fit the {model.config.architecture} that config.json describes with "
-                f"{len(removed_slots(model))} removed blocks: they {verb} {strangers[0]!r} and {len(strangers) - 1} "
+                f"{len(removed_slots(model))} removed branches: they {verb} {strangers[0]!r} and {len(strangers) - 1} "
                 'more. Keep the list model_args["removed"] with the weights that it was saved with.'
             )
 

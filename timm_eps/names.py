@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["base_name", "twin_name"]
+__all__ = ["CIFAR_DEPTHS", "base_name", "is_cifar_network", "twin_name"]
 
 PREFIX = "eps_"
+CIFAR_DEPTHS = (20, 32, 44, 56, 110, 200, 302, 500, 752)
 # timm has a ResNet-200 for ImageNet; the paper's network of that depth, for CIFAR, has the plain name here.
 _RENAMED = {"resnet200": "eps_resnet200_imagenet"}
 _ORIGINAL = {twin: base for base, twin in _RENAMED.items()}
@@ -18,3 +19,8 @@ def twin_name(architecture: str) -> str:
 def base_name(architecture: str) -> str:
     """The name of the timm architecture that a twin gates."""
     return _ORIGINAL.get(architecture, architecture.removeprefix(PREFIX))
+
+
+def is_cifar_network(architecture: str) -> bool:
+    """Whether a name is one of the paper's CIFAR networks, not of a twin of a timm architecture."""
+    return architecture in {f"{PREFIX}resnet{depth}" for depth in CIFAR_DEPTHS}

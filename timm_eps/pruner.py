@@ -233,6 +233,7 @@ class EpsilonPruner:
             is_below = slot not in staying and response < found[slot].threshold.item()
             self._streaks[slot] = self._streaks[slot] + 1 if is_below else 0
             found[slot].closed = is_below
+        self._keep_one_open(responses)
         closed = [slot for slot in responses if found[slot].closed]
         removed = self._remove([slot for slot in closed if self._streaks[slot] >= self.patience])
         record = {
@@ -257,6 +258,23 @@ class EpsilonPruner:
             )
         return removed
 
+    def _keep_one_open(self, responses: Mapping[str, float]) -> None:
+        """Open the branch of the largest response, if all branches are closed: a network of none learns nothing."""
+        found = gates(self.model)
+        if not responses or not all(gate.closed for gate in found.values()):
+            return
+        strongest = max(responses, key=responses.__getitem__)
+        found[strongest].closed = False
+        self._streaks[strongest] = 0
+        _logger.warning(
+            "epsilon=%g would close all %d branches that are left: %s, whose response (%g) is the largest, stays open. "
+            "Lower epsilon to keep more.",
+            self.epsilon,
+            len(found),
+            strongest,
+            responses[strongest],
+        )
+
     @property
     def _is_ranking(self) -> bool:
         """Whether branches are to be ranked after this epoch."""
@@ -275,7 +293,10 @@ class EpsilonPruner:
         staying = self._staying
         remaining = {slot: math.inf if slot in staying else responses.get(slot, math.inf) for slot in self._streaks}
         if isinstance(self._ranking, Response):
-            return self.schedule(self.epoch, remaining, self.total)
+            thresholds = self.schedule(self.epoch, remaining, self.total)
+            is_open = [slot for slot, gate in gates(self.model).items() if not gate.closed]
+            # The last open branch is not closed on single batches either: its response may be under a constant ε.
+            return {**thresholds, is_open[0]: 0.0} if len(is_open) == 1 else thresholds
         if not is_ranked:
             return dict.fromkeys(self._streaks, 0.0)
         assert isinstance(self.schedule, BudgetEpsilon), "a constant epsilon has no other criterion"

@@ -27,7 +27,7 @@ class ConstantEpsilon:
         warmup_epochs: Number of epochs with ε = 0 first.
 
     Raises:
-        ValueError: ε is negative or NaN, or the warm-up is negative.
+        ValueError: ε is negative, NaN or infinite, or the warm-up is negative.
     """
 
     def __init__(self, epsilon: float, warmup_epochs: int = 0) -> None:

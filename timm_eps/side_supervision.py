@@ -35,32 +35,33 @@ def new_side_head(body: nn.Module) -> nn.Module:
         ValueError: The block puts out no feature maps.
     """
     net: Any = meta_copy(body)
-    tap = Tap(half_depth(body))
-    with torch.no_grad(), tap.connect(net):
+    tap = Tap(half_depth(body)).connect(net)
+    with torch.no_grad():
+        tap.listen()
         net(probe_batch(net))
-    if not (isinstance(tap.output, Tensor) and tap.output.ndim == 4):
+    features = tap.take()
+    if not (isinstance(features, Tensor) and features.ndim == 4):
         raise ValueError(
             f"{type(body).__name__} has no feature maps at half depth, which a side head could read; set "
             "side_loss_weight to 0."
         )
-    width = tap.output.shape[1]
+    width = features.shape[1]
     return nn.Sequential(BatchNormAct2d(width), ClassifierHead(width, net.num_classes))
 
 
 class Tap:
-    """What one module of a network puts out while somebody listens.
+    """What one module of a network puts out between :meth:`listen` and :meth:`take`.
+
+    They are no context manager, because torch compiles the ones of others only from 2.13 on.
 
     Args:
         path: Of the module.
-
-    Attributes:
-        output: Of the last call. Whoever takes it sets it to None: it holds a graph.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.output: Any = None
         self._module: nn.Module | None = None
+        self._output: Any = None
         self._handle: RemovableHandle | None = None
         self._listens = False
 
@@ -74,12 +75,15 @@ class Tap:
             self._handle = module.register_forward_hook(self._note)
         return self
 
-    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._listens:  # not when a checkpointed block runs again in the backward pass
-            self.output = output
-
-    def __enter__(self) -> None:
+    def listen(self) -> None:
+        """Note the output of every call from now on."""
         self._listens = True
 
-    def __exit__(self, *exception: object) -> None:
-        self._listens = False
+    def take(self) -> Any:
+        """The output of the last call. Nothing is noted any longer, nor held: an output holds a graph."""
+        output, self._output, self._listens = self._output, None, False
+        return output
+
+    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._listens:  # not when a checkpointed block runs again in the backward pass
+            self._output = output

@@ -1,5 +1,7 @@
 """ε-ResNet for CIFAR-sized images, pruned or not, for transformers alone: a copy of ``standalone.py`` of timm-eps.
 
+Beside it stand copies of ``config_checks.py`` and ``weight_checks.py``: a file from elsewhere is data, here too.
+
 "Learning Strict Identity Mappings in Deep Residual Networks", X. Yu, Z. Yu, S. Ramalingam, CVPR 2018,
 https://arxiv.org/abs/1804.01661. The network is a pre-activation ResNet of depth 6n + 2. Training with the package
 timm-eps found the residual blocks that the task does not need; ``model_args["removed"]`` in ``config.json`` lists
@@ -13,7 +15,9 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,15 +31,21 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
 )
+from transformers.utils import cached_file
 from transformers.utils.generic import can_return_tuple
+
+from .config_checks import check_config, check_model_args, shortened
+from .weight_checks import WEIGHTS, Layout, check_file, layout_of, precision_in, weight_files
 
 __all__ = ["EpsResNetBackbone", "EpsResNetConfig", "EpsResNetForImageClassification", "EpsResNetModel"]
 
 # Named one by one: other depths of the form 6n + 2, such as eps_resnet50, are those of ImageNet networks.
 _BLOCKS = {f"eps_resnet{depth}": (depth - 2) // 6 for depth in (20, 32, 44, 56, 110, 200, 302, 500, 752)}
 # timm's arguments. These come in one kind only, and the drop rates count in timm's training alone.
-_FIXED = {"act_layer": "relu", "global_pool": "avg", "norm_layer": "batchnorm2d"}
+_FIXED = {"act_layer": "relu", "global_pool": "avg", "norm_layer": "batchnorm2d", "closed": []}
 _IGNORED = {"drop_path_rate", "drop_rate"}
+# Keywords of from_pretrained that say where a repository's files are.
+_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @strict
@@ -59,8 +69,14 @@ class EpsResNetConfig(BackboneConfigMixin, PreTrainedConfig):
     architecture: str = "eps_resnet110"
     model_args: dict[str, Any] | None = None
     pretrained_cfg: dict[str, Any] | None = None
+    weights_sha256: str | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict(check_config(config_dict, is_cifar=lambda _: True), **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.model_args = check_model_args(self.model_args, is_cifar=True)
         names, num_classes = kwargs.pop("label_names", None), kwargs.pop("num_classes", None)
         if num_classes is not None:
             kwargs.setdefault("num_labels", num_classes)
@@ -79,7 +95,7 @@ class EpsResNetConfig(BackboneConfigMixin, PreTrainedConfig):
         network: dict[str, Any] = {"layers": layers, "channels": (16, 32, 64), "in_chans": 3, "removed": ()}
         network["pixel_mean"] = None
         for name, value in (self.model_args or {}).items():
-            if value is None or name in _IGNORED or value == _FIXED.get(name):
+            if value is None or name in _IGNORED or (name in _FIXED and value == _FIXED[name]):
                 continue
             if name not in network:
                 raise ValueError(f"model_args has {name}={value!r}, which this file cannot build; timm_eps can.")
@@ -171,6 +187,28 @@ class EpsResNetPreTrainedModel(PreTrainedModel):
     input_modalities = "image"
     _no_split_modules = ["PreActBasic"]  # noqa: RUF012  transformers declares it like this
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As :meth:`transformers.PreTrainedModel.from_pretrained`, but strict about the weights.
+
+        Only the classifier may differ from what the file holds, and only with ``ignore_mismatched_sizes=True`` or where
+        the stored network has none.
+
+        Raises:
+            ValueError: The file does not fit what ``config.json`` says, or holds NaN.
+        """
+        kwargs.setdefault("use_safetensors", True)  # other formats can hold code
+        may_differ: set[str] = set()
+        if kwargs.get("state_dict") is None:
+            may_differ = _check_stored(pretrained_model_name_or_path, kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if kwargs.get("state_dict") is None and (lacking := sorted(set(info["missing_keys"]) - may_differ)):
+            raise ValueError(f"{WEIGHTS} lacks {lacking[0]!r} and {len(lacking) - 1} more tensors of the network.")
+        return (model, info) if output_loading_info else model
+
     def __init__(self, config: EpsResNetConfig) -> None:
         super().__init__(config)
         network = config.network
@@ -215,6 +253,45 @@ class EpsResNetPreTrainedModel(PreTrainedModel):
 
     def _wants_hidden_states(self, output_hidden_states: bool | None) -> bool:
         return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+
+
+def _check_stored(name: Any, kwargs: dict[str, Any]) -> set[str]:
+    """Compare stored weights with the network that ``config.json`` describes; returns the names that may differ.
+
+    Args:
+        name: First argument of ``from_pretrained``.
+        kwargs: Its keyword arguments.
+    """
+    where = {key: kwargs[key] for key in _HUB_KEYWORDS if kwargs.get(key) is not None}
+    stored = EpsResNetConfig.get_config_dict(name, **where)[0]
+    stored = check_config(stored, is_cifar=lambda _: True)
+    given = kwargs.get("config")
+    config = EpsResNetConfig.from_dict(dict(stored))
+    if isinstance(given, EpsResNetConfig):
+        config.architecture, config.model_args = given.architecture, given.model_args
+    with torch.device("meta"):
+        network = (EpsResNetForImageClassification if stored.get("num_classes") else EpsResNetModel)(config)
+    root = os.path.join(str(name), kwargs.get("subfolder") or "")
+    files = weight_files(root) if os.path.isdir(root) else [Path(str(cached_file(name, WEIGHTS, **where)))]
+    classifier = {"head.fc.weight", "head.fc.bias"}
+    is_replaced = bool(kwargs.get("ignore_mismatched_sizes")) or not stored.get("num_classes")
+
+    def adapt(found: dict[str, Layout]) -> dict[str, Layout]:
+        if closed := [key for key in found if key.endswith(".closed")]:
+            raise ValueError(f"{WEIGHTS} holds {closed[0]!r}: it is a checkpoint of a training, which timm_eps reads.")
+        return found
+
+    check_file(
+        files,
+        layout_of(network.state_dict()),
+        may_differ=classifier if is_replaced else (),
+        adapt=adapt,
+        sha256=stored.get("weights_sha256"),
+    )
+    stated, held = stored.get("dtype"), precision_in(files)
+    if stated is not None and held is not None and str(stated).removeprefix("torch.") != held:
+        raise ValueError(f"dtype in config.json must be {held!r}, that of the weights, got {shortened(stated)}.")
+    return classifier if is_replaced else set()
 
 
 class EpsResNetModel(EpsResNetPreTrainedModel):

@@ -29,11 +29,13 @@ from .branches import (
     timm_body,
 )
 from .collapse import Plan, plan_collapse
+from .config_checks import check_slots, shortened
 from .copies import note_copies
 from .gate import EpsilonGate, check_epsilon
 from .module_hooks import carrying_hooks
 from .names import twin_name
 from .tracing import tensors
+from .wrapping import guard_saving
 
 __all__ = [
     "add_gates",
@@ -44,6 +46,7 @@ __all__ = [
     "collapsed_copy",
     "natural_order",
     "param_groups",
+    "record_structure",
     "remove",
     "remove_closed",
     "removed_slots",
@@ -89,6 +92,7 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
     for slot, reason in refused.items():
         level = logging.INFO if reason == UNUSED else logging.WARNING
         _logger.log(level, "No gate at %s of %s: %s.", slot, type(body).__name__, reason)
+    guard_saving(body)
     found = gates(body)
     if not found:
         why = "; ".join(f"{slot}: {reason}" for slot, reason in refused.items()) or "it has no stochastic-depth slot"
@@ -183,9 +187,14 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
         the output stays, with a warning.
 
     Raises:
-        ValueError: A slot is unknown or its gate is open.
+        ValueError: A slot is unknown or its gate is open, or the model is on the meta device.
     """
     body = timm_body(model)
+    if any(parameter.is_meta for parameter in body.parameters()):
+        raise ValueError(
+            f"This {type(body).__name__} is on the meta device, where nothing can be computed to prove a removal. Load "
+            "its weights first, or pass the slots as removed= when the model is created, which needs none."
+        )
     slots = set(slots)
     found = gates(body)
     _check_known(slots, found, body)
@@ -225,7 +234,7 @@ def replay_removed(model: nn.Module, removed: Iterable[str]) -> None:
     """
     body = timm_body(model)
     note_copies(body)
-    slots = _check_slot_list(removed)
+    slots = set(check_slots("removed", removed))
     found = gates(body)
     _check_known(slots, found, body)
     if not slots:
@@ -281,22 +290,35 @@ def same_outputs(some: Any, others: Any) -> bool:
 
 
 def _record(model: nn.Module, removed: Iterable[str]) -> None:
-    """Note the structure where timm's own ``save_for_hf``, and where transformers, read it when they save."""
+    """Note which branches are removed, where timm's own ``save_for_hf`` reads it when it saves."""
     body: Any = timm_body(model)
     body.removed = sorted(removed, key=natural_order)
     if cfg := getattr(body, "pretrained_cfg", None):
         # Only the twin can be built without these branches.
         body.pretrained_cfg = {**cfg, "architecture": twin_name(cfg["architecture"])}
     body._model_args = {**getattr(body, "_model_args", {}), "removed": body.removed}
-    if config := getattr(model, "config", None):
-        config.model_args = {**(config.model_args or {}), "removed": body.removed}
+    record_structure(model)
     if follow := getattr(model, "follow_structure", None):
         follow()
 
 
+def record_structure(model: nn.Module) -> None:
+    """Let the configuration of a transformers model say which branches are removed and which gates are closed."""
+    if (config := getattr(model, "config", None)) is None:
+        return
+    model_args = {name: v for name, v in (config.model_args or {}).items() if name not in ("removed", "closed")}
+    for name, slots in (("removed", removed_slots(model)), ("closed", closed_slots(model))):
+        if slots:
+            model_args[name] = sorted(slots, key=natural_order)
+    config.model_args = model_args
+
+
 def natural_order(path: str) -> list[tuple[int, str]]:
     """Sorting key under which block 10 follows block 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+    return [
+        (int(part), "") if part.isdecimal() and part.isascii() and len(part) < 10 else (-1, part)
+        for part in path.split(".")
+    ]
 
 
 def check_gated(model: nn.Module) -> None:
@@ -305,22 +327,14 @@ def check_gated(model: nn.Module) -> None:
         raise ValueError(f"{type(timm_body(model)).__name__} has no gates; call timm_eps.add_gates(model) first.")
 
 
-def _check_slot_list(removed: object) -> set[str]:
-    if isinstance(removed, str) or not isinstance(removed, Iterable):
-        raise ValueError(f"removed must be a list of slot paths, got {removed!r}.")
-    slots = list(removed)
-    if strangers := [slot for slot in slots if not isinstance(slot, str)]:
-        raise ValueError(f"removed must hold slot paths, got {strangers[0]!r}.")
-    return set(slots)
-
-
 def _check_known(slots: Iterable[str], found: dict[str, EpsilonGate], body: nn.Module) -> None:
     unknown = sorted(set(slots) - found.keys(), key=natural_order)
     if unknown:
         near = difflib.get_close_matches(unknown[0], found, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"its slots look like {next(iter(found), 'none')!r}."
         raise ValueError(
-            f"{unknown[0]!r} is not a gated slot of this {type(body).__name__} with {len(found)} gates; {hint}"
+            f"{shortened(unknown[0], 100)} is not a gated slot of this {type(body).__name__} with {len(found)} gates; "
+            f"{hint}"
         )
 
 

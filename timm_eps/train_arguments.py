@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
         help="crop: after padding; distort: the paper's for SVHN; resized_crop: for large images, read when needed",
     )
     source("--padding", type=at_least(0), help="of crop and distort, pixels on each side; default size // 8")
-    source("--color_jitter", type=float, nargs=3, help="of resized_crop: brightness, contrast and saturation")
+    source("--color_jitter", type=finite, nargs=3, help="of resized_crop: brightness, contrast and saturation")
     source("--flip", action="store_true", help="mirror half the images; not for digits")
     source("--crop_pct", type=share, help="share of the side that the centre crop for evaluation leaves")
     source(
@@ -62,7 +63,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     source("--dataloader_num_workers", type=at_least(0), default=0, help="processes that read large images")
     gate = parser.add_argument_group("gates").add_argument
     gate("--keep", type=fraction_or_number, help="share (0.25) or number (14) of branches to keep; default 0.25")
-    gate("--epsilon", type=float, help="the paper's fixed threshold instead of --keep")
+    gate("--epsilon", type=finite, help="the paper's fixed threshold instead of --keep")
     gate("--no_gates", action="store_true", help="train the dense network only")
     gate("--epsilon_warmup_epochs", type=at_least(0), default=4, help="epochs with all gates open first")
     gate("--ramp_epochs", type=at_least(0), default=8, help="with --keep: epochs from there to the full budget")
@@ -74,7 +75,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     )
     gate("--patience", type=at_least(1), default=3, help="epochs in a row a block is closed before it is removed")
     gate("--no_live_removal", action="store_true", help="remove closed blocks at the end, not during training")
-    gate("--side_loss_weight", type=float, help="weight of the side head's loss; default 0.1 for CIFAR networks")
+    gate("--side_loss_weight", type=finite, help="weight of the side head's loss; default 0.1 for CIFAR networks")
     train = parser.add_argument_group("training").add_argument
     train("--num_train_epochs", type=at_least(1), default=60)
     train(
@@ -88,10 +89,10 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     train("--gradient_accumulation_steps", type=at_least(1), default=1)
     train("--optimizer", choices=["sgd", "adamw"], default="sgd", help="adamw: try a --learning_rate near 1e-3")
     train("--learning_rate", type=float, default=0.1)
-    train("--momentum", type=float, default=0.9, help="of sgd")
+    train("--momentum", type=finite, default=0.9, help="of sgd")
     train("--nesterov", action="store_true", help="of sgd")
-    train("--weight_decay", type=float, default=5e-3)
-    train("--weight_decay_drop", type=float, nargs=2, metavar=("STEPS", "FACTOR"), help="multiply it every so often")
+    train("--weight_decay", type=finite, default=5e-3)
+    train("--weight_decay_drop", type=finite, nargs=2, metavar=("STEPS", "FACTOR"), help="multiply it every so often")
     train(
         "--lr_scheduler",
         choices=["cosine", "multistep", "restarting"],
@@ -103,7 +104,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     epochs: dict[str, Any] = {"type": at_least(1), "nargs": "+"}
     train("--lr_milestones", **epochs, default=[82, 123, 300], help="not with cosine: epochs at which the rate falls")
     train("--lr_restart_milestones", **epochs, default=[41, 61, 150], help="the same, counted from a restart")
-    train("--lr_factors", type=float, nargs="+", default=[1, 0.1, 0.01, 0.002], help="of the rate, between them")
+    train("--lr_factors", type=finite, nargs="+", default=[1, 0.1, 0.01, 0.002], help="of the rate, between them")
     train("--num_threads", type=at_least(1), help="on the CPU, of each process; default: all cores, divided")
     train("--compile", action="store_true", help="by torch.compile; compiles anew after each removal")
     train("--cuda_graphs", action="store_true", help="start a step's kernels all at once: deep networks train faster")
@@ -202,6 +203,12 @@ def steps_or_epoch(text: str) -> int | str:
 def share(text: str) -> float:
     if not 0 <= (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
     return value
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -191,9 +192,15 @@ def _loader(
         num_workers=0 if in_memory else num_workers,
         pin_memory=pin_memory,
         collate_fn=_as_it_is if in_memory else collate,
+        worker_init_fn=_ignore_interrupts,
         # Of nothing here; but without one of its own a loader draws from torch's global one.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """A terminal sends Ctrl-C to these processes too, but the one that trains needs them to end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Batch:

@@ -1,0 +1,395 @@
+"""Checks of what a configuration file may say: it is data, and it names structure alone.
+
+A ``config.json`` from elsewhere decides how a network is built. It must not choose where weights come from, where
+files are written, on which device the network stands, or what the network puts out; the caller does. Numbers have
+bounds, so that a file of a few bytes cannot ask for gigabytes.
+
+This file imports nothing of the package: a copy of it stands beside the stand-alone code on the Hub.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = [
+    "MAX_CLASSES",
+    "check_config",
+    "check_label_names",
+    "check_model_args",
+    "check_network",
+    "check_slots",
+    "shortened",
+    "without_classes",
+]
+
+MAX_CLASSES = 1_000_000
+_MAX_BLOCKS = 1024  # of a stage
+_MAX_CHANNELS = 4096
+_MAX_SIDE = 4096  # pixels
+_MAX_SLOTS = 10_000
+
+_SLOT = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
+_KEYWORD = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+# timm takes these beside the arguments of a network. They choose sources, files, devices, classes or the output's form.
+_NOT_STRUCTURE = re.compile(
+    r"(?!\w*drop_path$|pretrained_window_sizes?$)"  # arguments of networks that are called alike
+    r"(pretrained\w*|(\w+_)?(cfg|url|file|filename|dir|device|dtype|source|checkpoint|cache|weights|hub_id)(_\w+)?"
+    r"|(\w+_)?path|features_only|out_indices|feature_cls|num_classes|kwargs_filter|scriptable|exportable|no_jit"
+    r"|state_dict|custom_load|variant|pruned|label_\w+|hf_\w+|args|kwargs|self)",
+    re.ASCII,
+)
+# The same among the fields at the root, where transformers reads them.
+_NOT_AT_ROOT = re.compile(
+    r"quantization_config|\w*(attn|attention|experts)_implementation\w*|\w*(kernel|device|cache_dir|adapter)\w*|\w+_plan"
+    r"|closed|removed|pretrained|state_dict|url|file|source|hf_hub_id|hf_hub_filename|custom_load|label_offset"
+    r"|pretrained_cfg_overlay|checkpoint_path|per_layer_config|network|stage_names|num_hidden_layers",
+    re.ASCII,
+)
+_SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset"}
+
+
+def shortened(value: object, limit: int = 60) -> str:
+    """``repr`` of a value for a message, of at most ``limit`` characters."""
+    try:
+        text = repr(value[:limit] if isinstance(value, str | bytes | list | tuple) else value)
+    except (RecursionError, ValueError):  # nested too deeply, or more digits than Python converts
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _refuse(name: str, expected: str, value: object) -> ValueError:
+    return ValueError(f"{name} must be {expected}, got {shortened(value)}.")
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return least <= value <= most  # NaN is not; an int of any size compares
+
+
+def _check_whole(name: str, value: object, least: int, most: int) -> None:
+    if not _is_whole(value, least, most):
+        raise _refuse(name, f"a whole number from {least} to {most}", value)
+
+
+def _listed(value: object) -> list[Any]:
+    """The items of a list or tuple; of anything else, one item that fits nowhere."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _check_wholes(name: str, value: object, least: int, most: int, lengths: range) -> None:
+    fits = isinstance(value, list | tuple) and len(value) in lengths
+    if not fits or not all(_is_whole(item, least, most) for item in _listed(value)):
+        count = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+        raise _refuse(name, f"a list of {count} whole numbers from {least} to {most}", value)
+
+
+def _check_rate(name: str, value: object) -> None:
+    if not _is_number(value, 0.0, 1.0):
+        raise _refuse(name, "a number from 0 to 1", value)
+
+
+def _check_text(name: str, value: object, most: int = 128) -> None:
+    if not (isinstance(value, str) and len(value) <= most):
+        raise _refuse(name, f"a string of at most {most} characters", value)
+
+
+def check_slots(name: str, slots: object) -> list[str]:
+    """Return a list of slot paths, such as ``stages.1.blocks.4.drop_path``.
+
+    Raises:
+        ValueError: ``slots`` is no collection of such paths, or it names one of them twice.
+    """
+    if isinstance(slots, str | bytes | Mapping) or not hasattr(slots, "__iter__"):
+        raise _refuse(name, "a list of slot paths", slots)
+    found = list(slots)
+    if len(found) > _MAX_SLOTS:
+        raise ValueError(f"{name} must be a list of at most {_MAX_SLOTS} slot paths, got {len(found)}.")
+    for slot in found:
+        if not (isinstance(slot, str) and len(slot) <= 256 and _SLOT.fullmatch(slot)):
+            raise _refuse(name, "a list of slot paths such as 'stages.1.blocks.4.drop_path'", slot)
+    if len(set(found)) < len(found):
+        twice = next(slot for slot in found if found.count(slot) > 1)
+        raise ValueError(f"{name} must name each slot once, got {shortened(twice)} twice.")
+    return found
+
+
+def check_network(
+    layers: object, channels: object, in_chans: object = 3, pixel_mean: object = None, *, prefix: str = ""
+) -> None:
+    """Check the shape of a CIFAR network.
+
+    Args:
+        layers: Number of blocks in each stage.
+        channels: Width of each stage; as many as ``layers``.
+        in_chans: Number of image channels.
+        pixel_mean: Height and width of the images, or None.
+        prefix: Text before the name of the field in a message.
+
+    Raises:
+        ValueError: One of them is no number, or out of bounds; or the lengths differ.
+    """
+
+    def named(field: str) -> str:
+        return f"{prefix}[{field!r}]" if prefix else field
+
+    _check_wholes(named("layers"), layers, 1, _MAX_BLOCKS, range(1, 9))
+    _check_wholes(named("channels"), channels, 1, _MAX_CHANNELS, range(1, 9))
+    if (stages := len(_listed(layers))) != len(_listed(channels)):
+        raise ValueError(
+            f"{named('channels')} must have one width for each of the {stages} stages of "
+            f"layers={shortened(layers)}, got {shortened(channels)}."
+        )
+    _check_whole(named("in_chans"), in_chans, 1, _MAX_CHANNELS)
+    if pixel_mean is not None:
+        _check_wholes(named("pixel_mean"), pixel_mean, 1, _MAX_SIDE, range(2, 3))
+
+
+def _check_choice(*choices: str) -> Callable[[str, object], None]:
+    def check(name: str, value: object) -> None:
+        if value not in choices:
+            raise _refuse(name, f"one of {', '.join(map(repr, choices))}", value)
+
+    return check
+
+
+# What a CIFAR network takes from a file. Layers by timm's names, never by an import path.
+_CIFAR_ARGS: dict[str, Callable[[str, Any], object]] = {
+    "layers": lambda name, value: None,  # together with the channels, by check_network
+    "channels": lambda name, value: None,
+    "in_chans": lambda name, value: None,
+    "pixel_mean": lambda name, value: None,
+    "removed": check_slots,
+    "closed": check_slots,
+    "global_pool": _check_choice("avg", "max", "avgmax", "catavgmax", ""),
+    "drop_rate": _check_rate,
+    "drop_path_rate": _check_rate,
+    "norm_layer": _check_text,
+    "act_layer": _check_text,
+}
+
+
+def check_model_args(model_args: object, *, is_cifar: bool) -> dict[str, Any]:
+    """Return the ``model_args`` of a configuration file, which name structure alone.
+
+    Args:
+        model_args: As the file has them; None stands for none.
+        is_cifar: Whether they are for one of the CIFAR networks, whose arguments are known one by one. The twins take
+            those of timm's networks.
+
+    Raises:
+        ValueError: One of them is none of the network's, chooses something else than structure, or has a value out of
+            bounds. The message names it.
+    """
+    if model_args is None:
+        return {}
+    if not isinstance(model_args, Mapping):
+        raise _refuse("model_args", "an object with keyword arguments of the network", model_args)
+    for name, value in model_args.items():
+        field = f"model_args[{shortened(name)}]"
+        if not (isinstance(name, str) and _KEYWORD.fullmatch(name)):
+            raise ValueError(f"{field} is no keyword argument of a network.")
+        if is_cifar and name not in _CIFAR_ARGS:
+            raise ValueError(f"{field} is no argument of a CIFAR network; these are {', '.join(_CIFAR_ARGS)}.")
+        if not is_cifar and _NOT_STRUCTURE.fullmatch(name):
+            raise ValueError(
+                f"{field} is refused: a configuration file names structure, not sources, files, devices, classes or "
+                "the form of the output. Pass it to the loading function."
+            )
+        if is_cifar and value is not None:
+            _CIFAR_ARGS[name](field, value)
+        elif name in ("removed", "closed"):
+            check_slots(field, () if value is None else value)
+        else:
+            _check_plain(field, value)
+    if is_cifar:
+        given = {name: value for name, value in model_args.items() if value is not None}
+        channels = given.get("channels", (16, 32, 64))
+        # Without layers the name tells them: the same number in each of the three stages.
+        check_network(
+            given.get("layers", (1, 1, 1)), channels, given.get("in_chans", 3), given.get("pixel_mean"),
+            prefix="model_args",
+        )  # fmt: skip
+    return dict(model_args)
+
+
+def without_classes(model_args: object, num_classes: object) -> Any:
+    """``model_args`` less the number of classes that timm's own saver repeats there, if it is the one at the root."""
+    if isinstance(model_args, Mapping) and num_classes is not None and model_args.get("num_classes") == num_classes:
+        return {name: value for name, value in model_args.items() if name != "num_classes"}
+    return model_args
+
+
+def _check_plain(name: str, value: object, depth: int = 0) -> None:
+    """Check a value of a timm argument that is not known here: plain data of sensible size."""
+    if depth > 8:
+        raise _refuse(name, "nested at most 8 deep", value)
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, int | float):
+        counts_blocks = any(part in name for part in ("depth", "layers", "blocks", "repeat", "multiplier"))
+        most = _MAX_BLOCKS if counts_blocks else 2**20
+        if not _is_number(value, -most, most):
+            raise _refuse(name, f"a number of at most {most}", value)
+    elif isinstance(value, str):
+        _check_text(name, value, 1000)
+    elif isinstance(value, list | tuple):
+        if len(value) > 1000:
+            raise _refuse(name, "a list of at most 1000 values", value)
+        for item in value:
+            _check_plain(name, item, depth + 1)
+    elif isinstance(value, Mapping):
+        if len(value) > 1000:
+            raise _refuse(name, "an object of at most 1000 values", value)
+        for key, item in value.items():
+            if not isinstance(key, str) or _NOT_STRUCTURE.fullmatch(key):
+                raise ValueError(f"{name}[{shortened(key)}] is refused: it does not name structure.")
+            _check_plain(f"{name}[{shortened(key)}]", item, depth + 1)
+    else:
+        raise _refuse(name, "plain data", value)
+
+
+def _check_size(name: str, value: object) -> None:
+    _check_wholes(name, value, 1, _MAX_SIDE * 4, range(3, 4))
+
+
+def _check_statistics(name: str, value: object) -> None:
+    numbers = _listed(value)
+    if not isinstance(value, list | tuple) or len(value) not in range(1, _MAX_CHANNELS + 1):
+        raise _refuse(name, "a list with one number for each image channel", value)
+    if not all(_is_number(number, -1e6, 1e6) for number in numbers):
+        raise _refuse(name, "a list of finite numbers", value)
+    if name.endswith("['std']") and not all(number > 0 for number in numbers):
+        raise _refuse(name, "a list of positive numbers", value)
+
+
+def _check_share(name: str, value: object) -> None:
+    if not _is_number(value, 1e-3, 100.0):
+        raise _refuse(name, "a share of the image's side", value)
+
+
+def _check_layers_named(name: str, value: object) -> None:
+    for layer in _listed(value):
+        _check_text(name, layer, 256)
+
+
+_PRETRAINED_CFG: dict[str, Callable[[str, Any], object]] = {
+    **dict.fromkeys(("input_size", "test_input_size", "min_input_size"), _check_size),
+    **dict.fromkeys(
+        ("pool_size", "test_pool_size"), lambda name, value: _check_wholes(name, value, 1, _MAX_SIDE, range(1, 4))
+    ),
+    **dict.fromkeys(("crop_pct", "test_crop_pct"), _check_share),
+    **dict.fromkeys(("mean", "std"), _check_statistics),
+    **dict.fromkeys(("first_conv", "classifier"), _check_layers_named),
+    "num_classes": lambda name, value: _check_whole(name, value, 0, MAX_CLASSES),
+    "label_names": lambda name, value: check_label_names(name, value),
+    "fixed_input_size": _check_choice(True, False),  # type: ignore[arg-type]
+    **dict.fromkeys(
+        ("architecture", "tag", "interpolation", "crop_mode", "license", "description", "origin_url", "paper_name",
+         "paper_ids", "notes", "label_descriptions"),
+        lambda name, value: None,  # texts that nothing acts on, but for the first four
+    ),
+    **dict.fromkeys(("architecture", "tag", "interpolation", "crop_mode"), _check_text),
+}  # fmt: skip
+
+
+def _check_pretrained_cfg(cfg: object) -> None:
+    if not isinstance(cfg, Mapping):
+        raise _refuse("pretrained_cfg", "an object that describes the input", cfg)
+    for name, value in cfg.items():
+        field = f"pretrained_cfg[{shortened(name)}]"
+        if name in _SOURCES:
+            if value:
+                raise ValueError(f"{field} is refused: a configuration file does not choose where weights come from.")
+        elif name not in _PRETRAINED_CFG:
+            raise ValueError(f"{field} is no field of timm's description of weights.")
+        elif value is not None:
+            _PRETRAINED_CFG[name](field, value)
+
+
+def check_label_names(name: str, names: object, count: int | None = None) -> list[str]:
+    """Return class names in the order of the logits; those of a mapping are its values, by number.
+
+    Args:
+        name: Name of the field, for messages.
+        names: A list of strings, or a mapping from class numbers to strings.
+        count: Number of classes, if it is known.
+
+    Raises:
+        ValueError: A name is no string, a class has none, or there are more or fewer than ``count``.
+    """
+    if isinstance(names, Mapping):
+        try:
+            numbered = sorted((int(number), label) for number, label in names.items())
+        except (TypeError, ValueError):
+            raise _refuse(name, "a mapping from class numbers to names", names) from None
+        if [number for number, _ in numbered] != list(range(len(numbered))):
+            raise _refuse(name, "a mapping that names each class from 0 on", names)
+        names = [label for _, label in numbered]
+    if isinstance(names, str | bytes) or not isinstance(names, list | tuple):
+        raise _refuse(name, "a list of class names", names)
+    for label in names:
+        _check_text(f"{name}: a class name", label, 1000)
+    if count is not None and len(names) != count:
+        raise ValueError(f"{name} must have one name for each of the {count} classes, got {len(names)}.")
+    return list(names)
+
+
+def check_config(config: object, *, is_cifar: Callable[[str], bool]) -> dict[str, Any]:
+    """Return the content of a ``config.json``, which is data and names structure alone.
+
+    Args:
+        config: As ``json.load`` returns it.
+        is_cifar: Tells by an architecture's name whether it is one of the CIFAR networks.
+
+    Raises:
+        ValueError: A field is missing, unknown, out of bounds, or chooses something else than structure.
+    """
+    if not isinstance(config, Mapping):
+        raise _refuse("config.json", "an object", config)
+    if "architecture" not in config:
+        raise ValueError(f"config.json has no field 'architecture', only {shortened(sorted(map(str, config)))}.")
+    _check_text("architecture", config["architecture"])
+    for name in config:
+        if not isinstance(name, str) or _NOT_AT_ROOT.fullmatch(name):
+            # A null, or transformers' own name for the usual attention, chooses nothing.
+            if config[name] in (None, "eager", "sdpa"):
+                continue
+            raise ValueError(f"{shortened(name)} is refused at the root of config.json: it does not name structure.")
+    config = {**config, "model_args": without_classes(config.get("model_args"), config.get("num_classes"))}
+    checks: dict[str, Callable[[str, Any], object]] = {
+        **dict.fromkeys(("num_classes", "num_labels"), lambda name, value: _check_whole(name, value, 0, MAX_CLASSES)),
+        "model_args": lambda name, value: check_model_args(value, is_cifar=is_cifar(config["architecture"])),
+        "pretrained_cfg": lambda name, value: _check_pretrained_cfg(value),
+        "label_names": lambda name, value: check_label_names(name, value, config.get("num_classes")),
+        "id2label": check_label_names,
+        "side_loss_weight": _check_side_loss_weight,
+        "out_features": _check_layers_named,
+        "out_indices": lambda name, value: _check_wholes(name, value, -64, 64, range(65)),
+        "weights_sha256": _check_digest,
+        "base_model": _check_text,
+    }
+    for name, check in checks.items():
+        if config.get(name) is not None:
+            check(name, config[name])
+    return config
+
+
+def _check_side_loss_weight(name: str, value: object) -> None:
+    if not _is_number(value, 0.0, 1e6):
+        raise _refuse(name, "a finite number of at least 0", value)
+
+
+def _check_digest(name: str, value: object) -> None:
+    if not (isinstance(value, str) and _DIGEST.fullmatch(value)):
+        raise _refuse(name, "64 hexadecimal digits", value)

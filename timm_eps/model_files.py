@@ -1,0 +1,273 @@
+"""The files of a saved model: written to the side, proven, bound to each other, and moved when they are whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+from .branches import evaluating, probe_batch
+from .config_checks import shortened
+from .stored import closed_in, read_config, stored_layout, without_closed
+from .tracing import tensors
+from .weight_checks import WEIGHTS, Layout, check_file, digest, layout_of, precision_in, weight_files
+
+__all__ = ["TransformersFiles", "bind_weights", "check_outputs", "check_rebuilt", "staged", "to_disk"]
+
+CONFIG = "config.json"
+_SIDE_HEAD = "side_head."
+_WRAPPER = "timm_model."
+# Keywords of from_pretrained that say where a repository's files are.
+_HUB_KEYWORDS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+)  # fmt: skip
+
+
+@contextmanager
+def staged(directory: str | os.PathLike) -> Iterator[Path]:
+    """A directory to write a model's files into, which are moved into the real one when all of them are whole.
+
+    All files get the permissions that new files have here, and reach the disk before they are moved. What a process
+    that was killed left behind is deleted.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _clear_unfinished(directory)
+    with tempfile.TemporaryDirectory(prefix=f".saving-{os.getpid()}-", dir=directory) as name:
+        staging = Path(name)
+        yield staging
+        written = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+        mode = _mode_of_new_files(staging)
+        for path in written:
+            (staging / path).chmod(mode)  # safetensors leaves them to their owner alone
+            to_disk(staging / path)
+        # The pair that must fit together goes last, one rename right after the other.
+        pair = (WEIGHTS, CONFIG)
+        for path in sorted(written, key=lambda path: (str(path) in pair, path)):
+            (directory / path).parent.mkdir(exist_ok=True)
+            os.replace(staging / path, directory / path)
+        to_disk(directory)
+
+
+def _clear_unfinished(directory: Path) -> None:
+    for left in directory.glob(".saving-*"):
+        number = left.name.split("-")[1]
+        if not (number.isdecimal() and _runs(int(number))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _mode_of_new_files(directory: Path) -> int:
+    # The umask cannot be read without setting it, which other threads would see.
+    probe = directory / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file or the entries of a directory have reached the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # directories cannot be opened there
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def bind_weights(directory: Path) -> None:
+    """Note the digest of the weights in ``config.json``, so that the two are known as a pair."""
+    if not (directory / WEIGHTS).is_file():  # saved in parts
+        return
+    path = directory / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["weights_sha256"] = digest(directory / WEIGHTS)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def check_rebuilt(model_class: Any, directory: Path) -> None:
+    """Build the network that ``config.json`` describes, without memory, and compare it with the weights beside it.
+
+    Args:
+        model_class: The transformers class that the directory is for.
+        directory: Where both files are.
+
+    Raises:
+        ValueError: The configuration describes another network; the message names what differs.
+    """
+    config = model_class.config_class.from_dict(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
+    with torch.device("meta"):
+        rebuilt = model_class(config)
+    expected = {
+        name if name.startswith(_SIDE_HEAD) else name.removeprefix(_WRAPPER): layout
+        for name, layout in without_closed(layout_of(rebuilt.state_dict())).items()
+    }
+    try:
+        check_file(weight_files(directory), expected)
+    except ValueError as error:
+        raise ValueError(
+            "This model cannot be saved: a name and keyword arguments do not describe it, since its modules were "
+            f"changed. {error}"
+        ) from None
+
+
+def check_outputs(model: Any, directory: Path) -> None:
+    """Load a saved network and compare what it computes with the live one, on two random images.
+
+    Names and shapes alone do not tell a ReLU from a GELU.
+
+    Args:
+        model: The transformers model that was saved.
+        directory: Where it was saved.
+
+    Raises:
+        ValueError: The loaded network computes something else.
+    """
+    loaded = type(model).from_pretrained(directory).timm_model
+    batch = probe_batch(model.timm_model)
+    with evaluating(model), evaluating(loaded):
+        live, stored = tensors(model.timm_model(batch)), tensors(loaded(batch.cpu()))
+    # Devices and memory formats round differently; other modules compute something else.
+    is_exact = batch.device.type == "cpu" and batch.dtype in (torch.float32, torch.float64)
+    tolerance = 1e-3 if is_exact else 5e-2
+    for one, other in zip(live, stored, strict=True):
+        one, other = one.float().cpu(), other.float()
+        scale = one.nan_to_num(0.0, 0.0, 0.0).abs().max().item() if one.numel() else 0.0
+        if not torch.allclose(one, other, rtol=0.0, atol=tolerance * max(scale, 1e-6), equal_nan=True):
+            raise ValueError(
+                "This model cannot be saved: what a name and keyword arguments build has the same weights but computes "
+                "something else, since modules were changed. Make the model with the arguments that say so."
+            )
+
+
+class TransformersFiles(NamedTuple):
+    """The files that ``from_pretrained`` will read.
+
+    Attributes:
+        config: Content of ``config.json``, checked.
+        weights: Paths of the safetensors files; empty where only transformers can find them.
+        described: Configuration of the network that is built: the caller's, if one was passed.
+        name: First argument of ``from_pretrained``.
+    """
+
+    config: dict[str, Any]
+    weights: list[Path]
+    described: Any
+    name: Any
+
+    @classmethod
+    def of(cls, config_class: Any, name: Any, kwargs: dict[str, Any]) -> TransformersFiles | None:
+        """Find them in a directory or on the Hub; None if there is no configuration to check against.
+
+        Args:
+            config_class: Class of the configuration.
+            name: First argument of ``from_pretrained``.
+            kwargs: Its keyword arguments.
+        """
+        where = _where(kwargs)
+        path = cached_file(name, CONFIG, _raise_exceptions_for_missing_entries=False, **where)
+        if path is None:
+            return None
+        config = read_config(path)
+        given = kwargs.get("config")
+        described = given if isinstance(given, config_class) else config_class.from_dict(dict(config))
+        root = Path(name) / (kwargs.get("subfolder") or "")
+        if root.is_dir():
+            weights = weight_files(root)
+        else:
+            found = cached_file(name, WEIGHTS, _raise_exceptions_for_missing_entries=False, **where)
+            weights = [] if found is None else [Path(found)]
+        return cls(config, weights, described, name)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the stored network; 0 stands for no classifier."""
+        return self.config.get("num_classes") or 0
+
+    @property
+    def closed(self) -> list[str]:
+        """Slots of the gates that are closed in the stored network."""
+        noted = [slot for path in self.weights for slot in closed_in(_names(path))]
+        return sorted({*noted, *(self.described.model_args.get("closed") or ())})
+
+    def with_open_gates(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments for ``from_pretrained`` under which the network is built with open gates.
+
+        transformers asks the file for every entry of the network's state dict, and closed gates have one.
+
+        Args:
+            kwargs: Those of the caller.
+        """
+        if not self.described.model_args.get("closed"):
+            return kwargs
+        kwargs = dict(kwargs)
+        config = copy.deepcopy(kwargs.pop("config", None))
+        if config is None:
+            where = _where(kwargs)
+            config, rest = type(self.described).from_pretrained(self.name, return_unused_kwargs=True, **kwargs)
+            kwargs = {**rest, **where}
+        config.model_args = {key: value for key, value in config.model_args.items() if key != "closed"}
+        return {**kwargs, "config": config}
+
+    def check(self, *, replaces_classifier: bool) -> None:
+        """Compare the weights with the network that the configuration describes.
+
+        Args:
+            replaces_classifier: Whether the stored classifier may be missing or differ.
+
+        Raises:
+            ValueError: They do not fit; the message names the tensor.
+        """
+        if not self.weights:
+            return
+        expected, classifier, may_lack = stored_layout(
+            self.described.architecture, self.described.model_args, self.num_classes
+        )
+
+        def adapt(found: dict[str, Layout]) -> dict[str, Layout]:
+            plain = {name.removeprefix(_WRAPPER): layout for name, layout in without_closed(found).items()}
+            if len(plain) < len(without_closed(found)):
+                raise ValueError(f"{WEIGHTS} holds a tensor twice, with and without {_WRAPPER!r} before its name.")
+            return {name: layout for name, layout in plain.items() if not name.startswith(_SIDE_HEAD)}
+
+        check_file(
+            self.weights,
+            expected,
+            may_lack=may_lack,
+            may_differ=classifier if replaces_classifier else (),
+            adapt=adapt,
+            sha256=self.config.get("weights_sha256"),
+        )
+        stated, stored = self.config.get("dtype") or self.config.get("torch_dtype"), precision_in(self.weights)
+        if stated is not None and stored is not None and str(stated).removeprefix("torch.") != stored:
+            raise ValueError(f"dtype in config.json must be {stored!r}, that of the weights, got {shortened(stated)}.")
+
+
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in _HUB_KEYWORDS if kwargs.get(key) is not None}
+
+
+def _names(path: Path) -> dict[str, None]:
+    with safe_open(path, "pt") as file:
+        return dict.fromkeys(file.keys())

@@ -1,0 +1,77 @@
+"""What all processes of a training must know at the end of a step: a signal came, or a loss is not finite."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Seen", "StepWatch"]
+
+
+class Seen(NamedTuple):
+    """What the processes have seen together."""
+
+    signum: int  # of the signal that one of them received, 0 if none did
+    is_finite: bool  # whether their losses were
+
+
+class StepWatch:
+    """Asked at the end of each step, it tells all processes the same, and nobody waits for it.
+
+    A GPU copies the loss while it computes on, and the processes exchange two numbers while they take the next step. So
+    what one of them has seen is known to all of them one step later, and one of a GPU when its copy has arrived.
+
+    Args:
+        processes: Number of processes; if it is 1, nothing is exchanged. All of them must construct this.
+        device: Device of the loss.
+    """
+
+    def __init__(self, processes: int, device: torch.device) -> None:
+        # Of its own, on CPUs: the other collectives may be NCCL's, whose results are on the GPU.
+        self._group: Any = dist.new_group(backend="gloo") if processes > 1 else None
+        self._exchanged: tuple[dist.Work, Tensor] | None = None
+        self._host = torch.zeros((), pin_memory=True) if device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None
+
+    def look(self, signum: int, loss: Tensor) -> Seen:
+        """Every process must call this, as often as the others.
+
+        Args:
+            signum: Signal that this process has received, 0 for none.
+            loss: 0-dimensional; once it is not finite, it must stay so until the next call.
+        """
+        is_finite = self._is_finite(loss)
+        if self._group is None:
+            return Seen(signum, is_finite)
+        seen = self.last()
+        told = torch.tensor([signum, not is_finite], dtype=torch.int64)
+        work = dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None, "an asynchronous collective returns what to wait for"
+        self._exchanged = work, told
+        return seen
+
+    def last(self) -> Seen:
+        """What the processes told each other in the last call of :meth:`look`, which has not said it yet."""
+        if self._exchanged is None:
+            return Seen(0, True)
+        work, told = self._exchanged
+        self._exchanged = None
+        work.wait()
+        signum, is_bad = told.tolist()
+        return Seen(signum, not is_bad)
+
+    def _is_finite(self, loss: Tensor) -> bool:
+        if loss.device.type == "cpu":
+            return bool(loss.isfinite())
+        if self._host is None:  # another accelerator: seen where the loss is read, for a checkpoint or an epoch's end
+            return True
+        if self._copied is not None and not self._copied.query():
+            return True
+        is_finite = bool(self._host.isfinite())
+        self._host.copy_(loss, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+        return is_finite
