@@ -5,7 +5,11 @@ Importing the package registers ``eps_resnet*`` with timm and the ``EpsResNet`` 
 
 from . import eps_resnet as _eps_resnet  # noqa: F401  registers the timm models
 from . import eps_twins as _eps_twins  # noqa: F401
+from .analysis import analyze
+from .analysis_report import Analysis
 from .configuration_eps_resnet import EpsResNetConfig
+from .criteria import Importance, LeaveOneOut, Response
+from .cutting import prune
 from .export import export_timm
 from .gate import EpsilonGate
 from .hub import push_to_hub, save_pretrained
@@ -19,6 +23,7 @@ from .trainer_callback import EpsilonCallback
 __version__ = "0.1.0"
 
 __all__ = [
+    "Analysis",
     "EpsResNetBackbone",
     "EpsResNetConfig",
     "EpsResNetForImageClassification",
@@ -27,10 +32,15 @@ __all__ = [
     "EpsilonGate",
     "EpsilonMixin",
     "EpsilonPruner",
+    "Importance",
+    "LeaveOneOut",
+    "Response",
     "RestartingLR",
     "add_gates",
+    "analyze",
     "export_timm",
     "param_groups",
+    "prune",
     "push_to_hub",
     "remove_closed",
     "save_pretrained",

@@ -14,12 +14,16 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .branches import check_input, gates, timm_body
+from .budget import Budget, budget_from
 from .checks import shortened, warn_of_silent, warn_of_undecayed
 from .copies import note_copies
+from .cost_schedule import CostEpsilon
+from .criteria import Criterion, Response, Seen, criterion_from, ranked_by
+from .distributed import agreed
 from .followers import follow, left_behind
 from .frozen import FrozenBranches
 from .gate import EpsilonGate
-from .importance import importance_ranks, note_step, sum_gradients
+from .importance import note_step, sum_gradients
 from .loading import LoadedStructure
 from .optimizers import Optimizers, forget, innermost
 from .schedule import BudgetEpsilon, ConstantEpsilon
@@ -52,17 +56,22 @@ class EpsilonPruner:
             compiled: wrap or compile after the pruner was made, and hand the pruner the model itself.
         optimizer: One, or a list of them. Parameters of removed blocks, and their state, are taken out; those of the
             others stay. timm's ``Lookahead`` and accelerate's wrapper are looked into.
-        epsilon: The paper's threshold, in activation units, one for the whole network. Exclusive with ``keep``.
+        epsilon: The paper's threshold, in activation units, one for the whole network. Exclusive with a budget.
         keep: Fraction (float) or number (int) of branches to keep; ε then follows the responses.
+        target_params: In place of ``keep``, fraction (float up to 1) or number of the network's parameters.
+        target_macs: Likewise, of the multiply-adds for one image of the model's input size.
+        target_latency: Likewise, of the milliseconds of a forward pass of 32 such images on the model's device. For
+            another batch size give a ``timm_eps.budget.TargetLatency``.
         warmup_epochs: Epochs with every gate open first.
-        ramp_epochs: With ``keep``: epochs from the first closed branch to the full budget.
+        ramp_epochs: With a budget: epochs from the first closed branch to the full budget.
         patience: Epochs in a row that a branch must stay closed before it is removed.
         live_removal: Remove during training. Without it, closed branches stay until :func:`remove_closed` or a save.
-        criterion: With ``keep``, by which branches are ranked: ``'response'``, the largest of an epoch, or
-            ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`). By
-            importance each stage keeps its share of the budget, if that is as large as there are stages, and each
-            branch that is due gets an ε of its own, twice its response. It is measured in the epochs after which
-            branches are to close, in no others, over the steps of the optimizer: give the pruner that one.
+        criterion: With a budget, what branches are ranked by: ``'response'``, the largest of an epoch; or
+            ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`); or an
+            object of :mod:`timm_eps.criteria`, or one of your own. By importance under ``keep`` each stage keeps its
+            share of the budget, if that is as large as there are stages. By all but the response each branch that is
+            due gets an ε of its own, twice its response. Importance is measured in the epochs after which branches are
+            to close, in no others, over the steps of the optimizer: give the pruner that one.
         prune_frozen: Whether a branch goes that cannot learn, because none of its parameters needs a gradient. By
             default it stays, and counts as one of those that the budget keeps.
         followers: Copies of the model that are updated in place and must have its structure, such as averages of its
@@ -91,24 +100,33 @@ class EpsilonPruner:
         *,
         epsilon: float | None = None,
         keep: float | int | None = None,
+        target_params: float | Budget | None = None,
+        target_macs: float | Budget | None = None,
+        target_latency: float | Budget | None = None,
         warmup_epochs: int = 0,
         ramp_epochs: int = 0,
         patience: int = 3,
         live_removal: bool = True,
-        criterion: str = "response",
+        criterion: str | Criterion = "response",
         prune_frozen: bool = False,
         followers: Iterable[Any] = (),
     ) -> None:
-        if (epsilon is None) == (keep is None):
-            raise ValueError(f"Give exactly one of epsilon and keep, got epsilon={epsilon!r} and keep={keep!r}.")
+        targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
+        if sum(value is not None for value in (epsilon, keep, *targets.values())) != 1:
+            given = {"epsilon": epsilon, "keep": keep} | {name: v for name, v in targets.items() if v is not None}
+            raise ValueError(
+                f"Give exactly one of epsilon and keep, or in place of keep one of {', '.join(targets)}; got "
+                f"{' and '.join(f'{name}={value!r}' for name, value in given.items())}."
+            )
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience must be a whole number of epochs, at least 1, got {patience!r}.")
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
-        if epsilon is not None and criterion != "response":
+        self._ranking = criterion_from(criterion)
+        if epsilon is not None and not isinstance(self._ranking, Response):
             raise ValueError(f"criterion={criterion!r} goes with keep; a constant epsilon is one for the responses.")
         if keep is not None:
             self.schedule: BudgetEpsilon | ConstantEpsilon = BudgetEpsilon(keep, warmup_epochs, ramp_epochs)
+        elif epsilon is None:
+            self.schedule = CostEpsilon(budget_from(**targets), warmup_epochs, ramp_epochs)
         elif ramp_epochs:
             raise ValueError(f"ramp_epochs={ramp_epochs} goes with keep; a constant epsilon has no ramp.")
         else:
@@ -136,6 +154,8 @@ class EpsilonPruner:
         self.total = len(self._streaks) + len(removed_slots(model))
         if isinstance(keep, int) and keep > self.total:
             raise ValueError(f"keep={keep} branches, but {type(timm_body(model)).__name__} has only {self.total}.")
+        if isinstance(self.schedule, CostEpsilon):
+            self.schedule.attach(model)
         # A budget needs responses to measure by, so its first epoch is open whatever the warm-up.
         self._set_thresholds(self.schedule(0, dict.fromkeys(self._streaks, math.inf), self.total))
         LoadedStructure(model, self._lose).install(timm_body(model))
@@ -203,7 +223,7 @@ class EpsilonPruner:
         """
         found = gates(self.model)
         self._streaks = {slot: streak for slot, streak in self._streaks.items() if slot in found}  # see remove_closed
-        is_measured = self._measuring  # asked now: branches that go change the answer
+        is_ranked, is_measured = self._is_ranking, self._measuring  # asked now: branches that go change the answer
         staying = self._staying
         responses = self._collect_responses()
         if found and not responses and not self._warned_of_evaluation:
@@ -232,7 +252,7 @@ class EpsilonPruner:
             record["importances"] = {slot: float(found[slot].importance) for slot in responses}
         self.history.append(record)
         self.epoch += 1
-        self._set_thresholds(self._next_thresholds())
+        self._set_thresholds(self._next_thresholds(is_ranked))
         self._take_along()
         for copied in left_behind(self.model, self.followers):
             _logger.warning(
@@ -261,25 +281,46 @@ class EpsilonPruner:
         )
 
     @property
-    def _measuring(self) -> bool:
-        """Whether branches are to be ranked by importance after this epoch."""
-        if not isinstance(self.schedule, BudgetEpsilon) or self.criterion != "importance":
+    def _is_ranking(self) -> bool:
+        """Whether branches are to be ranked after this epoch."""
+        if not isinstance(self.schedule, BudgetEpsilon):
             return False
         return self.schedule.to_close(self.epoch + 1, self.total) > self.total - len(self._streaks)
 
-    def _next_thresholds(self) -> dict[str, float]:
+    @property
+    def _measuring(self) -> bool:
+        """Whether importances are needed to rank the branches after this epoch."""
+        return getattr(self._ranking, "measures_importance", False) and self._is_ranking
+
+    def _next_thresholds(self, is_ranked: bool) -> dict[str, float]:
         """ε of each branch in the epoch that begins, by what the last one showed."""
         responses = self.history[-1]["responses"]
         staying = self._staying
         remaining = {slot: math.inf if slot in staying else responses.get(slot, math.inf) for slot in self._streaks}
-        if self.criterion == "response":
+        if isinstance(self._ranking, Response):
             thresholds = self.schedule(self.epoch, remaining, self.total)
             is_open = [slot for slot, gate in gates(self.model).items() if not gate.closed]
             # The last open branch is not closed on single batches either: its response may be under a constant ε.
             return {**thresholds, is_open[0]: 0.0} if len(is_open) == 1 else thresholds
-        if "importances" not in self.history[-1]:
+        if not is_ranked:
             return dict.fromkeys(self._streaks, 0.0)
         assert isinstance(self.schedule, BudgetEpsilon), "a constant epsilon has no other criterion"
+        kept = None if isinstance(self.schedule, CostEpsilon) else self.schedule.kept(self.total)
+        removed = removed_slots(self.model)
+        seen = Seen(timm_body(self.model), remaining, self._importances(responses), removed, staying, kept)
+        ranks = ranked_by(self._ranking, seen)
+        # A criterion may say something else in each process: what it says in the first one counts.
+        ranks = dict(zip(ranks, agreed(list(ranks.values()), timm_body(self.model)), strict=True))
+        due, _ = self.schedule.divide(self.epoch, ranks, self.total)
+        found = gates(self.model)
+        # Of an empty branch at least the smallest number there is: 0 is not below 0.
+        least = {slot: torch.finfo(found[slot].threshold.dtype).tiny for slot in due}
+        return {slot: max(2 * remaining[slot], least[slot]) if slot in due else 0.0 for slot in self._streaks}
+
+    def _importances(self, responses: Mapping[str, float]) -> dict[str, float]:
+        """The importance of each branch in the last epoch; infinite where it was not measured."""
+        if "importances" not in self.history[-1]:
+            return dict.fromkeys(self._streaks, math.inf)
         measured = {
             slot: importance
             for slot, importance in self.history[-1]["importances"].items()
@@ -296,13 +337,7 @@ class EpsilonPruner:
                 "torch.autograd.grad, from finite gradients.",
                 self.epoch - 1,
             )
-        importances = dict.fromkeys(self._streaks, math.inf) | measured
-        ranks = importance_ranks(importances, removed_slots(self.model), self.schedule.kept(self.total), staying)
-        due, _ = self.schedule.divide(self.epoch, ranks, self.total)
-        found = gates(self.model)
-        # Of an empty branch at least the smallest number there is: 0 is not below 0.
-        least = {slot: torch.finfo(found[slot].threshold.dtype).tiny for slot in due}
-        return {slot: max(2 * remaining[slot], least[slot]) if slot in due else 0.0 for slot in self._streaks}
+        return dict.fromkeys(self._streaks, math.inf) | measured
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` needs, as plain numbers, strings, lists and dicts."""
@@ -316,7 +351,7 @@ class EpsilonPruner:
             "responses": {slot: float(gate.response) for slot, gate in found.items()},
             "importances": {slot: float(gate.importance) for slot, gate in found.items()},
             "history": list(self.history),
-        }
+        } | ({"budget": self.schedule.state_dict()} if isinstance(self.schedule, CostEpsilon) else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state. The model, if it still has all its blocks, is given the saved structure first.
@@ -336,6 +371,8 @@ class EpsilonPruner:
             raise ValueError(f"The pruner's state is of another model: they differ at {min(strangers)!r}.")
         replay_removed(self.model, set(state["removed"]) - already)
         found = gates(self.model)
+        if isinstance(self.schedule, CostEpsilon):
+            self.schedule.load_state_dict(state.get("budget", {}))
         self._streaks = dict(state["streaks"])
         self.epoch = state["epoch"]
         self.history = list(state["history"])

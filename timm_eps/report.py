@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .branches import evaluating, stage_of
+from .tracing import meta_copy
 
 __all__ = [
     "comparison_table",
@@ -36,9 +37,15 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
-    """Multiply-adds of convolutions and matrix products for one image (1, C, H, W)."""
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        model(image)
+    """Multiply-adds of convolutions and matrix products for one image (1, C, H, W).
+
+    They are counted on a copy without memory, so that every device gives the same number: torch counts attention on
+    some devices only.
+    """
+    has_memory = any(not parameter.is_meta for parameter in model.parameters())
+    net = meta_copy(model) if has_memory else model
+    with evaluating(net), FlopCounterMode(display=False) as counter:
+        net(torch.empty_like(image, device="meta"))
     return counter.get_total_flops() // 2
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "add_gates",
     "bounding_parameters",
     "check_gated",
+    "check_known",
     "closed_slots",
     "collapsed_copy",
     "natural_order",
@@ -335,3 +336,9 @@ def _check_known(slots: Iterable[str], found: dict[str, EpsilonGate], body: nn.M
             f"{shortened(unknown[0], 100)} is not a gated slot of this {type(body).__name__} with {len(found)} gates; "
             f"{hint}"
         )
+
+
+def check_known(model: nn.Module, slots: Iterable[str]) -> None:
+    """Raise ValueError if one of these is no gated slot of the model; the message names the nearest one."""
+    body = timm_body(model)
+    _check_known(slots, gates(body), body)

@@ -18,6 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from .budget import Budget
+from .criteria import Criterion
 from .distributed import on_first_forward, wrap_again
 from .loading import LoadedStructure, keys_of
 from .modeling_eps_resnet import EpsResNetPreTrainedModel
@@ -82,7 +84,11 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         ramp_epochs: With ``keep``: epochs from the first closed branch to the full budget.
         patience: Epochs in a row that a branch must stay closed before it is removed.
         live_removal: Remove during training. Without it closed branches stay until the model is saved.
-        criterion: With ``keep``, by which branches are ranked: ``'response'`` or ``'importance'``, as for the pruner.
+        criterion: With a budget, what branches are ranked by: ``'response'``, ``'importance'`` or an object of
+            :mod:`timm_eps.criteria`, as for the pruner.
+        target_params: In place of ``keep``, fraction or number of the parameters, as for the pruner.
+        target_macs: Likewise, of the multiply-adds for one image.
+        target_latency: Likewise, of the milliseconds of a forward pass.
         prune_frozen: Whether branches go that cannot learn, because none of their parameters needs a gradient.
 
     Attributes:
@@ -106,8 +112,11 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         ramp_epochs: int = 0,
         patience: int = 3,
         live_removal: bool = True,
-        criterion: str = "response",
+        criterion: str | Criterion = "response",
         prune_frozen: bool = False,
+        target_params: float | Budget | None = None,
+        target_macs: float | Budget | None = None,
+        target_latency: float | Budget | None = None,
     ) -> None:
         self.arguments: dict[str, Any] = {
             "epsilon": epsilon,
@@ -117,6 +126,9 @@ class EpsilonCallback(TrainerCallback, ExportableState):
             "patience": patience,
             "live_removal": live_removal,
             "criterion": criterion,
+            "target_params": target_params,
+            "target_macs": target_macs,
+            "target_latency": target_latency,
             "prune_frozen": prune_frozen,
         }
         self.followers: list[Any] = []
@@ -130,7 +142,10 @@ class EpsilonCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What Trainer keeps in a checkpoint's ``trainer_state.json``."""
-        return {"args": self.arguments, "attributes": {"saved": self.pruner.state_dict() if self.pruner else None}}
+        plain = str | int | float | None
+        # An object is told by its name: a callback with one is given to Trainer, not made from a checkpoint.
+        args = {name: v if isinstance(v, plain) else repr(v) for name, v in self.arguments.items()}
+        return {"args": args, "attributes": {"saved": self.pruner.state_dict() if self.pruner else None}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.fsdp or args.deepspeed:
