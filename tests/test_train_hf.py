@@ -18,6 +18,7 @@ from transformers import AutoModelForImageClassification
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import timm_eps  # noqa: E402
 import train_hf  # noqa: E402
 from timm_eps.branches import gates  # noqa: E402
 
@@ -105,14 +106,14 @@ def test_config_file_and_flags(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"keep": 5, "criterion": "importance", "num_train_epochs": 7, "seed": 3}))
     parse = train_hf.parse_arguments
-    args = parse(["--config", str(config), "--num_train_epochs", "2"])
+    args = train_hf.parse_arguments(["--config", str(config), "--num_train_epochs", "2"])
     assert (args.keep, args.num_train_epochs, args.seed) == (5, 2, 3)
-    args = parse(["--config", str(config), "--epsilon", "2.5"])
+    args = train_hf.parse_arguments(["--config", str(config), "--epsilon", "2.5"])
     given = args.keep, args.epsilon, args.criterion
     assert given == (None, 2.5, "response"), "a flag wins over the file, also over its opposite there"
-    args = parse(["--config", str(config), "--no_gates"])
+    args = train_hf.parse_arguments(["--config", str(config), "--no_gates"])
     assert (args.keep, args.epsilon, args.no_gates) == (None, None, True)
-    args = parse([])
+    args = train_hf.parse_arguments([])
     assert (args.keep, args.epsilon) == (0.25, None)
     assert args.output_dir == str(Path("outputs/eps_resnet110-digits"))
     assert parse(["--dataset_name", "uoft-cs/cifar10"]).output_dir == str(Path("outputs/eps_resnet110-cifar10"))
@@ -170,7 +171,7 @@ def test_flags_that_make_no_sense(arguments, message, capsys):
 
 def test_how_often_and_where_from(tmp_path):
     parse = train_hf.parse_arguments
-    args = parse([])
+    args = train_hf.parse_arguments([])
     assert (args.checkpointing_steps, args.resume_from_checkpoint, args.with_tracking) == (None, None, False)
     assert parse(["--checkpointing_steps", "7"]).checkpointing_steps == 7
     assert parse(["--checkpointing_steps", "epoch"]).checkpointing_steps == "epoch"
@@ -179,7 +180,7 @@ def test_how_often_and_where_from(tmp_path):
     assert parse(["--with_tracking", "--report_to", "tensorboard", "wandb"]).report_to == ["tensorboard", "wandb"]
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"checkpointing_steps": 7, "resume_from_checkpoint": "latest", "sync_batchnorm": True}))
-    args = parse(["--config", str(path)])
+    args = train_hf.parse_arguments(["--config", str(path)])
     assert (args.checkpointing_steps, args.resume_from_checkpoint, args.sync_batchnorm) == (7, "latest", True)
 
 
@@ -506,11 +507,13 @@ def test_code_for_a_twin_is_refused_before_training(tmp_path):
 
 @pytest.mark.parametrize("epochs", [2, 3, 5, 10, 14, 15, 60])
 def test_warm_up_and_ramp_fit_into_a_short_run(epochs):
-    args = parse(["--keep", "0.5", "--num_train_epochs", str(epochs)])
+    args = train_hf.parse_arguments(["--keep", "0.5", "--num_train_epochs", str(epochs)])
     assert 1 <= args.epsilon_warmup_epochs < args.epsilon_warmup_epochs + args.ramp_epochs <= max(epochs, 2)
     if epochs >= 15:
         assert (args.epsilon_warmup_epochs, args.ramp_epochs) == (4, 8)
-    given = parse(["--num_train_epochs", str(epochs), "--epsilon_warmup_epochs", "7", "--ramp_epochs", "9"])
+    given = train_hf.parse_arguments(
+        ["--num_train_epochs", str(epochs), "--epsilon_warmup_epochs", "7", "--ramp_epochs", "9"]
+    )
     assert (given.epsilon_warmup_epochs, given.ramp_epochs) == (7, 9)
 
 
@@ -569,7 +572,9 @@ def test_a_network_of_one_size_refuses_another_one(tmp_path):
 
 @pytest.mark.parametrize(("start", "warmup", "falls_from"), [(0.0, 3, 3), (0.0, 0, 0), (0.5, 3, 5), (0.2, 4, 4)])
 def test_the_rate_falls_after_the_warm_up(start, warmup, falls_from):
-    args = parse(["--lr_decay_start", str(start), "--num_warmup_steps", str(warmup), "--learning_rate", "1"])
+    args = train_hf.parse_arguments(
+        ["--lr_decay_start", str(start), "--num_warmup_steps", str(warmup), "--learning_rate", "1"]
+    )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = train_hf.build_scheduler(args, optimizer, 10)
     rates = []
