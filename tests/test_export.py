@@ -150,3 +150,15 @@ def test_bad_input(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FileExistsError):
         timm_eps.export_timm(trained("test_vit"), tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "./m.onnx", "new/deeper/m.onnx"])
+def test_onnx_by_any_path(tmp_path, monkeypatch, name):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("eps_resnet20", num_classes=3).eval()
+    timm_eps.export_onnx(model, name)
+    images = torch.randn(3, 3, 32, 32)
+    (logits,) = onnxruntime.InferenceSession(name).run(None, {"pixel_values": images.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-4)

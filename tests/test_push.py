@@ -242,7 +242,7 @@ def check_tuned(hub) -> None:
 
 
 def test_a_second_push_replaces_the_first(hub, images, monkeypatch):
-    monkeypatch.setattr(hub_module, "write_onnx", lambda body, path: (path.parent.mkdir(), path.write_bytes(b"onnx")))
+    monkeypatch.setattr(hub_module, "export_onnx", lambda body, path: (path.parent.mkdir(), path.write_bytes(b"onnx")))
     first, second = pruned(num_classes=5), tiny_net(num_classes=4)
     done = timm_eps.push_to_hub(first, "me/twice", results=RESULTS, remote_code=True, onnx=True, commit_message="one")
     extra = {"all_results.json", "modeling_eps_resnet.py", "onnx/model.onnx"}

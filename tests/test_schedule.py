@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,3 +122,10 @@ def test_restarting_state_dict(optimizer):
 def test_bad_milestones(optimizer, milestones):
     with pytest.raises(ValueError, match="must be 3 increasing epochs"):
         RestartingLR(optimizer, milestones=milestones)
+
+
+@pytest.mark.parametrize("keep", [np.int64(3), np.int32(3), np.float64(0.5), np.float32(0.5)])
+def test_numbers_of_numpy(keep):
+    schedule = BudgetEpsilon(keep)
+    assert schedule.kept(6) == 3
+    assert type(schedule.keep) in (int, float)

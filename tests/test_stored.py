@@ -553,3 +553,15 @@ def test_no_server_is_asked_for_a_local_directory(stored, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", no)
     for load in LOADERS.values():
         load(stored())
+
+
+def test_quantized_weights_are_named(tmp_path):
+    class Quantized(torch.Tensor):
+        """Stands for the tensors that torchao puts in place of weights."""
+
+    model = timm.create_model("eps_resnet20", num_classes=5)
+    weight = model.head.fc.weight.detach().as_subclass(Quantized)
+    del model.head.fc.weight
+    model.head.fc.register_buffer("weight", weight)
+    with pytest.raises(ValueError, match=r"head\.fc\.weight is a Quantized"):
+        timm_eps.save_pretrained(model, tmp_path / "m")

@@ -15,6 +15,7 @@ from .gate import EpsilonGate
 from .hub import push_to_hub, save_pretrained
 from .mixin import EpsilonMixin
 from .modeling_eps_resnet import EpsResNetBackbone, EpsResNetForImageClassification, EpsResNetModel
+from .onnx_export import export_onnx
 from .pruner import EpsilonPruner
 from .schedule import RestartingLR
 from .surgery import add_gates, param_groups, remove_closed
@@ -38,6 +39,7 @@ __all__ = [
     "RestartingLR",
     "add_gates",
     "analyze",
+    "export_onnx",
     "export_timm",
     "param_groups",
     "prune",

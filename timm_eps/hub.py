@@ -39,7 +39,7 @@ from .hub_commit import NOTHING, asking, commit_files
 from .model_files import staged
 from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel, EpsResNetPreTrainedModel
 from .names import base_name
-from .onnx_export import write_onnx
+from .onnx_export import export_onnx
 from .report import comparison_table, draw_blocks, outcome
 from .surgery import check_gated, closed_slots, natural_order, removed_slots
 
@@ -120,7 +120,7 @@ def save_pretrained(
         if remote_code:
             _add_remote_code(staging)
         if onnx:
-            write_onnx(body, staging / ONNX)
+            export_onnx(body, staging / ONNX)
         if find_spec("matplotlib") is not None:
             title = f"{wrapper.config.architecture}: {len(slots) - len(gone)} of {len(slots)} residual branches stayed"
             draw_blocks(slots, gone, history, staging / PICTURE, title)

@@ -185,6 +185,12 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
             if missing := sorted(weights.keys() - state_dict.keys()):
                 raise ValueError(f"state_dict lacks {missing[0]!r} and {len(missing) - 1} more keys of the model.")
             weights = {name: state_dict[name] for name in weights}
+        for name, tensor in weights.items():
+            if type(tensor) not in (Tensor, nn.Parameter):
+                raise ValueError(
+                    f"{name} is a {type(tensor).__name__}, which config.json cannot describe: save the model before it "
+                    "is quantized or sharded."
+                )
         check_numbers(weights, source="the model")
         kinds = {str(tensor.dtype) for tensor in weights.values() if tensor.is_floating_point()}
         if len(kinds) > 1:

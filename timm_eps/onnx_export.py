@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from .branches import probe_batch, timm_body
 from .eps_resnet import make_shortcuts_convolutions
-from .surgery import collapsed_copy
+from .surgery import check_gated, collapsed_copy
 
-__all__ = ["check_installed", "write_onnx"]
+__all__ = ["check_installed", "export_onnx"]
 
 
 def check_installed() -> None:
@@ -21,23 +22,30 @@ def check_installed() -> None:
         raise ImportError(f"ONNX files need {' and '.join(missing)}: pip install onnx onnxscript")
 
 
-def write_onnx(model: nn.Module, path: str | os.PathLike) -> None:
+def export_onnx(model: nn.Module, path: str | os.PathLike) -> None:
     """Write what a model evaluates to as one ONNX file: ``pixel_values`` (B, C, H, W) to ``logits``, for any B.
 
     The output of a network without a classifier is called ``features``.
 
+    ::
+
+        timm_eps.export_onnx(model, "model.onnx")
+        onnxruntime.InferenceSession("model.onnx").run(None, {"pixel_values": images.numpy()})
+
     Args:
         model: A model with gates, pruned or not; it is unchanged.
-        path: Of the file, such as ``onnx/model.onnx``; its directory is made.
+        path: Path of the file, such as ``model.onnx``; its directory is made.
 
     Raises:
+        ValueError: The model has no gates.
         ImportError: onnx or onnxscript, which torch exports with, are not installed.
     """
     check_installed()
+    check_gated(model)
     body = timm_body(collapsed_copy(model)).cpu().float()
     # ONNX Runtime leaves its layout of blocked channels where channels are padded, and in each sum of that stage.
     make_shortcuts_convolutions(body)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     torch.onnx.export(
         body,
         (probe_batch(body),),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -152,7 +153,7 @@ class EpsilonPruner:
         self._streaks = dict.fromkeys(gates(model), 0)
         self._stuck: set[str] = set()  # closed, but proven to be needed: not tried again until another one is ready
         self.total = len(self._streaks) + len(removed_slots(model))
-        if isinstance(keep, int) and keep > self.total:
+        if isinstance(keep, numbers.Integral) and keep > self.total:
             raise ValueError(f"keep={keep} branches, but {type(timm_body(model)).__name__} has only {self.total}.")
         if isinstance(self.schedule, CostEpsilon):
             self.schedule.attach(model)

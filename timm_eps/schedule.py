@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,12 +60,12 @@ class BudgetEpsilon:
     """
 
     def __init__(self, keep: float | int, warmup_epochs: int = 0, ramp_epochs: int = 0) -> None:
-        whole = isinstance(keep, int) and not isinstance(keep, bool)
-        if not (keep >= 1 if whole else isinstance(keep, float) and 0.0 < keep < 1.0):
+        whole = isinstance(keep, numbers.Integral) and not isinstance(keep, bool)
+        if not (keep >= 1 if whole else isinstance(keep, numbers.Real) and 0.0 < keep < 1.0):
             raise ValueError(
                 f"keep must be a fraction of the branches between 0 and 1 or a number of at least 1, got {keep!r}."
             )
-        self.keep = keep
+        self.keep = int(keep) if whole else float(keep)  # numpy's numbers, too
         self.warmup_epochs = _check_epochs("warmup_epochs", warmup_epochs)
         self.ramp_epochs = _check_epochs("ramp_epochs", ramp_epochs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import os
 from collections.abc import Sequence
@@ -149,6 +150,13 @@ def load_splits(
         return found, tested, sum(known) if len(known) == len(lengths) else None
     _, label = find_columns(found["train"].features, image_column, label_column)
     check_labels(found["train"][label], label, found["train"].features[label].names)
+    names = found["train"].features[label].names
+    counts = collections.Counter(found["train"][label])
+    if lonely := [names[number] for number, count in counts.items() if count < 2]:
+        raise ValueError(
+            f"{label}: class {lonely[0]!r} has one image, which cannot be trained on and validated on. Add images, "
+            "leave the class out, or name a validation split."
+        )
     halves = found["train"].train_test_split(train_val_split, stratify_by_column=label, seed=seed)
     share = f"{100 * train_val_split:g} % of {train_split_name}"
     return {"train": halves["train"], "validation": halves["test"]}, share, len(halves["train"])
