@@ -7,10 +7,12 @@ import io
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from timm_eps import EpsilonGate
+from timm_eps.branches import gates
 from timm_eps.gate import epsilon_gate, max_response
 
 LARGE = 1e6
@@ -353,3 +355,13 @@ def test_a_gate_that_is_traced_alone():
     assert torch.equal(torch.fx.symbolic_trace(gate)(x), x)
     gate.closed = True
     assert not torch.fx.symbolic_trace(gate)(x).any()
+
+
+@pytest.mark.parametrize("name", ["eps_resnet20", "eps_test_vit"])
+def test_data_parallel_replicas_are_refused_in_training(name):
+    """What ``nn.DataParallel`` calls for each module when it copies a model to several devices."""
+    model = timm.create_model(name, num_classes=5)
+    for gate in gates(model).values():
+        with pytest.raises(ValueError, match="torchrun"):
+            gate._replicate_for_data_parallel()
+        assert gate.eval()._replicate_for_data_parallel() is not gate

@@ -195,6 +195,14 @@ class EpsilonGate(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    def _replicate_for_data_parallel(self) -> Any:
+        if self.training:
+            raise ValueError(
+                "nn.DataParallel trains copies of the model and keeps the responses of one alone; start one process for "
+                "each GPU: torchrun --nproc_per_node N, or accelerate launch --multi_gpu."
+            )
+        return super()._replicate_for_data_parallel()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EpsilonGate":
         """What ``to``, ``half`` and their like do; torch's own recurrent layers override it for the same reason."""
         super()._apply(fn, recurse)
