@@ -198,7 +198,7 @@ class EpsilonGate(nn.Module):
     def _replicate_for_data_parallel(self) -> Any:
         if self.training:
             raise ValueError(
-                "nn.DataParallel trains copies of the model and keeps the responses of one alone; start one process for "
+                "nn.DataParallel trains copies of the model and keeps the responses of one; start one process for "
                 "each GPU: torchrun --nproc_per_node N, or accelerate launch --multi_gpu."
             )
         return super()._replicate_for_data_parallel()
