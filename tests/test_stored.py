@@ -589,3 +589,15 @@ def test_quantized_weights_are_named(tmp_path):
     model.head.fc.register_buffer("weight", weight)
     with pytest.raises(ValueError, match=r"head\.fc\.weight is a Quantized"):
         timm_eps.save_pretrained(model, tmp_path / "m")
+
+
+@pytest.mark.parametrize("depth", [110, 200])
+def test_a_cifar_network_is_not_taken_for_timms_of_that_depth(tmp_path, depth):
+    """timm has a ResNet-200 of its own."""
+    model = timm.create_model(f"eps_resnet{depth}", num_classes=5)
+    timm_eps.save_pretrained(model, tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).stage_names == ["stem", "stage1", "stage2", "stage3"]
+    loaded = LOADERS["timm"](tmp_path)
+    assert type(loaded) is type(model)
+    with pytest.raises(ValueError, match="not an architecture of timm"):
+        timm_eps.export_timm(model, tmp_path / "plain")

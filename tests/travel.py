@@ -32,7 +32,7 @@ from transformers import logging as hf_logging
 import timm_eps
 from timm_eps import EpsResNetForImageClassification
 from timm_eps.branches import gates
-from timm_eps.names import base_name
+from timm_eps.names import base_name, is_cifar_network
 from timm_eps.surgery import remove
 
 __all__ = ["FAMILIES", "STATES", "WAYS", "cell", "make", "table"]
@@ -143,9 +143,9 @@ def timm_save_for_hf(model: nn.Module, place: Path) -> nn.Module:
 
 def stock_timm(model: nn.Module, place: Path) -> nn.Module:
     name = _name_and_arguments(model)
-    if not timm.is_model(base := base_name(name.pop("model_name"))):
+    if is_cifar_network(architecture := name.pop("model_name")):
         raise ValueError("timm has no such network.")
-    other = timm.create_model(base, num_classes=5, **name)
+    other = timm.create_model(base_name(architecture), num_classes=5, **name)
     other.load_state_dict(model.state_dict())
     return other
 

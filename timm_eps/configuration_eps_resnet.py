@@ -212,9 +212,8 @@ def _class_names(model: Any, body: Any) -> list[str] | None:
 def _features(architecture: str, model_args: str) -> tuple[str, ...]:
     """The modules that timm lists as features of an architecture, built without memory."""
     options = {name: value for name, value in json.loads(model_args).items() if name not in ("removed", "closed")}
-    name = base_name(architecture)
     with torch.device("meta"):
-        model: Any = timm.create_model(name if timm.is_model(name) else architecture, pretrained=False, **options)
+        model: Any = timm.create_model(base_name(architecture), pretrained=False, **options)
     return tuple(info["module"] for info in model.feature_info)
 
 

@@ -18,7 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import timm
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -38,7 +37,7 @@ from .eps_resnet import EpsResNet
 from .hub_commit import NOTHING, asking, commit_files
 from .model_files import staged
 from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel, EpsResNetPreTrainedModel
-from .names import base_name
+from .names import is_cifar_network
 from .onnx_export import export_onnx
 from .report import comparison_table, draw_blocks, outcome
 from .surgery import check_gated, closed_slots, natural_order, removed_slots
@@ -318,7 +317,7 @@ def render_card(
         remote_code=remote_code,
         onnx=onnx,
         base_model=base_model,
-        is_twin=timm.is_model(base_name(architecture)),
+        is_twin=not is_cifar_network(architecture),
         results=results,
         summary=_summary(architecture, blocks_total, blocks_kept, results),
         table=comparison_table(results) if results else "",

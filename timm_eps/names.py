@@ -17,7 +17,9 @@ def twin_name(architecture: str) -> str:
 
 
 def base_name(architecture: str) -> str:
-    """The name of the timm architecture that a twin gates."""
+    """The name of the timm architecture that a twin gates; that of a CIFAR network, which gates none, is its own."""
+    if is_cifar_network(architecture):
+        return architecture
     return _ORIGINAL.get(architecture, architecture.removeprefix(PREFIX))
 
 

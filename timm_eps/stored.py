@@ -72,11 +72,10 @@ def dense_layout(
     Raises:
         ValueError: timm cannot build such a network.
     """
-    base = base_name(architecture)
     try:
         with torch.device("meta"):
             model = timm.create_model(
-                base if timm.is_model(base) else architecture,
+                base_name(architecture),
                 pretrained=False,
                 num_classes=num_classes,
                 **_of_timm(model_args),
