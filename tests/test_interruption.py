@@ -295,8 +295,8 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         (train_hf.Accelerator, "save_state", RuntimeError("[enforce fail at inline_container.cc] . file write failed")),
         (train_hf.Accelerator, "save_state", safetensors.SafetensorError("I/O error: No space left on device")),
         (train_hf, "dump_json", FULL),
-        (checkpoints, "_hash", FULL),
-        (checkpoints, "_to_disk", FULL),
+        (checkpoints, "digest", FULL),
+        (checkpoints, "settle", FULL),
         (Path, "rename", FULL),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -420,7 +420,7 @@ def change(checkpoint: Path, name: str, content: bytes | None) -> None:
         del hashes[name]
     else:
         (checkpoint / name).write_bytes(content)
-        hashes[name] = checkpoints._hash(checkpoint / name)
+        hashes[name] = checkpoints.digest(checkpoint / name)
     manifest.write_text(json.dumps(hashes))
 
 

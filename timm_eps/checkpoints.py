@@ -6,7 +6,6 @@ hashes. What a killed process, a full disk or a copy that was cut short left beh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -15,7 +14,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .disk import settle, to_disk
 from .failures import MISFIT_ERRORS, one_line
+from .weight_checks import digest
 
 __all__ = [
     "all_checkpoints", "clear_unfinished", "commit", "discard_oldest", "newest_whole", "staging_of", "taking_up",
@@ -46,16 +47,14 @@ def staging_of(directory: str | os.PathLike, step: int) -> Path:
 
 def commit(staging: Path) -> Path:
     """Make a checkpoint of what :func:`staging_of` holds, in one rename. Returns its path."""
-    hashes = {name: _hash(path) for name, path in _files(staging).items()}
+    hashes = {name: digest(path) for name, path in _files(staging).items()}
     (staging / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
-    for name in (*hashes, MANIFEST):
-        _to_disk(staging / name)
-    _to_disk(staging)
+    settle(staging)
     checkpoint = staging.with_name(staging.name.removeprefix("."))
     if os.path.lexists(checkpoint):  # a torn one, or the run comes by here again
         _remove(checkpoint)
     staging.rename(checkpoint)
-    _to_disk(checkpoint.parent)
+    to_disk(checkpoint.parent)
     return checkpoint
 
 
@@ -79,7 +78,7 @@ def why_torn(checkpoint: str | os.PathLike, needed: Collection[str] = ()) -> str
         for name, expected in hashes.items():
             if name not in found:
                 return f"{Path(name).name[:100]} is missing"
-            if _hash(found[name]) != expected:
+            if digest(found[name]) != expected:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -151,21 +150,3 @@ def _delete(path: Path) -> None:
 
 def _files(root: Path) -> dict[str, Path]:
     return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # directories cannot be opened there
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

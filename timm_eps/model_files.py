@@ -18,11 +18,12 @@ from transformers.utils import cached_file
 
 from .branches import evaluating, probe_batch
 from .config_checks import shortened
+from .disk import settle, to_disk
 from .stored import closed_in, read_config, stored_layout, without_closed
 from .tracing import tensors
 from .weight_checks import WEIGHTS, Layout, check_file, digest, layout_of, precision_in, weight_files
 
-__all__ = ["TransformersFiles", "bind_weights", "check_outputs", "check_rebuilt", "staged", "to_disk"]
+__all__ = ["TransformersFiles", "bind_weights", "check_outputs", "check_rebuilt", "staged"]
 
 CONFIG = "config.json"
 _SIDE_HEAD = "side_head."
@@ -46,11 +47,7 @@ def staged(directory: str | os.PathLike) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".saving-{os.getpid()}-", dir=directory) as name:
         staging = Path(name)
         yield staging
-        written = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
-        mode = _mode_of_new_files(staging)
-        for path in written:
-            (staging / path).chmod(mode)  # safetensors leaves them to their owner alone
-            to_disk(staging / path)
+        written = settle(staging)
         # The pair that must fit together goes last, one rename right after the other.
         pair = (WEIGHTS, CONFIG)
         for path in sorted(written, key=lambda path: (str(path) in pair, path)):
@@ -67,6 +64,8 @@ def _clear_unfinished(directory: Path) -> None:
 
 
 def _runs(pid: int) -> bool:
+    if os.name == "nt":
+        return True  # nobody can be asked there without being ended
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -74,26 +73,6 @@ def _runs(pid: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _mode_of_new_files(directory: Path) -> int:
-    # The umask cannot be read without setting it, which other threads would see.
-    probe = directory / ".mode"
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
-    return mode
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file or the entries of a directory have reached the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # directories cannot be opened there
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def bind_weights(directory: Path) -> None:
