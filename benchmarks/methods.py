@@ -24,6 +24,7 @@ from transformers import AutoModelForImageClassification
 import timm_eps
 import train_hf
 from benchmarks import channels
+from benchmarks.structures import cut, evenly
 from timm_eps import report
 from timm_eps.branches import gates
 
@@ -91,19 +92,6 @@ class Bench:
     def slots(self) -> list[str]:
         """All branches of the unpruned network."""
         return list(gates(timm.create_model(self.args.architecture)))
-
-
-def evenly(slots: Sequence[str], keep: int) -> list[str]:
-    """What to remove so that ``keep`` of the slots stay, at equal distances."""
-    kept = {round((index + 0.5) * len(slots) / keep - 0.5) for index in range(keep)}
-    return [slot for index, slot in enumerate(slots) if index not in kept]
-
-
-def cut(model: nn.Module, slots: Sequence[str]) -> None:
-    """Take branches out of a trained network, whatever they compute."""
-    for slot in slots:
-        gates(model)[slot].closed = True
-    timm_eps.remove_closed(model)
 
 
 def dense(bench: Bench) -> nn.Module:

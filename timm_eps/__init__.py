@@ -6,6 +6,7 @@ Importing the package registers ``eps_resnet*`` with timm and the ``EpsResNet`` 
 from . import eps_resnet as _eps_resnet  # noqa: F401  registers the timm models
 from . import eps_twins as _eps_twins  # noqa: F401
 from .configuration_eps_resnet import EpsResNetConfig
+from .distillation import Distillation
 from .export import export_timm
 from .gate import EpsilonGate
 from .hub import push_to_hub, save_pretrained
@@ -19,6 +20,7 @@ from .trainer_callback import EpsilonCallback
 __version__ = "0.1.0"
 
 __all__ = [
+    "Distillation",
     "EpsResNetBackbone",
     "EpsResNetConfig",
     "EpsResNetForImageClassification",

@@ -10,6 +10,7 @@ import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .branches import gates
 from .configuration_eps_resnet import EpsResNetConfig
+from .distillation import Distillation
 from .eps_resnet import init_weights
 from .side_supervision import Tap, half_depth, new_side_head
 from .surgery import closed_slots, collapsed_copy, removed_slots
@@ -245,9 +247,23 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
     The training loss is ``cross-entropy + side_loss_weight * side cross-entropy`` (paper, section 4); the side head
     (BN-ReLU, global average pool, linear) reads the network at half depth. In evaluation the loss is the cross-entropy
     alone. The side head is saved in checkpoints of a training that goes on only.
+
+    With ``model.distillation = timm_eps.Distillation(teacher)`` the cross-entropy of the training loss becomes the mean
+    of itself and the teacher's, by the teacher's weight.
     """
 
     side_head: nn.Module | None
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """The teacher whose answers are a part of the training loss; None for the labels alone. It is not saved."""
+        return getattr(self, "_distillation", None)
+
+    @distillation.setter
+    def distillation(self, value: Distillation | None) -> None:
+        if value is not None:
+            value.check_student(self)
+        self._distillation = value
 
     def post_init(self) -> None:
         # The parent's __init__ calls this when the network is there and before weights are initialised.
@@ -275,7 +291,8 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
         **kwargs: Any,
     ) -> ImageClassifierOutput | tuple[Tensor, ...]:
         """Images (B, C, H, W) and labels (B,) to loss and logits (B, classes)."""
-        if self.side_head is None or labels is None or not self.training:
+        distillation = self.distillation
+        if labels is None or not self.training or (self.side_head is None and distillation is None):
             return super().forward(
                 pixel_values,
                 labels=labels,
@@ -283,14 +300,17 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
                 return_dict=return_dict,
                 **kwargs,
             )
-        if not torch.compiler.is_compiling():
+        if self.side_head is not None and not torch.compiler.is_compiling():
             self.follow_structure()  # the network inside may have been pruned on its own
-        with self._tap:
+        with nullcontext() if self.side_head is None else self._tap:
             output: Any = super().forward(
                 pixel_values, labels=labels, output_hidden_states=output_hidden_states, return_dict=True, **kwargs
             )
-        side, self._tap.output = self._tap.output, None
-        output.loss += self.config.side_loss_weight * self.loss_function(labels, self.side_head(side), self.config)
+        if distillation is not None:
+            output.loss = distillation.loss(output.logits, output.loss, pixel_values)
+        if self.side_head is not None:
+            side, self._tap.output = self._tap.output, None
+            output.loss += self.config.side_loss_weight * self.loss_function(labels, self.side_head(side), self.config)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _drop_training_parts(self) -> None:
