@@ -24,7 +24,7 @@ from transformers import AutoModelForImageClassification
 import timm_eps
 import train_hf
 from benchmarks import channels
-from benchmarks.structures import cut, evenly
+from benchmarks.structures import evenly
 from timm_eps import report
 from timm_eps.branches import gates
 
@@ -144,7 +144,7 @@ def shallow_with_dense_compute(bench: Bench) -> nn.Module:
 def random_blocks(bench: Bench) -> nn.Module:
     model = bench.load("dense")
     count = len(bench.result("budget")["removed"])
-    cut(model, random.Random(bench.args.seed).sample(bench.slots(), count))
+    timm_eps.prune(model, random.Random(bench.args.seed).sample(bench.slots(), count))
     return bench.fit("--no_gates", model=model)
 
 
@@ -154,7 +154,7 @@ def stochastic_depth(bench: Bench) -> nn.Module:
     for gate in gates(model).values():
         gate.drop_path = nn.Identity()
     del model.config.model_args["drop_path_rate"]
-    cut(model, evenly(bench.slots(), bench.result("budget")["blocks"]))
+    timm_eps.prune(model, evenly(bench.slots(), bench.result("budget")["blocks"]))
     return bench.fit("--no_gates", model=model)
 
 

@@ -5,7 +5,10 @@ Importing the package registers ``eps_resnet*`` with timm and the ``EpsResNet`` 
 
 from . import eps_resnet as _eps_resnet  # noqa: F401  registers the timm models
 from . import eps_twins as _eps_twins  # noqa: F401
+from .analysis import analyze
+from .analysis_report import Analysis
 from .configuration_eps_resnet import EpsResNetConfig
+from .cutting import prune
 from .distillation import Distillation
 from .export import export_timm
 from .gate import EpsilonGate
@@ -20,6 +23,7 @@ from .trainer_callback import EpsilonCallback
 __version__ = "0.1.0"
 
 __all__ = [
+    "Analysis",
     "Distillation",
     "EpsResNetBackbone",
     "EpsResNetConfig",
@@ -31,8 +35,10 @@ __all__ = [
     "EpsilonPruner",
     "RestartingLR",
     "add_gates",
+    "analyze",
     "export_timm",
     "param_groups",
+    "prune",
     "push_to_hub",
     "remove_closed",
     "save_pretrained",

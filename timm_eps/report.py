@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .branches import evaluating, stage_of
+from .tracing import meta_copy
 
 __all__ = [
     "comparison_table",
@@ -36,9 +37,14 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
-    """Multiply-adds of convolutions and matrix products for one image (1, C, H, W)."""
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        model(image)
+    """Multiply-adds of convolutions and matrix products for one image (1, C, H, W).
+
+    They are counted on a copy without memory, so that every device gives the same number: torch counts attention on
+    some devices only.
+    """
+    net, shape = meta_copy(model), torch.empty_like(image, device="meta")
+    with evaluating(net), FlopCounterMode(display=False) as counter:
+        net(shape)
     return counter.get_total_flops() // 2
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "add_gates",
     "bounding_parameters",
     "check_gated",
+    "check_slots",
     "closed_slots",
     "collapsed_copy",
     "natural_order",
@@ -279,12 +280,20 @@ def check_gated(model: nn.Module) -> None:
         raise ValueError(f"{type(timm_body(model)).__name__} has no gates; call timm_eps.add_gates(model) first.")
 
 
-def _check_slot_list(removed: object) -> set[str]:
+def check_slots(model: nn.Module, slots: object) -> list[str]:
+    """The given slot paths as a list, or ValueError if one of them is no gated slot of the model."""
+    body = timm_body(model)
+    chosen = _check_slot_list(slots, "slots")
+    _check_known(chosen, gates(body), body)
+    return sorted(chosen, key=natural_order)
+
+
+def _check_slot_list(removed: object, name: str = "removed") -> set[str]:
     if isinstance(removed, str) or not isinstance(removed, Iterable):
-        raise ValueError(f"removed must be a list of slot paths, got {removed!r}.")
+        raise ValueError(f"{name} must be a list of slot paths, got {removed!r}.")
     slots = list(removed)
     if strangers := [slot for slot in slots if not isinstance(slot, str)]:
-        raise ValueError(f"removed must hold slot paths, got {strangers[0]!r}.")
+        raise ValueError(f"{name} must hold slot paths, got {strangers[0]!r}.")
     return set(slots)
 
 

@@ -26,12 +26,12 @@ import timm_eps
 from benchmarks import channels
 from benchmarks.pretrained import images, training
 from benchmarks.pretrained.cases import CASES, Case
-from benchmarks.structures import cut, evenly
+from benchmarks.structures import evenly
 from timm_eps import report
 from timm_eps.branches import gates, stage_of
 from timm_eps.eps_resnet import is_cifar_network
 
-ANALYSED = 2_048  # training images on which losses are compared
+ANALYSED, BATCH = 2_048, 512  # training images on which losses are compared
 SHARES = {"warmup_epochs": 3, "ramp_epochs": 12}  # of 50 periods
 TIMED_BATCH, TIMED_REPEATS = 32, 9
 
@@ -150,43 +150,42 @@ class Bench:
         """Leave a fine-tuned dense network to the jobs after this one, with the order in which branches may go."""
         save_file({name: value.contiguous() for name, value in model.state_dict().items()}, self.place("dense.part"))
         self.place("dense.part").rename(self.place("dense.safetensors"))
-        dense = self.dense().eval()
         analysed = self.analysed()
-        losses = functools.partial(training.loss, dense, analysed, self.read)
-        order: dict[str, Any] = {"loss": losses(), "order": training.closing_order(dense, losses)}
+        batches = [(self.read(batch.images), batch.labels) for batch in analysed.batches(BATCH)]
+        report = timm_eps.analyze(self.dense(), batches, batch_sizes=(), rerank=len(self.slots()), progress=False)
+        found: dict[str, Any] = {
+            "loss": training.loss(self.dense(), analysed, self.read),
+            "rises": {branch.slot: branch.rise for branch in report.branches},
+            "curve": [[step.slots, step.loss, step.accuracy] for step in report.curve],
+            "removed": {keep: report.choose(keep=keep) for keep in self.case.keeps},
+        }
         if self.case.smaller:
             excess = excess_by_stage(self.slots(), slots_of(self.case.smaller.architecture))
-            order["sibling"] = [
-                slot
-                for stage, count in excess.items()
-                for slot, _ in training.closing_order(
-                    dense, losses, [slot for slot in self.slots() if stage_of(slot) == stage]
-                )[:count]
-            ]
-        self.place("order.json").write_text(json.dumps(order))
-        return order
+            found["sibling"] = least(found["rises"], excess)
+        self.place("analysis.json").write_text(json.dumps(found))
+        return {"analysis": found}
 
-    def order(self) -> dict[str, Any]:
-        return json.loads(self.place("order.json").read_text())
+    def analysis(self) -> dict[str, Any]:
+        return json.loads(self.place("analysis.json").read_text())
 
     def to_remove(self) -> int:
         return len(self.slots()) - self.job.keep
 
     def chosen(self) -> list[str]:
         """What leave-one-out removes."""
-        return [slot for slot, _ in self.order()["order"]][: self.to_remove()]
+        return self.analysis()["removed"][str(self.job.keep)]
 
     def predicted(self, removed: list[str]) -> dict[str, float]:
         """What the loss rises by on training images when branches are closed in the fine-tuned dense network."""
         model = self.dense().eval()
         for slot in removed:
             gates(model)[slot].closed = True
-        return {"predicted_rise": training.loss(model, self.analysed(), self.read) - self.order()["loss"]}
+        return {"predicted_rise": training.loss(model, self.analysed(), self.read) - self.analysis()["loss"]}
 
     def without(self, removed: list[str], model: nn.Module | None = None) -> Start:
         """A network that begins without some branches."""
         model = model or self.network()
-        cut(model, removed)
+        timm_eps.prune(model, removed)
         notes = self.predicted(removed) if METHODS[self.job.method].after_dense else {}
         return Start(model, notes=notes)
 
@@ -208,7 +207,7 @@ class Bench:
         """The least share of channels to remove to be as fast as a network without some branches, on the CPU."""
         whole = timm.create_model(self.case.architecture, num_classes=len(self.case.classes))
         pruned = copy.deepcopy(whole)
-        cut(pruned, removed)
+        timm_eps.prune(pruned, removed)
         networks = {"dense": copy.deepcopy(whole), "pruned": pruned}
         for network in networks.values():
             training.without_gates(network)
@@ -279,6 +278,14 @@ def excess_by_stage(larger: list[str], smaller: list[str]) -> dict[str, int]:
     return dict(excess)
 
 
+def least(rises: dict[str, float], counts: dict[str, int]) -> list[str]:
+    """Of each stage as many branches as it has too many, those that the loss rises least by without."""
+    chosen = []
+    for stage, count in counts.items():
+        chosen += sorted((slot for slot in rises if stage_of(slot) == stage), key=rises.__getitem__)[:count]
+    return chosen
+
+
 def dense(bench: Bench) -> Start:
     return Start(bench.network())
 
@@ -333,7 +340,7 @@ def narrow(bench: Bench, ratio: float, tuned: bool) -> Start:
 
 
 def sibling(bench: Bench) -> Start:
-    return bench.without(bench.order()["sibling"])
+    return bench.without(bench.analysis()["sibling"])
 
 
 def smaller(bench: Bench) -> Start:

@@ -135,7 +135,7 @@ def _left(job: Job, work: Path) -> bool:
     if job.method == "pretraining":
         return (work / f"{CASES[job.case].weights}.safetensors").exists()
     if job.method == "dense" and not job.distilled:
-        return (work / f"{job.place}-order.json").exists()
+        return (work / f"{job.place}-analysis.json").exists()
     return job.method != "speed" or (work / f"{job.place}-speed{job.keep}.json").exists()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -122,34 +121,3 @@ def accuracy(model: nn.Module, labelled: Labelled, read: Reader) -> float:
 def loss(model: nn.Module, labelled: Labelled, read: Reader) -> float:
     """Mean cross-entropy, in nats."""
     return float(F.cross_entropy(logits_of(model, labelled, read), labelled.labels))
-
-
-def closing_order(
-    model: nn.Module, loss_now: Callable[[], float], among: list[str] | None = None
-) -> list[tuple[str, float]]:
-    """In which order to close branches, the one first without which the loss is lowest, ranked anew after each.
-
-    Args:
-        model: A network with gates; they are as before afterwards.
-        loss_now: The loss of the network as it stands.
-        among: Slots to choose from, by default all.
-
-    Returns:
-        Each slot, and the loss with it and those before it closed.
-    """
-    found = gates(model)
-    left = [slot for slot in found if among is None or slot in among]
-    order = []
-    while left:
-        losses = {}
-        for slot in left:
-            found[slot].closed = True
-            losses[slot] = loss_now()
-            found[slot].closed = False
-        best = min(losses, key=losses.__getitem__)
-        found[best].closed = True
-        left.remove(best)
-        order.append((best, losses[best]))
-    for slot, _ in order:
-        found[slot].closed = False
-    return order

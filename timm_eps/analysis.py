@@ -1,0 +1,182 @@
+"""What each residual branch is worth and what it costs, without training.
+
+A closed gate is the removal of its branch, so what the loss rises by when a gate closes is exact. The report chooses
+branches for a budget (:meth:`timm_eps.Analysis.choose`), and :func:`timm_eps.prune` removes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .analysis_report import Analysis
+from .branches import gates
+from .evaluation import Batch, Loss, Score, evaluate, read_batches, score, to_network
+from .gate import max_response
+from .live_network import LiveNetwork, batch_of
+from .measure import BranchTimes, Size, branch_times, gated_copy, open_slots, pruned_copy, size_of, size_without
+from .report import hardware
+from .suffix import SuffixRuns
+from .surgery import closed_slots, remove
+from .worth import Branch, Step
+
+__all__ = ["analyze"]
+
+
+def analyze(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    batch_sizes: Sequence[int] = (1, 32),
+    loss: Loss = F.cross_entropy,
+    rerank: int = 8,
+    progress: bool = True,
+) -> Analysis:
+    """Measure what each residual branch is worth and what it costs. Nothing is trained, and the model stays as it is.
+
+    First each branch is closed alone. Then branches are closed one after the other, always the one that the loss
+    rises least by, and the others are ranked again. Branches that are closed already count as removed.
+
+    Args:
+        model: A timm model with or without gates, or a transformers model of this package, with a classifier.
+        batches: Pairs (images, labels), or dicts with ``pixel_values`` and ``labels``: images (B, C, H, W) normalised
+            as the network reads them, labels (B,) or class probabilities (B, classes). They are read once and kept in
+            memory.
+        batch_sizes: Batch sizes whose times are measured on the model's device; empty to measure none.
+        loss: Function of logits (B, classes) and labels that returns the mean loss of a batch.
+        rerank: Number of branches that are tried before each closing: those that the loss rose least by when they
+            were last tried. 1 keeps to the first ranking; a number as large as that of the branches tries them all.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The report. It holds the model and the images for :meth:`timm_eps.Analysis.choose`.
+
+    Raises:
+        ValueError: The model has no open branch, no classifier, or is wrapped or compiled; the batches are of another
+            kind; ``rerank`` or a batch size is no positive whole number.
+
+    Example::
+
+        report = timm_eps.analyze(model, validation_loader)
+        timm_eps.prune(model, report.choose(target_latency=0.6))
+    """
+    for name, value in (("rerank", rerank), *(("batch_sizes", size) for size in batch_sizes)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    net = pruned_copy(gated_copy(model), [])
+    classes = getattr(net, "num_classes", 0)
+    if not classes:
+        raise ValueError(f"{type(net).__name__} has no classifier, so it has no loss to analyze by; give it one.")
+    if not (slots := open_slots(net)):
+        raise ValueError(f"{type(net).__name__} has no open branch: all of them are closed or removed.")
+    live = LiveNetwork(model, read_batches(batches, classes), loss)
+    passes = 1 + len(slots) + sum(min(rerank, left) for left in range(1, len(slots)))
+    with tqdm(total=passes * len(live.batches), desc="analyze", disable=not progress, leave=False) as bar:
+        runs = _Runs(live, bar.update)
+        dense, responses = runs.dense(net)
+        times = {size: branch_times(net, batch_of(net, live.batches, size)) for size in batch_sizes}
+        singles = runs.without_each(net, slots)
+        curve = _curve(net, runs, dense, singles, rerank, times)
+    whole = size_without(net, [], live.image_shape)
+    branches = []
+    for slot in slots:
+        left = size_without(net, [slot], live.image_shape)
+        saved = whole.parameters - left.parameters, whole.macs - left.macs
+        own_times = {size: found.saved[slot] for size, found in times.items()}
+        branches.append(Branch(slot, singles[slot].loss - dense.loss, responses[slot], *saved, own_times))
+    architecture = (getattr(net, "pretrained_cfg", None) or {}).get("architecture") or type(net).__name__
+    device = next(net.parameters()).device
+    return Analysis(architecture, hardware(device), dense.images, live.image_shape, branches, curve, live)
+
+
+class _Runs:
+    """Scores of a network on the images of an analysis.
+
+    Args:
+        live: Holds the images and the loss.
+        tick: Called after each batch.
+    """
+
+    def __init__(self, live: LiveNetwork, tick: Callable[[], Any]) -> None:
+        self.live, self.tick = live, tick
+
+    def dense(self, net: nn.Module) -> tuple[Score, dict[str, float]]:
+        """Score of the network as it is, and the largest response of each branch."""
+        largest: dict[str, Tensor] = {}
+
+        def note(slot: str, _: nn.Module, args: tuple) -> None:
+            response = max_response(args[0])
+            largest[slot] = response.maximum(largest[slot]) if slot in largest else response
+
+        hooks = [gate.register_forward_pre_hook(partial(note, slot)) for slot, gate in gates(net).items()]
+        try:
+            found = evaluate(net, self._batches(), self.live.loss)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found, {slot: float(largest.get(slot, math.nan)) for slot in gates(net)}
+
+    def without_each(self, net: nn.Module, slots: Sequence[str]) -> dict[str, Score]:
+        """Score of the network without each of these branches."""
+        runs = SuffixRuns(net, slots, to_network(net, self.live.batches[0].images))
+        scores = dict.fromkeys(slots, Score())
+        for images, labels in self.live.batches:
+            for slot, logits in runs(to_network(net, images)):
+                scores[slot] += score(logits, labels, self.live.loss)
+                self.tick()
+        return scores
+
+    def _batches(self) -> Iterator[Batch]:
+        for batch in self.live.batches:
+            yield batch
+            self.tick()
+
+
+def _curve(
+    net: nn.Module,
+    runs: _Runs,
+    dense: Score,
+    singles: dict[str, Score],
+    rerank: int,
+    times: dict[int, BranchTimes],
+) -> list[Step]:
+    """Close branch after branch, until none is left.
+
+    The network loses each closed branch, so that the runs get faster.
+    """
+    net = pruned_copy(net, [])
+    known = dict(singles)
+    left = {size: found.dense for size, found in times.items()}
+    steps = [_step([], dense, net, runs.live.image_shape, left)]
+    while known:
+        tried = sorted(known, key=lambda slot: _last_if_nan(known[slot]))[:rerank]
+        if len(steps) > 1:  # the first time each has just been tried
+            known |= runs.without_each(net, tried)
+        best = min(tried, key=lambda slot: _last_if_nan(known[slot]))
+        gates(net)[best].closed = True
+        remove(net, closed_slots(net))
+        there = open_slots(net)
+        found = known[best]
+        closed = [best, *(slot for slot in known if slot != best and slot not in there)]  # some stand inside others
+        known = {slot: value for slot, value in known.items() if slot not in closed}
+        left = {
+            size: max(value - sum(times[size].saved[slot] for slot in closed), times[size].none)
+            for size, value in left.items()
+        }
+        steps.append(_step(closed, found, net, runs.live.image_shape, left))
+    return steps
+
+
+def _step(slots: list[str], found: Score, net: nn.Module, image_shape: Sequence[int], left: dict[int, float]) -> Step:
+    size: Size = size_of(net, image_shape)
+    return Step(slots, found.loss, found.accuracy, len(open_slots(net)), size.parameters, size.macs, left)
+
+
+def _last_if_nan(found: Score) -> float:
+    return math.inf if math.isnan(found.loss) else found.loss

@@ -1,0 +1,103 @@
+"""How much of a network may stay: a number of branches, or its parameters, multiply-adds or latency.
+
+A budget is a fraction of the dense network or an absolute number. A float of at most 1 is a fraction; an int, or a
+float above 1, is absolute: branches, parameters, multiply-adds of an image, or milliseconds of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import ClassVar
+
+__all__ = ["Budget", "Keep", "TargetLatency", "TargetMacs", "TargetParams", "budget_from"]
+
+
+class Budget:
+    """One of the four budgets.
+
+    Args:
+        value: Fraction of the dense network (float, 0 < value <= 1), or an absolute number (int, or float above 1).
+
+    Attributes:
+        argument: Its name as an argument.
+        unit: What an absolute number counts.
+
+    Raises:
+        ValueError: ``value`` is no positive number.
+    """
+
+    argument: ClassVar[str]
+    unit: ClassVar[str]
+
+    def __init__(self, value: float) -> None:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"{self.argument} must be a fraction of the dense network (a float above 0, at most 1.0) or a number "
+                f"of {self.unit} (an int, or a float above 1), got {str(value)[:80]}."
+            )
+        self.value = int(value) if isinstance(value, numbers.Integral) else float(value)
+
+    @property
+    def is_fraction(self) -> bool:
+        """Whether ``value`` is a fraction of the dense network."""
+        return isinstance(self.value, float) and self.value <= 1
+
+    def goal(self, dense: float) -> float:
+        """What may stay, in ``unit``, of a network that has ``dense``."""
+        return self.value * dense if self.is_fraction else self.value
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.value!r})"
+
+
+class Keep(Budget):
+    """A number of residual branches; at least one stays."""
+
+    argument = "keep"
+    unit = "branches"
+
+    def goal(self, dense: float) -> float:
+        return min(max(1, round(self.value * dense) if self.is_fraction else self.value), dense)
+
+
+class TargetParams(Budget):
+    """Parameters of the whole network."""
+
+    argument = "target_params"
+    unit = "parameters"
+
+
+class TargetMacs(Budget):
+    """Multiply-adds of convolutions and matrix products for one image."""
+
+    argument = "target_macs"
+    unit = "multiply-adds"
+
+
+class TargetLatency(Budget):
+    """Time of a forward pass on the device at hand."""
+
+    argument = "target_latency"
+    unit = "milliseconds"
+
+
+BUDGETS: dict[str, type[Budget]] = {kind.argument: kind for kind in (Keep, TargetParams, TargetMacs, TargetLatency)}
+
+
+def budget_from(**values: float | None) -> Budget:
+    """The budget among arguments of which exactly one is given.
+
+    Args:
+        values: ``keep``, ``target_params``, ``target_macs`` and ``target_latency``, or some of them.
+
+    Raises:
+        ValueError: None or several are given, or the one is out of range.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    if len(given) != 1:
+        found = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "none"
+        raise ValueError(f"Give exactly one of {', '.join(values)}, got {found}.")
+    [(name, value)] = given.items()
+    return BUDGETS[name](value)

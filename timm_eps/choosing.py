@@ -1,0 +1,155 @@
+"""Which branches to remove for a budget, by what an analysis found."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from .budget import Budget, Keep, TargetLatency, TargetMacs
+from .live_network import LiveNetwork
+from .selection import least_loss, within_measured, without_superfluous
+from .worth import Branch, Step
+
+__all__ = ["choose"]
+
+Cost = Callable[[list[str]], float]
+
+
+def choose(
+    branches: Sequence[Branch], curve: Sequence[Step], budget: Budget, batch_size: int, live: LiveNetwork | None
+) -> list[str]:
+    """Choose branches for a budget; see :meth:`timm_eps.Analysis.choose`.
+
+    Args:
+        branches: What each branch is worth and costs alone.
+        curve: What is left, closing by closing.
+        budget: What may stay.
+        batch_size: Batch size of a latency.
+        live: The network; without it the choice is the curve's own.
+
+    Raises:
+        ValueError: The network needs more even without any branch, or has other branches by now.
+    """
+    costs = {branch.slot: _of_branch(branch, budget, batch_size) for branch in branches}
+    left = [_of_step(step, budget, batch_size) for step in curve]
+    goal = budget.goal(left[0])
+    _check_reachable(budget, goal, left[0], min(left), len(branches))
+    if live is None:
+        return _in_order(costs, _along(curve, left, goal))
+    live.check(costs)
+    chooser = _Chooser(costs, branches, curve, left, live)
+
+    def predicted(slots: Iterable[str]) -> float:
+        return left[0] - sum(costs[slot] for slot in slots)
+
+    if isinstance(budget, TargetLatency):
+        measure = live.stopwatch(batch_size, left[0] if budget.is_fraction else None)
+        return within_measured(partial(chooser.best, predicted), measure, goal)
+    if isinstance(budget, Keep):
+        return chooser.best(predicted, goal)
+    place = 1 if isinstance(budget, TargetMacs) else 0
+    return chooser.best(lambda slots: live.size_without(slots)[place], goal)
+
+
+def _of_branch(branch: Branch, budget: Budget, batch_size: int) -> float:
+    if isinstance(budget, TargetLatency):
+        return branch.milliseconds[batch_size]
+    if isinstance(budget, Keep):
+        return 1
+    return branch.macs if isinstance(budget, TargetMacs) else branch.parameters
+
+
+def _of_step(step: Step, budget: Budget, batch_size: int) -> float:
+    if isinstance(budget, TargetLatency):
+        return step.milliseconds[batch_size]
+    if isinstance(budget, Keep):
+        return step.branches
+    return step.macs if isinstance(budget, TargetMacs) else step.parameters
+
+
+def _check_reachable(budget: Budget, goal: float, dense: float, least: float, count: int) -> None:
+    if goal < least:
+        digits = 2 if isinstance(budget, TargetLatency) else 0
+        raise ValueError(
+            f"{budget.argument}={budget.value} cannot be reached by removing branches: without any of its {count} "
+            f"branches the network still has {least:,.{digits}f} of {dense:,.{digits}f} {budget.unit}, "
+            f"{least / dense:.3f} of the dense network. Ask for more than that."
+        )
+
+
+def _along(curve: Sequence[Step], left: Sequence[float], goal: float) -> list[str]:
+    """The branches that are closed at the first step of the curve that costs no more than a goal."""
+    last = next((index for index, cost in enumerate(left) if cost <= goal), len(curve) - 1)
+    return [slot for step in curve[: last + 1] for slot in step.slots]
+
+
+def _in_order(order: Iterable[str], slots: Iterable[str]) -> list[str]:
+    chosen = set(slots)
+    return [slot for slot in order if slot in chosen]
+
+
+class _Chooser:
+    """Compares several choices by their loss on the images.
+
+    Args:
+        costs: What goes with each branch, in the order of the network.
+        branches: What each is worth.
+        curve: What is left, closing by closing.
+        left: The cost of each step of the curve.
+        live: The network.
+    """
+
+    def __init__(
+        self,
+        costs: dict[str, float],
+        branches: Sequence[Branch],
+        curve: Sequence[Step],
+        left: Sequence[float],
+        live: LiveNetwork,
+    ) -> None:
+        self.costs, self.curve, self.left, self.live = costs, curve, left, live
+        self.rises = {branch.slot: _or_infinity(branch.rise) for branch in branches}
+        # What the loss rose by at a branch's turn: the others that the curve prefers had been closed by then.
+        self.rises_in_turn = dict.fromkeys(costs, math.inf)
+        for before, step in itertools.pairwise(curve):
+            rise = _or_infinity(step.loss - before.loss) / max(len(step.slots), 1)
+            self.rises_in_turn |= dict.fromkeys(step.slots, rise)
+        self._losses: dict[tuple[str, ...], float] = {}
+
+    def best(self, cost: Cost, goal: float) -> list[str]:
+        """Of some choices without which the network costs no more than ``goal``, the one of the smallest loss."""
+        choices = [
+            _along(self.curve, self.left, goal),
+            self._knapsack(self.rises, cost, goal),
+            self._knapsack(self.rises_in_turn, cost, goal),
+        ]
+        within: set[tuple[str, ...]] = {
+            tuple(_in_order(self.costs, without_superfluous(slots, self.rises_in_turn, cost, goal)))
+            for slots in choices
+            if cost(slots) <= goal
+        }
+        if len(within) > 1:
+            best = min(sorted(within), key=self._loss)
+            return list(best)
+        return list(*within) if within else list(self.costs)
+
+    def _knapsack(self, rises: dict[str, float], cost: Cost, goal: float) -> list[str]:
+        """The least sum of rises; asked for more until the network really costs no more than ``goal``."""
+        need = cost([]) - goal
+        while True:
+            slots = least_loss(rises, self.costs, need)
+            excess = cost(slots) - goal
+            if excess <= 0 or sum(self.costs[slot] for slot in slots) < need:
+                return slots
+            need += excess
+
+    def _loss(self, slots: tuple[str, ...]) -> float:
+        if slots not in self._losses:
+            self._losses[slots] = _or_infinity(self.live.loss_without(slots))
+        return self._losses[slots]
+
+
+def _or_infinity(loss: float) -> float:
+    return math.inf if math.isnan(loss) else loss

@@ -1,0 +1,49 @@
+"""Branches removed at once, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from .branches import gates
+from .surgery import add_gates, check_slots, remove, removed_slots
+
+__all__ = ["prune"]
+
+
+def prune(model: nn.Module, slots: Iterable[str]) -> list[str]:
+    """Close branches and remove them at once, in place; fine-tune afterwards.
+
+    The output without the branches is that of their closed gates: a probe proves that removing them changes nothing
+    more. Make the optimizer afterwards, or it keeps the parameters that were removed.
+
+    Args:
+        model: A timm model with or without gates, or a transformers model of this package.
+        slots: Slot paths, as :meth:`timm_eps.Analysis.choose` returns them.
+
+    Returns:
+        The slot paths removed now, those of branches inside a removed one among them. A slot that is not returned
+        could not be removed without a change of the output: its branch stays in the model, closed, with a warning.
+
+    Raises:
+        ValueError: A slot is unknown, the model has no residual branch, or is wrapped or compiled. All its gates are
+            then as they were.
+
+    Example::
+
+        removed = timm_eps.prune(model, ["stages.2.blocks.1.drop_path"])
+    """
+    if not gates(model) and not removed_slots(model):
+        add_gates(model)
+    chosen = check_slots(model, slots)
+    found = gates(model)
+    before = {slot: found[slot].closed for slot in chosen}
+    for slot in chosen:
+        found[slot].closed = True
+    try:
+        return remove(model, chosen)
+    except BaseException:
+        for slot, closed in before.items():
+            found[slot].closed = closed
+        raise

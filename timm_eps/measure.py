@@ -1,0 +1,204 @@
+"""What each branch costs: the parameters, the multiply-adds and the time that go when it is removed.
+
+Parameters and multiply-adds are counted on a copy without memory that has really lost the branch, not estimated from
+its layers: a block that keeps one of two branches keeps what both of them use. Time is measured inside the network,
+block by block, in the dense network and in a few copies that have lost branches; what the blocks save is then scaled
+to what the whole network saves when all of them go.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .branches import evaluating, gates, slots_by_block, timm_body
+from .collapse import plan_collapse
+from .report import count_macs, count_parameters, paired_latency
+from .surgery import add_gates, natural_order, remove, removed_slots
+from .tracing import meta_copy, shared_copy
+
+__all__ = [
+    "REPEATS",
+    "BranchTimes",
+    "Size",
+    "branch_times",
+    "gated_copy",
+    "milliseconds",
+    "open_slots",
+    "pruned_copy",
+    "size_of",
+    "size_without",
+]
+
+REPEATS = 15
+
+
+class Size(NamedTuple):
+    """What a network holds and computes.
+
+    Attributes:
+        parameters: Number of parameters.
+        macs: Multiply-adds of convolutions and matrix products for one image.
+    """
+
+    parameters: int
+    macs: int
+
+
+def size_of(body: nn.Module, image_shape: Sequence[int]) -> Size:
+    """Parameters and multiply-adds of a network as it stands, without computing anything.
+
+    Args:
+        body: A timm model.
+        image_shape: (C, H, W) of an image.
+    """
+    net = meta_copy(body)
+    dtype = next(net.parameters()).dtype
+    return Size(count_parameters(net), count_macs(net, torch.empty((1, *image_shape), device="meta", dtype=dtype)))
+
+
+def size_without(body: nn.Module, slots: Iterable[str], image_shape: Sequence[int]) -> Size:
+    """Parameters and multiply-adds that are left when these branches, and those that are closed, are removed."""
+    net = meta_copy(body)
+    _collapse(net, {*slots, *(slot for slot, gate in gates(net).items() if gate.closed)})
+    return size_of(net, image_shape)
+
+
+def gated_copy(model: nn.Module) -> nn.Module:
+    """A copy of the timm model, in evaluation mode and with gates, that shares its weights."""
+    net = shared_copy(timm_body(model))
+    if not gates(net) and not removed_slots(net):
+        add_gates(net)
+    return net
+
+
+def open_slots(body: nn.Module) -> list[str]:
+    """The slots of the branches that count, in the order of the network."""
+    return sorted((slot for slot, gate in gates(body).items() if not gate.closed), key=natural_order)
+
+
+def pruned_copy(body: nn.Module, slots: Iterable[str]) -> nn.Module:
+    """A copy that has lost these branches and those that are closed, proven; it shares its weights with the model."""
+    net = shared_copy(body)
+    found = gates(net)
+    for slot in slots:
+        found[slot].closed = True
+    remove(net, [slot for slot, gate in found.items() if gate.closed])
+    return net
+
+
+def milliseconds(nets: Mapping[str, nn.Module], batch: Tensor, repeats: int = REPEATS) -> dict[str, float]:
+    """Median time of a forward pass of each network, measured in turn (:func:`timm_eps.report.paired_latency`)."""
+    return {name: 1000 * seconds for name, seconds in paired_latency(nets, batch, repeats).items()}
+
+
+class BranchTimes(NamedTuple):
+    """Times of a forward pass, in milliseconds.
+
+    Attributes:
+        dense: Of the network as it is.
+        none: Of the network without any branch.
+        saved: What goes with each branch; together as much as from ``dense`` to ``none``.
+    """
+
+    dense: float
+    none: float
+    saved: dict[str, float]
+
+
+def branch_times(body: nn.Module, batch: Tensor, repeats: int = REPEATS) -> BranchTimes:
+    """The time that goes with each branch.
+
+    However many branches there are, few networks are timed: the dense one, the one without any branch, and, where
+    blocks hold several branches, those without the first branch of every block, without the second, and so on. The
+    branches of one block share what the block saves as a whole.
+
+    Args:
+        body: A timm model with gates, none of them closed; it is not changed.
+        batch: Images (B, C, H, W) on its device.
+        repeats: Measurements of each network.
+    """
+    blocks = slots_by_block(body, gates(body))
+    nets = {"dense": body, "none": _without(body, gates(body))}
+    whole = milliseconds(nets, batch, repeats)
+    if any(len(own) > 1 for own in blocks.values()):
+        for place in range(max(map(len, blocks.values()))):
+            nets[str(place)] = _without(body, [own[place] for own in blocks.values() if place < len(own)])
+    inside = _block_milliseconds(nets, list(blocks), batch, repeats)
+    saved: dict[str, float] = {}
+    for path, own in blocks.items():
+
+        def goes_in(name: str, path: str = path) -> float:
+            return max(inside["dense"][path] - inside[name][path], 0.0)
+
+        single = [goes_in(str(place) if len(own) > 1 else "none") for place in range(len(own))]
+        shares = [value / sum(single) if sum(single) else 1 / len(own) for value in single]
+        saved |= {slot: share * goes_in("none") for slot, share in zip(own, shares, strict=True)}
+    total = sum(saved.values())
+    scale = max(whole["dense"] - whole["none"], 0.0) / total if total else 0.0
+    return BranchTimes(whole["dense"], whole["none"], {slot: scale * value for slot, value in saved.items()})
+
+
+def _without(body: nn.Module, slots: Iterable[str]) -> nn.Module:
+    net = shared_copy(body)
+    _collapse(net, set(slots))
+    return net
+
+
+def _collapse(net: nn.Module, slots: set[str]) -> None:
+    for plan in plan_collapse(net, slots) if slots else ():
+        for edit in plan.edits:
+            edit.apply(net)
+
+
+def _block_milliseconds(
+    nets: Mapping[str, nn.Module], paths: Sequence[str], batch: Tensor, repeats: int, warmup: int = 3
+) -> dict[str, dict[str, float]]:
+    """Median time within each block of each network, measured in turn; 0 of one that is not called, or not there."""
+    synchronise: Callable[[], None] = torch.cuda.synchronize if batch.is_cuda else lambda: None
+    times: dict[str, dict[str, list[float]]] = {name: {path: [] for path in paths} for name in nets}
+    order, draw = list(nets), random.Random(0)
+    for turn in range(warmup + repeats):
+        draw.shuffle(order)
+        for name in order:
+            passed = _time_blocks(nets[name], paths, batch, synchronise)
+            if turn >= warmup:
+                for path in paths:
+                    times[name][path].append(passed[path])
+    return {
+        name: {path: 1000 * statistics.median(values) for path, values in own.items()} for name, own in times.items()
+    }
+
+
+def _time_blocks(
+    net: nn.Module, paths: Sequence[str], batch: Tensor, synchronise: Callable[[], None]
+) -> dict[str, float]:
+    """Seconds within each block in one forward pass, all calls of it together."""
+    passed, begun, hooks = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0.0), []
+    modules = dict(net.named_modules())
+
+    def begin(path: str) -> None:
+        synchronise()
+        begun[path] = time.perf_counter()
+
+    def end(path: str) -> None:
+        synchronise()
+        passed[path] += time.perf_counter() - begun[path]
+
+    for path in paths:
+        if path in modules:  # a block around it may have been replaced
+            hooks.append(modules[path].register_forward_pre_hook(lambda *_, path=path: begin(path)))
+            hooks.append(modules[path].register_forward_hook(lambda *_, path=path: end(path)))
+    try:
+        with evaluating(net):
+            net(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return passed
