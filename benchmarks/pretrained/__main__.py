@@ -5,7 +5,7 @@
     python -m benchmarks.pretrained --plan lite0:distilled:6000 lite0:labels:6000 --seeds 0 1 2 3 4
     python -m benchmarks.pretrained --tables                      # print the tables of what is stored
 
-A part of the plan is CASE:GROUP:IMAGES[:KEEP[:SEEDS]]; ``cases.py`` has the cases and ``plan.py`` the groups. Records go
+A part of the plan is CASE:GROUP:IMAGES[:KEEP[:SEEDS]]; ``cases.py`` has the cases, ``plan.py`` the groups. Records go
 to outputs/pretrained/records.jsonl, and from there with ``--store`` into benchmarks/pretrained.json.
 """
 
@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each of them")
     parser.add_argument("--budget_seconds", type=float, default=float("inf"), help="start nothing that would end later")
     parser.add_argument("--data", type=Path, default=DIRECTORY, help="where prepare.py wrote images and weights")
-    parser.add_argument("--work", type=Path, default=DIRECTORY / "work", help="where jobs leave networks for each other")
+    parser.add_argument(
+        "--work", type=Path, default=DIRECTORY / "work", help="where jobs leave networks for each other"
+    )
     parser.add_argument("--output", type=Path, default=DIRECTORY / "records.jsonl")
     parser.add_argument("--held_out", action="store_true", help="test on training images instead, to choose settings")
     parser.add_argument("--commit", help="recorded as the code's commit, where git is not at hand")

@@ -322,9 +322,7 @@ def ramp(bench: Bench, criterion: str) -> Start:
 
 
 def channels_to_size(bench: Bench, tuned: bool = False) -> Start:
-    pruned = timm.create_model(
-        bench.case.architecture, num_classes=len(bench.case.classes), removed=bench.chosen()
-    )
+    pruned = timm.create_model(bench.case.architecture, num_classes=len(bench.case.classes), removed=bench.chosen())
     ratio = bench.as_small_as(report.count_parameters(pruned))
     return narrow(bench, ratio, tuned)
 

@@ -75,7 +75,7 @@ def images_from_idx(directory: Path) -> dict[str, np.ndarray]:
 
 
 def images_from_hub(dataset: str) -> dict[str, np.ndarray]:
-    """The same from a data set of the Hub, or a local directory of parquet, with the columns ``image`` and ``label``."""
+    """The same from a data set on the Hub, or a directory of parquet, with the columns ``image`` and ``label``."""
     from datasets import load_dataset
 
     arrays = {}

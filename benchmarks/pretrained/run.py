@@ -98,7 +98,8 @@ def run(
             running[pool.submit(work_on, job, data, work, held_out)] = job
         if not running:
             break
-        finished, _ = wait(running, timeout=min(max(0.1, budget_seconds - elapsed), 86_400), return_when=FIRST_COMPLETED)
+        timeout = min(max(0.1, budget_seconds - elapsed), 86_400)  # a clock cannot wait for ever
+        finished, _ = wait(running, timeout=timeout, return_when=FIRST_COMPLETED)
         if not finished:
             break
         for future in finished:
