@@ -111,7 +111,6 @@ class Bench:
         self.held_out, self.rest = held_out, rest
         cfg = timm.get_pretrained_cfg(self.case.architecture).to_dict()
         self.read = images.Reader(self.case.side, cfg).to(self.device)
-        torch.manual_seed(job.seed)
 
     def testing(self) -> images.Labelled:
         """The test images; or the first 10,000 training images that are not trained on."""
@@ -125,6 +124,7 @@ class Bench:
     def network(self, case: Case | None = None, weights: bool = True) -> nn.Module:
         """A gated network with the pretrained weights but a new classifier."""
         case = case or self.case
+        torch.manual_seed(self.job.seed)  # so that all methods of a seed begin with one classifier
         model = timm.create_model(case.architecture, num_classes=len(self.case.classes))
         if weights:
             own = (self.work if case.pretraining else self.data) / f"{case.weights}.safetensors"

@@ -22,7 +22,7 @@ MATTER = (
 )  # fmt: skip
 TUNED = (("leave_one_out_tuned", True), ("channels_to_size_tuned", True), ("channels_to_latency_tuned", True))
 MORE_RANDOM = tuple((f"random{draw}", True) for draw in range(1, 5))
-SIBLINGS = (("dense", False), ("sibling", True), ("smaller", True), ("sibling", False), ("smaller", False))
+SIBLINGS = (("dense", False), ("sibling", True), ("smaller", True), ("sibling", False))
 MAIN = (("dense", False), ("dense", True), *MATTER, ("random", True))
 GROUPS = {
     "distilled": DISTILLED,
