@@ -25,6 +25,7 @@ MORE_RANDOM = tuple((f"random{draw}", True) for draw in range(1, 5))
 SIBLINGS = (("dense", False), ("sibling", True), ("smaller", True), ("sibling", False))
 MAIN = (("dense", False), ("dense", True), *MATTER, ("random", True))
 GROUPS = {
+    "dense": (("dense", False),),
     "distilled": DISTILLED,
     "labels": LABELS_ALONE,
     "matter": MATTER,
