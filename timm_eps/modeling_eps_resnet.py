@@ -248,8 +248,8 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
     (BN-ReLU, global average pool, linear) reads the network at half depth. In evaluation the loss is the cross-entropy
     alone. The side head is saved in checkpoints of a training that goes on only.
 
-    With ``model.distillation = timm_eps.Distillation(teacher)`` the cross-entropy of the training loss becomes the mean
-    of itself and the teacher's, by the teacher's weight.
+    With ``model.distillation = timm_eps.Distillation(teacher)`` the training loss is ``(1 - weight) * cross-entropy +
+    weight * divergence from the teacher + side_loss_weight * side cross-entropy``. The teacher is not saved.
     """
 
     side_head: nn.Module | None

@@ -156,6 +156,7 @@ class Bench:
         found: dict[str, Any] = {
             "loss": training.loss(self.dense(), analysed, self.read),
             "rises": {branch.slot: branch.rise for branch in report.branches},
+            "parameters": {branch.slot: branch.parameters for branch in report.branches},
             "curve": [[step.slots, step.loss, step.accuracy] for step in report.curve],
             "removed": {keep: report.choose(keep=keep) for keep in self.case.keeps},
         }
@@ -311,6 +312,13 @@ def leave_one_out(bench: Bench) -> Start:
     return bench.without(bench.chosen())
 
 
+def leave_one_out_per_size(bench: Bench) -> Start:
+    """What the loss rises by least for each parameter, every branch alone."""
+    found = bench.analysis()
+    shares = {slot: rise / found["parameters"][slot] for slot, rise in found["rises"].items()}
+    return bench.without(sorted(shares, key=shares.__getitem__)[: bench.to_remove()])
+
+
 def leave_one_out_tuned(bench: Bench) -> Start:
     return bench.without(bench.chosen(), bench.dense())
 
@@ -376,6 +384,7 @@ METHODS = {
         for draw in range(1, 5)
     },
     "leave_one_out": Method("leave-one-out", leave_one_out, after_dense=True),
+    "leave_one_out_per_size": Method("leave-one-out, by parameter", leave_one_out_per_size, after_dense=True),
     "leave_one_out_tuned": Method("leave-one-out, from the fine-tuned weights", leave_one_out_tuned, after_dense=True),
     "ramp_response": Method("ε on the ramp, by response", functools.partial(ramp, criterion="response")),
     "ramp_importance": Method("ε on the ramp, by importance", functools.partial(ramp, criterion="importance")),

@@ -23,6 +23,7 @@ MATTER = (
 TUNED = (("leave_one_out_tuned", True), ("channels_to_size_tuned", True), ("channels_to_latency_tuned", True))
 MORE_RANDOM = tuple((f"random{draw}", True) for draw in range(1, 5))
 SIBLINGS = (("dense", False), ("sibling", True), ("smaller", True), ("sibling", False))
+CRITERIA = (("dense", False), ("last", True), ("leave_one_out", True), ("leave_one_out_per_size", True), ("even", True))
 MAIN = (("dense", False), ("dense", True), *MATTER, ("random", True))
 GROUPS = {
     "dense": (("dense", False),),
@@ -32,6 +33,7 @@ GROUPS = {
     "tuned": TUNED,
     "more_random": MORE_RANDOM,
     "siblings": SIBLINGS,
+    "criteria": CRITERIA,
     "main": MAIN,
 }
 KEEPS_ALL = ("dense", "dense_longer", "scratch", "smaller")

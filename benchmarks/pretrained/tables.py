@@ -37,8 +37,8 @@ _SORTED_BY = ("case", "images", "keep", "method", "distilled", "seed")
 
 
 def interval(differences: Sequence[float]) -> str:
-    """Mean and 95 % interval of paired differences by Student's t, in the units of the differences."""
-    if len(differences) < 2:
+    """Mean and 95 % interval of paired differences by Student's t, in their units; of fewer than three, nothing."""
+    if len(differences) < 3:
         return ""
     mean = statistics.mean(differences)
     half = t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
@@ -124,10 +124,21 @@ def correlation(records: Records, case: str, images: int) -> str:
     if not found:
         return ""
     total = sum(len(values) for values in pairs.values() if len(values) > 3)
+    mean = f"{statistics.mean(found):+.2f}".replace("-", "−")
     return (
-        f"Rank correlation of the predicted rise of the loss with the accuracy after training, distilled: "
-        f"{statistics.mean(found):+.2f} on average over {len(found)} seeds, {total} structures in all."
-    ).replace("-0", "−0")
+        "Rank correlation of the predicted rise of the loss with the accuracy after training, distilled: "
+        f"{mean} on average over {len(found)} seeds, {total} structures in all."
+    )
+
+
+def against_channels(records: Records, case: str, images: int, keep: int) -> str:
+    """The difference that decides between removing blocks and removing channels."""
+    ours, theirs = (
+        accuracies(records, case, images, keep, method, True) for method in ("leave_one_out", "channels_to_latency")
+    )
+    found = interval(paired(ours, theirs))
+    what = "Leave-one-out less Torch-Pruning that is as fast, both distilled, in points"
+    return f"{what}: {found}." if found else ""
 
 
 def page(stored: Iterable[dict[str, Any]]) -> str:
@@ -143,6 +154,7 @@ def page(stored: Iterable[dict[str, Any]]) -> str:
                 steps = about.recipes[images].steps
                 lines += [f"### {about.title}; {images:,} images, {keep} branches stay", ""]
                 lines += [*table(records, case, images, keep), ""]
+                lines += [line, ""] if (line := against_channels(records, case, images, keep)) else []
             hardware = sorted({records[job]["hardware"] for job in of_case})
             lines += [
                 f"{steps:,} steps of {about.recipes[images].batch_size} images each. Intervals are 95 % of paired "
