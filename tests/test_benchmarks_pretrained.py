@@ -21,7 +21,7 @@ from timm_eps.branches import gates
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.pretrained import cases, images, methods, plan, prepare, run, tables, training
+from benchmarks.pretrained import cases, images, latency, methods, plan, prepare, run, structures, tables, training
 from benchmarks.pretrained.methods import Job
 
 CPU = torch.device("cpu")
@@ -135,7 +135,7 @@ def test_training_without_gates_keeps_the_weights():
     model = timm.create_model("eps_resnet20", num_classes=3, drop_path_rate=0.2)
     before, batch = model.state_dict(), torch.randn(2, 3, 32, 32)
     expected = model.eval()(batch)
-    training.without_gates(model)
+    structures.without_gates(model)
     assert not gates(model)
     assert model.state_dict().keys() == before.keys()
     assert torch.equal(model(batch), expected)
@@ -207,8 +207,14 @@ def test_records_hold_what_rebuilds_the_network(finished):
     removed = found["dense", False]["analysis"]["removed"][str(pruned["keep"])]
     assert sorted(pruned["removed"]) == sorted(removed)
     assert "predicted_rise" in pruned
-    rebuilt = timm.create_model("eps_resnet20", num_classes=3, removed=pruned["removed"])
-    assert sum(parameter.numel() for parameter in rebuilt.parameters()) == pruned["params"]
+    networks = latency.networks(records, "smoke", 48, pruned["keep"], 0)
+    assert networks.keys() == {"dense", "leave_one_out", "ramp_importance", "channels_to_size"}
+    sizes = {method: sum(parameter.numel() for parameter in net.parameters()) for method, net in networks.items()}
+    assert sizes == {record["method"]: record["params"] for record in records if record["method"] in networks}
+    with pytest.raises(ValueError, match="the record of the run 7"):
+        structures.rebuilt({**pruned, "params": 7})
+    batch = structures.sample(cases.CASES["smoke"], 2)
+    assert latency.by_way(latency.MEASURED["eager"], networks, batch, repeats=1).keys() == networks.keys()
     assert len(found["ramp_importance", False]["removed"]) == 6
     narrow = found["channels_to_size", False]
     assert 0 < narrow["ratio"] < 1
@@ -253,7 +259,7 @@ def test_intervals_are_students_of_paired_differences():
     half = 2.776445 * statistics.stdev(values) / 5**0.5
     low, high = statistics.mean(values) - half, statistics.mean(values) + half
     assert tables.interval(values) == f"+0.54 [{low:+.2f}, {high:+.2f}]"
-    assert tables.interval([-1.0, -1.0]) == "−1.00 [−1.00, −1.00]"
+    assert tables.interval([-1.0] * 3) == "−1.00 [−1.00, −1.00]"
     assert tables.interval([1.0, 2.0]) == "", "of two values it would be as wide as a barn"
     assert tables.paired({0: 0.91, 1: 0.92, 2: 0.5}, {1: 0.90, 0: 0.90}) == pytest.approx([1.0, 2.0])
 

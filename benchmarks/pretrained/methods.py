@@ -24,12 +24,11 @@ from torch import nn
 
 import timm_eps
 from benchmarks import channels
-from benchmarks.pretrained import images, training
+from benchmarks.pretrained import images, structures, training
 from benchmarks.pretrained.cases import CASES, Case
 from benchmarks.structures import evenly
 from timm_eps import report
 from timm_eps.branches import gates, stage_of
-from timm_eps.eps_resnet import is_cifar_network
 
 ANALYSED, BATCH = 2_048, 512  # training images on which losses are compared
 SHARES = {"warmup_epochs": 3, "ramp_epochs": 12}  # of 50 periods
@@ -190,19 +189,14 @@ class Bench:
         notes = self.predicted(removed) if METHODS[self.job.method].after_dense else {}
         return Start(model, notes=notes)
 
-    def sample(self) -> torch.Tensor:
-        return torch.zeros(2, 3, self.case.side, self.case.side)
-
-    def narrowed(self, ratio: float, model: nn.Module) -> nn.Module:
-        """A network without a share of each layer's channels."""
-        model = model.cpu()
-        body = channels.plain(model) if is_cifar_network(self.case.architecture) else model
-        return channels.without(body, ratio, self.sample())
-
     def as_small_as(self, parameters: int) -> float:
         """The least share of channels to remove for at most so many parameters. It does not depend on the weights."""
         whole = timm.create_model(self.case.architecture, num_classes=len(self.case.classes))
-        return bisected(lambda ratio: report.count_parameters(self.narrowed(ratio, copy.deepcopy(whole))) <= parameters)
+        return bisected(
+            lambda ratio: (
+                report.count_parameters(structures.narrowed(self.case, copy.deepcopy(whole), ratio)) <= parameters
+            )
+        )
 
     def as_fast_as(self, removed: list[str]) -> dict[str, Any]:
         """The least share of channels to remove to be as fast as a network without some branches, on the CPU."""
@@ -211,13 +205,13 @@ class Bench:
         timm_eps.prune(pruned, removed)
         networks = {"dense": copy.deepcopy(whole), "pruned": pruned}
         for network in networks.values():
-            training.without_gates(network)
-        batch = torch.rand(TIMED_BATCH, *self.sample().shape[1:])
+            structures.without_gates(network)
+        batch = torch.rand_like(structures.sample(self.case, TIMED_BATCH))
         seconds: dict[str, list[float]] = defaultdict(list)
 
         def is_as_fast(ratio: float) -> bool:
-            networks["narrow"] = self.narrowed(ratio, copy.deepcopy(whole))
-            training.without_gates(networks["narrow"])
+            networks["narrow"] = structures.narrowed(self.case, copy.deepcopy(whole), ratio)
+            structures.without_gates(networks["narrow"])
             found = report.paired_latency(networks, batch, TIMED_REPEATS)
             for name in ("dense", "pruned"):
                 seconds[name].append(found[name])
@@ -341,7 +335,7 @@ def channels_to_latency(bench: Bench, tuned: bool = False) -> Start:
 
 
 def narrow(bench: Bench, ratio: float, tuned: bool) -> Start:
-    model = bench.narrowed(ratio, bench.dense() if tuned else bench.network())
+    model = structures.narrowed(bench.case, bench.dense() if tuned else bench.network(), ratio)
     return Start(model.to(bench.device, memory_format=torch.channels_last), notes={"ratio": ratio})
 
 
@@ -417,7 +411,7 @@ def carry_out(job: Job, data: Path, work: Path, held_out: bool = False) -> dict[
     recipe = replace(bench.recipe, steps=bench.recipe.steps * method.length)
     teacher = timm_eps.Distillation(bench.dense().requires_grad_(False)) if job.distilled else None
     if teacher:
-        training.without_gates(teacher.teacher)
+        structures.without_gates(teacher.teacher)
     seconds = training.fit(start.model, bench.training, bench.read, recipe, job.seed, teacher, start.pruning)
     if start.pruning:
         timm_eps.remove_closed(start.model)
@@ -426,7 +420,7 @@ def carry_out(job: Job, data: Path, work: Path, held_out: bool = False) -> dict[
         "seconds": round(seconds, 1),
         "steps": recipe.steps,
         "params": report.count_parameters(start.model),
-        "macs": report.count_macs(start.model, bench.sample()[:1].to(bench.device)),
+        "macs": report.count_macs(start.model, structures.sample(bench.case, 1).to(bench.device)),
         "removed": list(getattr(start.model, "removed", [])),
         **start.notes,
     }

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import timm_eps
 from benchmarks.pretrained.cases import Recipe
 from benchmarks.pretrained.images import Labelled, Reader, training_batches
+from benchmarks.pretrained.structures import without_gates
 from timm_eps.branches import gates
 from timm_eps.cuda_graphs import GraphedPasses
 
@@ -33,13 +34,6 @@ def share_of_rate(step: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def without_gates(model: nn.Module) -> None:
-    """Put back what stood in the slots before, in place: nobody reads these gates, and each costs a pass."""
-    for slot, gate in gates(model).items():
-        path, _, name = slot.rpartition(".")
-        setattr(model.get_submodule(path), name, gate.drop_path)
 
 
 def fit(
