@@ -10,9 +10,11 @@ import pytest
 import timm
 import torch
 from conftest import SLOTS, tiny_net
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers.utils import logging as hf_logging
 
 import timm_eps
 from timm_eps import Distillation, EpsResNetConfig, EpsResNetForImageClassification
@@ -185,3 +187,49 @@ def test_a_teacher_of_other_classes(images):
         model(images, labels=LABELS)
     with pytest.raises(TypeError, match=r"torch\.nn\.Module, got str"):
         Distillation("me/dense")
+
+
+class Counted(nn.Module):
+    """A teacher that counts its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = tiny_net(num_classes=5)
+        self.seen = 0
+
+    def forward(self, images):
+        self.seen += len(images)
+        return self.network(images)
+
+
+def trained(model, directory, **arguments):
+    rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": index % 5} for index in range(12)]
+    settings = TrainingArguments(
+        str(directory), num_train_epochs=2, per_device_train_batch_size=4, save_strategy="epoch", report_to=[],
+        disable_tqdm=True, use_cpu=True, **arguments,
+    )  # fmt: skip
+    trainer = Trainer(model, settings, train_dataset=rows)
+    trainer.train()
+    return trainer
+
+
+def test_trainer_distils_and_its_checkpoints_hold_no_teacher(tmp_path):
+    model, teacher = student(), Counted()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    model.distillation = Distillation(teacher)
+    trained(model, tmp_path)
+    assert teacher.seen == 24
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    place = tmp_path / "checkpoint-6"
+    assert "distil" not in "".join(path.read_text() for path in place.glob("*.json"))
+    keys = {key.removeprefix("timm_model.") for key in load_file(place / "model.safetensors")}
+    assert keys <= model.timm_model.state_dict().keys() | model.state_dict().keys()
+
+
+def test_a_loss_without_labels_says_that_the_teacher_is_not_in_it(tmp_path, caplog):
+    hf_logging.warning_once.cache_clear()  # other tests may have been told
+    model, teacher = student(side_loss_weight=0.0), Counted()
+    model.distillation = Distillation(teacher)
+    trained(model, tmp_path, label_smoothing_factor=0.1)
+    assert teacher.seen == 0
+    assert "The teacher is not in the loss" in caplog.text

@@ -33,6 +33,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from .branches import gates
 from .configuration_eps_resnet import EpsResNetConfig
@@ -48,6 +49,9 @@ __all__ = [
     "EpsResNetPreTrainedModel",
     "unshared",
 ]
+
+
+_logger = logging.get_logger(__name__)
 
 
 def _key_conversions() -> list[WeightConverter | WeightRenaming]:
@@ -292,6 +296,11 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
     ) -> ImageClassifierOutput | tuple[Tensor, ...]:
         """Images (B, C, H, W) and labels (B,) to loss and logits (B, classes)."""
         distillation = self.distillation
+        if distillation is not None and labels is None and self.training and not torch.compiler.is_compiling():
+            _logger.warning_once(
+                "The teacher is not in the loss: the model was called for training without labels. Trainer keeps them "
+                "for itself under label_smoothing_factor and compute_loss_func; leave both out."
+            )
         if labels is None or not self.training or (self.side_head is None and distillation is None):
             return super().forward(
                 pixel_values,
