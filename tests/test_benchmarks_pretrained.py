@@ -286,6 +286,14 @@ def test_the_page_compares_with_dense_and_with_the_best_simple_cut(tmp_path):
     assert cells[6] == "+1.00 [+1.00, +1.00]"
     assert "−1.00 on average over 3 seeds, 12 structures" in tables.page(stored)
     assert "scratch" not in rows
+    measured = [
+        {**about, "way": "eager", "batch": 1, "seed": seed, "seconds": {"dense": 2.0, "leave_one_out": 1.0 + seed / 10}}
+        for about in ({"case": "lite0", "images": 600, "keep": 3}, {"case": "lite0", "images": 6000, "keep": 3})
+        for seed in range(2)
+    ]
+    lines = tables.page(stored, measured).splitlines()
+    assert next(line for line in lines if line.startswith("| leave-one-out ")).endswith(" 40.00 | 0.53 |")
+    assert any(line.endswith("| eager at 1, of dense |") for line in lines)
     records += [record("channels_to_latency", seed, 0.905) for seed in range(3)]
     line = "Leave-one-out less Torch-Pruning that is as fast, both distilled, in points: +0.60 [+0.35, +0.85]."
     assert line in tables.page(records)

@@ -3,7 +3,7 @@
     python -m benchmarks.pretrained.prepare                       # once; says what to install
     python -m benchmarks.pretrained --quick                       # fewer pixels, steps and seeds, for two cores
     python -m benchmarks.pretrained --plan lite0:distilled:6000 lite0:labels:6000 --seeds 0 1 2 3 4
-    python -m benchmarks.pretrained --tables                      # print the tables of what is stored
+    python -m benchmarks.pretrained --tables                      # write the tables of what is stored
 
 A part of the plan is CASE:GROUP:IMAGES[:KEEP[:SEEDS]]; ``cases.py`` has the cases, ``plan.py`` the groups. Records go
 to outputs/pretrained/records.jsonl, and from there with ``--store`` into benchmarks/pretrained.json.
@@ -22,7 +22,8 @@ import torch
 from benchmarks.pretrained import plan, run, tables
 from benchmarks.pretrained.prepare import DIRECTORY
 
-STORED = Path(__file__).parent.parent / "pretrained.json"
+HERE = Path(__file__).parent.parent
+STORED, LATENCIES, PAGE = HERE / "pretrained.json", HERE / "pretrained_latency.json", HERE / "PRETRAINED.md"
 QUICK = ["quick:main:600", "quick:main:2000"]
 
 
@@ -49,12 +50,13 @@ def main() -> None:
     parser.add_argument("--held_out", action="store_true", help="test on training images instead, to choose settings")
     parser.add_argument("--commit", help="recorded as the code's commit, where git is not at hand")
     parser.add_argument("--store", type=Path, nargs="+", help="add files of records to benchmarks/pretrained.json")
-    parser.add_argument("--tables", action="store_true", help="print the tables of benchmarks/pretrained.json")
+    parser.add_argument("--tables", action="store_true", help="write benchmarks/PRETRAINED.md")
     args = parser.parse_args()
     if args.store:
         tables.store([record for path in args.store for record in run.read_records(path)], STORED)
     if args.tables:
-        print(tables.page(json.loads(STORED.read_text())))
+        latencies = json.loads(LATENCIES.read_text()) if LATENCIES.exists() else []
+        PAGE.write_text(tables.page(json.loads(STORED.read_text()), latencies), encoding="utf-8")
     parts = QUICK if args.quick else args.plan
     jobs = run.unique(job for part in parts for job in parsed(part, args.seeds))
     if not jobs:

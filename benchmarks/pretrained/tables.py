@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,40 @@ def best_simple(records: Records, case: str, images: int, keep: int) -> tuple[st
     return METHODS[best].name, found[best]
 
 
-def table(records: Records, case: str, images: int, keep: int) -> list[str]:
-    """A Markdown table of one case, number of training images and budget."""
+def latency_ratios(measured: Iterable[dict[str, Any]], case: str, images: int, keep: int) -> dict[str, dict[str, str]]:
+    """Latency over the dense network's, by way and batch size, then by method: the mean over the seeds."""
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for one in measured:
+        if (one["case"], one["images"], one["keep"]) == (case, images, keep):
+            column = ratios.setdefault(f"{one['way']} at {one['batch']}", {})
+            for method, seconds in one["seconds"].items():
+                column.setdefault(method, []).append(seconds / one["seconds"]["dense"])
+    return {
+        name: {method: f"{statistics.mean(values):.2f}" for method, values in column.items()}
+        for name, column in ratios.items()
+    }
+
+
+def table(
+    records: Records, case: str, images: int, keep: int, latencies: Mapping[str, Mapping[str, str]] | None = None
+) -> list[str]:
+    """A Markdown table of one case, number of training images and budget.
+
+    Args:
+        records: Records by job.
+        case: Name in ``CASES``.
+        images: Number of training images.
+        keep: Number of branches that stay.
+        latencies: Further columns, as :func:`latency_ratios` returns them.
+    """
+    latencies = latencies or {}
     dense, taught = (accuracies(records, case, images, 0, "dense", distilled) for distilled in (False, True))
     simple_name, simple = best_simple(records, case, images, keep)
     lines = [
         "| | distilled | seeds | accuracy, % | to dense, points | to dense distilled | "
-        f"to the best simple cut{f' ({simple_name})' if simple_name else ''} | parameters, M | multiply-adds, M |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"to the best simple cut{f' ({simple_name})' if simple_name else ''} | parameters, M | multiply-adds, M |"
+        + "".join(f" {name}, of dense |" for name in latencies),
+        "|---|---|" + "---:|" * (7 + len(latencies)),
     ]
     rows = []
     for method in METHODS:
@@ -105,6 +131,7 @@ def table(records: Records, case: str, images: int, keep: int) -> list[str]:
                     "" if values == simple else interval(paired(values, simple)),
                     _mean(runs, "params"),
                     _mean(runs, "macs"),
+                    *(column.get(method, "") for column in latencies.values()),
                 ]
                 rows.append("| " + " | ".join(cells) + " |")
     return [*lines, *rows]
@@ -141,8 +168,13 @@ def against_channels(records: Records, case: str, images: int, keep: int) -> str
     return f"{what}: {found}." if found else ""
 
 
-def page(stored: Iterable[dict[str, Any]]) -> str:
-    """All tables, with what they were measured on."""
+def page(stored: Iterable[dict[str, Any]], measured: Sequence[dict[str, Any]] = ()) -> str:
+    """All tables, with what they were measured on.
+
+    Args:
+        stored: Records of trainings.
+        measured: Records of latencies, as ``latency.py`` writes them.
+    """
     records = by_job(stored)
     lines: list[str] = []
     for case, about in CASES.items():
@@ -153,7 +185,8 @@ def page(stored: Iterable[dict[str, Any]]) -> str:
             for keep in keeps:
                 steps = about.recipes[images].steps
                 lines += [f"### {about.title}; {images:,} images, {keep} branches stay", ""]
-                lines += [*table(records, case, images, keep), ""]
+                latencies = latency_ratios(measured, case, images, keep)
+                lines += [*table(records, case, images, keep, latencies), ""]
                 lines += [line, ""] if (line := against_channels(records, case, images, keep)) else []
             hardware = sorted({records[job]["hardware"] for job in of_case})
             lines += [
