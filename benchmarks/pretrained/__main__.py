@@ -5,6 +5,7 @@
     python -m benchmarks.pretrained --plan lite0:distilled:6000 lite0:labels:6000 --seeds 0 1 2 3 4
     python -m benchmarks.pretrained --tables                      # write the tables of what is stored
 
+On a GPU a dozen processes at once (--at_once) fill the card if NVIDIA's MPS shares it: nvidia-cuda-mps-control -d.
 A part of the plan is CASE:GROUP:IMAGES[:KEEP[:SEEDS]]; ``cases.py`` has the cases, ``plan.py`` the groups. Records go
 to outputs/pretrained/records.jsonl, and from there with ``--store`` into benchmarks/pretrained.json.
 """
@@ -24,7 +25,7 @@ from benchmarks.pretrained.prepare import DIRECTORY
 
 HERE = Path(__file__).parent.parent
 STORED, LATENCIES, PAGE = HERE / "pretrained.json", HERE / "pretrained_latency.json", HERE / "PRETRAINED.md"
-QUICK = ["quick:main:600", "quick:main:2000"]
+QUICK = ["quick:main:600"]
 
 
 def parsed(part: str, seeds: list[int]) -> list[run.Job]:
@@ -58,7 +59,7 @@ def main() -> None:
         latencies = json.loads(LATENCIES.read_text()) if LATENCIES.exists() else []
         PAGE.write_text(tables.page(json.loads(STORED.read_text()), latencies), encoding="utf-8")
     parts = QUICK if args.quick else args.plan
-    jobs = run.unique(job for part in parts for job in parsed(part, args.seeds))
+    jobs = plan.with_needs([job for part in parts for job in parsed(part, args.seeds)])
     if not jobs:
         return
     from benchmarks.jobs import conditions

@@ -12,7 +12,8 @@ import json
 import os
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from timm_eps.branches import gates, stage_of
 ANALYSED, BATCH = 2_048, 512  # training images on which losses are compared
 SHARES = {"warmup_epochs": 3, "ramp_epochs": 12}  # of 50 periods
 TIMED_BATCH, TIMED_REPEATS = 32, 9
+TIMING_CORES = frozenset({0, 1})
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ class Bench:
                 seconds[name].append(found[name])
             return found["narrow"] <= found["pruned"]
 
-        with pinned():
+        with timing_cores():
             ratio = bisected(is_as_fast)
         medians = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
         return {"ratio": ratio, "speedup": medians["dense"] / medians["pruned"], "cpu_seconds": medians}
@@ -242,26 +244,25 @@ def bisected(is_enough: Callable[[float], bool], steps: int = 6) -> float:
     return high
 
 
-class pinned:  # noqa: N801  used as a context, as contextlib's own
-    """Two threads on cores of their own while latency is measured, where there are enough; see ``run.py``."""
-
-    CORES = frozenset({0, 1})
-
-    def __enter__(self) -> None:
-        self.threads = torch.get_num_threads()
-        torch.set_num_threads(len(self.CORES))
-        if enough_cores():
-            self.before = os.sched_getaffinity(0)
-            os.sched_setaffinity(0, self.CORES)
-
-    def __exit__(self, *exception: object) -> None:
-        torch.set_num_threads(self.threads)
-        if enough_cores():
-            os.sched_setaffinity(0, self.before)
+@contextmanager
+def timing_cores() -> Iterator[None]:
+    """Two threads on cores of their own while latency is measured, where there are enough; ``run.py`` avoids these."""
+    threads = torch.get_num_threads()
+    before = os.sched_getaffinity(0) if enough_cores() else None
+    torch.set_num_threads(len(TIMING_CORES))
+    if before:
+        os.sched_setaffinity(0, TIMING_CORES)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if before:
+            os.sched_setaffinity(0, before)
 
 
 def enough_cores() -> bool:
-    return (os.cpu_count() or 1) >= 8
+    """Whether some can be left to measure latency while the others train. Only Linux lets a process choose its own."""
+    return hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) >= 8
 
 
 def excess_by_stage(larger: list[str], smaller: list[str]) -> dict[str, int]:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.pretrained.cases import CASES
-from benchmarks.pretrained.methods import Job, carry_out, enough_cores, pinned
+from benchmarks.pretrained.methods import TIMING_CORES, Job, carry_out, enough_cores
 from timm_eps import report
 
 _ATTEMPTS = 2
@@ -26,9 +26,8 @@ _ATTEMPTS = 2
 def prepare_process(threads: int) -> None:
     """Settings of a process that trains. The cores on which latency is measured are left free, where it has enough."""
     torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = bool(int(os.environ.get("CUDNN_BENCHMARK", "0")))
     if enough_cores():
-        os.sched_setaffinity(0, os.sched_getaffinity(0) - pinned.CORES)
+        os.sched_setaffinity(0, os.sched_getaffinity(0) - TIMING_CORES)
 
 
 def work_on(job: Job, data: Path, work: Path, held_out: bool) -> dict[str, Any]:
@@ -120,7 +119,7 @@ def run(
             (failed if "error" in record else available).add(job)
             longest[_kind(job)] = max(longest.get(_kind(job), 0.0), record["wall_seconds"])
             print(_line(record, time.monotonic() - begin), flush=True)
-    for process in list(pool._processes.values()) if running else []:
+    for process in multiprocessing.active_children() if running else []:
         process.terminate()
     pool.shutdown(wait=not running, cancel_futures=True)
     return [*pending, *running.values(), *failed]
@@ -149,7 +148,3 @@ def _line(record: dict[str, Any], elapsed: float) -> str:
     what = record.get("error") or (f"{100 * record['accuracy']:.2f} %" if "accuracy" in record else record.get("ratio"))
     distilled = " distilled" if record["distilled"] else ""
     return f"{elapsed:6.0f} s  {name}{distilled}: {what}  {record['wall_seconds']:.0f} s"
-
-
-def unique(jobs: Iterable[Job]) -> list[Job]:
-    return list(dict.fromkeys(jobs))
