@@ -8,6 +8,7 @@ import math
 
 import pytest
 import timm
+import timm.optim
 import torch
 from conftest import SLOTS, tiny_net
 from torch import nn
@@ -516,3 +517,289 @@ def test_a_pruned_model_can_be_pruned_further(model):
         respond(model, {slot: float(index + 1) for index, slot in enumerate(SLOTS)})
         pruner.step()
     assert model.removed == SLOTS[:5]
+
+
+@pytest.mark.parametrize("make", [tiny_net, lambda: timm.create_model("eps_test_vit", num_classes=10)])
+def test_batches_in_evaluation_mode_alone_are_spoken_of(make, caplog):
+    model = make().eval()
+    pruner = EpsilonPruner(model, epsilon=1.0, patience=1)
+    size = model.pretrained_cfg["input_size"]
+    for _ in range(2):
+        model(torch.randn(2, *size)).sum().backward()
+        assert pruner.step() == []
+    assert [message.startswith("No branch saw a batch in training mode") for message in caplog.messages] == [True]
+
+
+def test_batches_in_training_mode_are_fine(model, optimizer, caplog):
+    pruner = EpsilonPruner(model, optimizer, epsilon=1e-9)
+    train_step(model, optimizer)
+    pruner.step()
+    assert caplog.messages == []
+
+
+def freeze(*paths):
+    def change(model):
+        for path in paths:
+            model.get_submodule(path).requires_grad_(False)
+
+    return change
+
+
+def by_timm(model):
+    timm.utils.freeze(model, ["stages.0"])
+
+
+FROZEN = {
+    "a stage": (tiny_net, freeze("stages.0"), SLOTS[:3]),
+    "timm's freeze": (tiny_net, by_timm, SLOTS[:3]),
+    "a post-activation stage": (
+        lambda: timm.create_model("eps_test_resnet", num_classes=10),
+        freeze("layer1", "layer2"),
+        ["layer1.0.drop_path", "layer2.0.drop_path"],
+    ),
+    "blocks": (
+        lambda: timm.create_model("eps_test_vit", num_classes=10),
+        freeze("blocks.0", "blocks.1"),
+        ["blocks.0.drop_path1", "blocks.0.drop_path2", "blocks.1.drop_path1", "blocks.1.drop_path2"],
+    ),
+    "half a block": (
+        lambda: timm.create_model("eps_test_vit", num_classes=10),
+        freeze("blocks.0.norm1", "blocks.0.attn"),
+        ["blocks.0.drop_path1"],
+    ),
+}
+
+
+def end_epochs(pruner, number=3):
+    """The frozen branches come first in the networks: give them the smallest responses and importances."""
+    for _ in range(number):
+        ranks = {slot: float(rank) for rank, slot in enumerate(gates(pruner.model), 1)}
+        respond(pruner.model, ranks)
+        matter(pruner.model, ranks)
+        pruner.step()
+
+
+@pytest.mark.parametrize("given", [{"epsilon": 1e9}, {"keep": 0.5}, {"keep": 0.5, "criterion": "importance"}])
+@pytest.mark.parametrize("name", FROZEN)
+def test_branches_that_cannot_learn_stay(name, given, caplog):
+    make, change, frozen = FROZEN[name]
+    model = make()
+    change(model)
+    pruner = EpsilonPruner(model, patience=1, **given)
+    reached = pruner.total - pruner.schedule.kept(pruner.total) if "keep" in given else pruner.total - len(frozen)
+    assert any("are frozen and stay" in text for text in caplog.messages) == (pruner.total - len(frozen) < reached)
+    end_epochs(pruner)
+    assert not set(frozen) & set(model.removed)
+    if "keep" in given:
+        reached = min(reached, pruner.total - len(frozen))
+        assert len(model.removed) == reached, "they count as those that stay"
+
+
+@pytest.mark.parametrize("given", [{"epsilon": 1e9}, {"keep": 0.5}, {"keep": 0.5, "criterion": "importance"}])
+def test_frozen_branches_go_when_asked(model, given):
+    freeze("stages.0")(model)
+    end_epochs(EpsilonPruner(model, patience=1, prune_frozen=True, **given))
+    assert set(model.removed) & set(SLOTS[:3])
+
+
+@pytest.mark.parametrize("given", [{"keep": 3}, {"keep": 1, "criterion": "importance"}, {"keep": 0.3}])
+def test_a_budget_that_frozen_branches_exceed(model, given, caplog):
+    freeze("stages.0", "stages.1.blocks.0")(model)
+    pruner = EpsilonPruner(model, patience=1, **given)
+    (message,) = caplog.messages
+    wanted = 9 - pruner.schedule.kept(9)
+    assert message.startswith("4 of the 9 branches are frozen and stay")
+    assert f"at most 5 branches can go, and {wanted} are to" in message
+    assert "prune_frozen=True" in message
+    end_epochs(pruner, 4)
+    assert model.removed == SLOTS[4:]
+
+
+def test_all_branches_are_frozen(model, caplog):
+    model.stages.requires_grad_(False)
+    EpsilonPruner(model, epsilon=1.0)
+    assert "9 of the 9 branches are frozen and stay" in caplog.text
+
+
+def test_frozen_and_set_free_again(model):
+    """A closed branch that is frozen opens; one that is set free may close."""
+    pruner = EpsilonPruner(model, epsilon=1.0, patience=2)
+    low = dict.fromkeys(SLOTS[:2], 0.1)
+    respond(model, low)
+    pruner.step()
+    assert pruner.discarded == 2
+    freeze("stages.0.blocks.0")(model)
+    respond(model, low)
+    assert pruner.step() == SLOTS[1:2]
+    assert pruner.discarded == 1
+    model.requires_grad_(True)
+    respond(model, low)
+    pruner.step()  # it was open in this epoch, its ε zero
+    for expected in ([], SLOTS[:1]):
+        respond(model, low)
+        assert pruner.step() == expected
+
+
+def test_places_of_frozen_branches():
+    assert shares({"a": 3, "b": 3, "c": 3}, 6, {"a": 3, "b": 1, "c": 1}) == {"a": 3, "b": 2, "c": 1}
+    assert shares({"a": 6, "b": 2}, 8, {"a": 1, "b": 2}) == {"a": 6, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "slots"),
+    [
+        ("test_resnet", 3),  # norms
+        ("nfnet_f0", 12),  # gains; the first of each stage
+        ("resnet18", 8),
+    ],
+)
+def test_branches_that_begin_at_zero_are_named(name, slots, caplog):
+    if name == "nfnet_f0":
+        model = timm.create_model("nf_resnet26", num_classes=3)
+    else:
+        model = timm.create_model(name, num_classes=3, zero_init_last=True)
+    EpsilonPruner(model, keep=0.5)
+    found = [text for text in caplog.messages if "put out zero" in text]
+    assert len(found) == 1
+    assert next(iter(gates(model))) in found[0]
+    assert "eps_* twin" in found[0]
+
+
+@pytest.mark.parametrize("name", ["eps_test_resnet", "eps_resnet18", "eps_test_vit", "eps_resnet20"])
+def test_twins_do_not_begin_at_zero(name, caplog):
+    EpsilonPruner(timm.create_model(name, num_classes=3), keep=0.5)
+    EpsilonPruner(timm.create_model("test_resnet", num_classes=3, zero_init_last=False), keep=0.5)
+    assert caplog.messages == []
+
+
+def grey_stem(path, make):
+    def build():
+        model = make()
+        old = model.get_submodule(path)
+        owner, _, name = path.rpartition(".")
+        layer = nn.Conv2d(1, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
+        setattr(model.get_submodule(owner), name, layer)
+        return model
+
+    return build
+
+
+GREY = {
+    "eps_resnet20": grey_stem("stem.conv", tiny_net),
+    "eps_test_resnet": grey_stem("conv1.0", lambda: timm.create_model("eps_test_resnet")),
+    "eps_test_vit": grey_stem("patch_embed.proj", lambda: timm.create_model("eps_test_vit")),
+    "test_vit": grey_stem("patch_embed.proj", lambda: timm.create_model("test_vit")),
+}
+
+
+@pytest.mark.parametrize("name", GREY)
+def test_a_stem_made_by_hand_is_found_at_once(name):
+    if not name.startswith("eps_"):
+        with pytest.raises(ValueError, match="in_chans="):
+            timm_eps.add_gates(GREY[name]())
+    with pytest.raises(ValueError, match=r"does not take images of \(3, \d+, \d+\).*in_chans="):
+        EpsilonPruner(GREY[name](), epsilon=1.0)
+
+
+def test_a_stem_made_by_timm():
+    model = timm.create_model("eps_test_resnet", num_classes=3, in_chans=1)
+    pruner = EpsilonPruner(model, epsilon=1.0, patience=1)
+    respond(model, {"layer2.0.drop_path": 0.1})
+    assert pruner.step() == ["layer2.0.drop_path"]
+
+
+def vit():
+    """Without statistics over a batch, so that its parts have the gradients that they have in the whole."""
+    torch.manual_seed(0)
+    return timm.create_model("eps_test_vit", num_classes=4, img_size=32)
+
+
+BATCHES = [
+    (torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(seed)), torch.arange(8) % 4) for seed in range(3)
+]
+
+
+class Amp:
+    """Steps by a GradScaler whose scale changes, and that skips a step which overflows."""
+
+    def __init__(self, *scales):
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scales[0])
+        self.scales = list(scales)
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer):
+        self.scaler.step(optimizer)
+        self.scales.append(self.scales.pop(0))
+        self.scaler.update(self.scales[0])
+
+
+class Plain:
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, optimizer):
+        optimizer.step()
+
+
+def measured(way, parts=1, factor=1.0, make_optimizer=None, is_set_later=False):
+    model = vit()
+    parameters = timm_eps.param_groups(model, 0.05)
+    optimizer = (make_optimizer or (lambda p: torch.optim.SGD(p, lr=1e-3)))(parameters)
+    pruner = EpsilonPruner(model, None if is_set_later else optimizer, keep=0.5, criterion="importance")
+    pruner.optimizer = optimizer
+    for images, labels in BATCHES:
+        model.train()
+        optimizer.zero_grad()
+        for some, theirs in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            way.backward(factor * F.cross_entropy(model(some), theirs))
+        way.step(optimizer)
+    pruner.step()
+    return pruner.history[0]["importances"]
+
+
+WAYS = {
+    "scaled": lambda: measured(Amp(2.0**16)),
+    "with a scale that changes": lambda: measured(Amp(2.0**16, 2.0**4, 2.0**10)),
+    "micro-batches, of mean losses": lambda: measured(Plain(), parts=4, factor=0.25),
+    "micro-batches and a scale": lambda: measured(Amp(2.0**16, 2.0**4), parts=2, factor=0.5),
+    "an optimizer set later": lambda: measured(Plain(), parts=2, factor=0.5, is_set_later=True),
+    "lookahead": lambda: measured(
+        Plain(), make_optimizer=lambda p: timm.optim.Lookahead(torch.optim.SGD(p, lr=1e-3), k=100)
+    ),
+    "fused": lambda: measured(
+        Amp(2.0**16, 2.0**4), parts=2, factor=0.5, make_optimizer=lambda p: torch.optim.SGD(p, lr=1e-3, fused=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_importance_is_that_of_whole_batches_without_a_scale(name):
+    expected = measured(Plain())
+    found = WAYS[name]()
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert sorted(found, key=found.__getitem__) == sorted(expected, key=expected.__getitem__)
+    assert sum(found.values()) == pytest.approx(len(BATCHES))
+
+
+def test_a_step_that_overflows_has_no_importance():
+    """GradScaler skips it; what its gradients have left in the gates is not carried over."""
+    model = vit()
+    optimizer = torch.optim.SGD(timm_eps.param_groups(model, 0.05), lr=1e-3)
+    pruner = EpsilonPruner(model, optimizer, keep=0.5, criterion="importance")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-110)
+    steps = 0
+    for images, labels in BATCHES:
+        optimizer.zero_grad()
+        model.train()
+        scaler.scale(1e3 * F.cross_entropy(model(images), labels)).backward()
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        steps += scaler.get_scale() == before
+    pruner.step()
+    importances = pruner.history[0]["importances"].values()
+    assert steps == 2
+    assert all(math.isfinite(value) for value in importances)
+    assert 1 <= sum(importances) <= 2 + 1e-4

@@ -662,3 +662,155 @@ def gradients_are_synchronised_over_what_is_left(*both: dict) -> None:
         assert found["before"] != found["after"], "the optimizer steps go on"
         assert found["options_kept"]
     assert both[0]["after"] == both[1]["after"]
+
+
+def moved(model, before):
+    """The parameters of the side head that a training has changed."""
+    return [key for key, value in model.side_head.state_dict().items() if not torch.equal(value, before[key])]
+
+
+def with_side_term(outputs, labels, num_items_in_batch=None):
+    loss = nn.functional.cross_entropy(outputs.logits, labels)
+    return loss + 0.1 * nn.functional.cross_entropy(outputs.side_logits, labels)
+
+
+def without_side_term(outputs, labels, num_items_in_batch=None):
+    return nn.functional.cross_entropy(outputs["logits"], labels)
+
+
+def trained_by(tmp_path, model, budget=SOON, loss=None, **options):
+    trainer = make_trainer(tmp_path, model, budget=budget, max_steps=2, weight_decay=0.0, **SGD, **options)
+    trainer.compute_loss_func = loss
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("budget", [SOON, None])
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (None, dict(label_smoothing_factor=0.1)),
+        (without_side_term, {}),
+        (without_side_term, dict(label_smoothing_factor=0.1, gradient_accumulation_steps=2)),
+    ],
+)
+def test_a_loss_that_leaves_side_supervision_out_is_spoken_of(tmp_path, loss, options, budget, caplog):
+    model = fresh_model()
+    with warnings_logged(caplog) as warned:
+        trained_by(tmp_path, model, budget, loss, **options)
+    assert sum("Side supervision is off" in text and "side_logits" in text for text in warned) == 1
+    smoothed = budget is not None and "label_smoothing_factor" in options
+    assert any("label_smoothing_factor turns side supervision off" in text for text in warned) == smoothed
+
+
+def test_without_a_side_head_no_loss_is_spoken_of(tmp_path, caplog):
+    with warnings_logged(caplog) as warned:
+        trained_by(tmp_path, fresh_model(side_loss_weight=0.0), label_smoothing_factor=0.1)
+    assert not [text for text in warned if "upervision" in text]
+
+
+def test_a_loss_that_has_the_side_term_trains_as_the_models_own(tmp_path, caplog):
+    own, other = fresh_model(), fresh_model()
+    before = {key: value.clone() for key, value in own.side_head.state_dict().items()}
+    with warnings_logged(caplog) as warned:
+        trained_by(tmp_path, own)
+        trained_by(tmp_path, other, loss=with_side_term)
+    assert not [text for text in warned if "upervision" in text]
+    assert {key for key in moved(own, before) if "running" not in key and "tracked" not in key} == {
+        name for name, _ in own.side_head.named_parameters()
+    }
+    for key, value in own.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key], value)
+
+
+def test_an_own_loop_hears_of_side_supervision(caplog):
+    model = fresh_model().train()
+    with warnings_logged(caplog) as warned:
+        for _ in range(2):
+            nn.functional.cross_entropy(model(Images().images[:4]).logits, Images().labels[:4]).backward()
+    assert sum("Side supervision is off" in text for text in warned) == 1
+    assert len(model(Images().images[:4], return_dict=False)) == 1
+    assert "side_logits" not in model.eval()(Images().images[:4])
+
+
+@pytest.mark.parametrize("number", [2, 8])
+def test_data_parallel_is_refused(tmp_path, number):
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    arguments.n_gpu  # noqa: B018  sets up the devices
+    arguments._n_gpu = number
+    with pytest.raises(ValueError, match=f"nn.DataParallel.*torchrun --nproc_per_node={number}"):
+        Trainer(fresh_model(), arguments, callbacks=[EpsilonCallback(**SOON)])
+
+
+def from_config_anew():
+    return fresh_model(seed=11)
+
+
+def from_timm_anew():
+    torch.manual_seed(11)
+    return EpsResNetForImageClassification.from_timm(
+        timm.create_model("eps_resnet20", num_classes=3), side_loss_weight=0.1
+    )
+
+
+@pytest.mark.parametrize("make", [from_config_anew, from_timm_anew])
+def test_model_init_resumes(tmp_path, make, caplog):
+    """By a new Trainer, and once more by the same one."""
+
+    def new_trainer(directory, *callbacks, **options):
+        arguments = make_trainer(directory, **SGD, **options).args
+        pruning = EpsilonCallback(**BUDGET)
+        trainer = Trainer(model_init=make, args=arguments, train_dataset=Images(), callbacks=[pruning, *callbacks])
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    spy = Spy(Images().images[:4])
+    whole = new_trainer(tmp_path / "whole", spy, save_strategy="epoch")
+    whole.train()
+    resumed = new_trainer(tmp_path / "resumed")
+    for state in ("some closed", "some removed"):
+        with warnings_logged(caplog) as warned:
+            resumed.train(resume_from_checkpoint=f"{tmp_path}/whole/checkpoint-{checkpoint_step(spy, state)}")
+        assert not [text for text in warned if "keys" in text]
+        assert logged(resumed) == logged(whole)
+        assert_same_weights(resumed.model, whole.model)
+        assert_optimizer_fits(resumed)
+
+
+def test_a_callback_leaves_other_models_strict(tmp_path, trained):
+    weights = trained()[0].model.state_dict()
+    trainer = make_trainer(tmp_path, **SGD)
+    other = fresh_model()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(weights)
+    assert removed_slots(other) == []
+    del trainer
+
+
+def test_an_average_follows_in_trainer(tmp_path):
+    class Averaging(TrainerCallback):
+        def __init__(self, average):
+            self.average = average
+
+        def on_step_end(self, args, state, control, model, **kwargs):
+            self.average.update(model)
+
+    model = fresh_model()
+    average = timm.utils.ModelEmaV3(model, decay=0.5)
+    trainer = make_trainer(tmp_path, model, [Averaging(average)], SOON, 16, num_train_epochs=3, **SGD)
+    pruning_callback(trainer).followers.append(average)
+    trainer.train()
+    assert removed_slots(average.module) == removed_slots(model) != []
+    assert closed_slots(average.module) == closed_slots(model)
+    assert average.module.config.model_args == model.config.model_args
+
+
+def test_zero_scales_are_spoken_of_in_trainer(tmp_path, caplog):
+    model = timm.create_model("eps_test_resnet", num_classes=3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bn2.weight"):
+            nn.init.zeros_(parameter)
+    wrapper = EpsResNetForImageClassification.from_timm(model)
+    with warnings_logged(caplog) as warned:
+        make_trainer(tmp_path, wrapper, budget=SOON, max_steps=1, **SGD).train()
+    assert sum("put out zero" in text for text in warned) == 1

@@ -8,6 +8,7 @@ from . import eps_twins as _eps_twins  # noqa: F401
 from .analysis import analyze
 from .analysis_report import Analysis
 from .configuration_eps_resnet import EpsResNetConfig
+from .criteria import Importance, LeaveOneOut, Response
 from .cutting import prune
 from .distillation import Distillation
 from .export import export_timm
@@ -33,6 +34,9 @@ __all__ = [
     "EpsilonGate",
     "EpsilonMixin",
     "EpsilonPruner",
+    "Importance",
+    "LeaveOneOut",
+    "Response",
     "RestartingLR",
     "add_gates",
     "analyze",

@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from .analysis_report import Analysis
 from .branches import gates
-from .evaluation import Batch, Loss, Score, evaluate, read_batches, score, to_network
+from .evaluation import Batch, Loss, Score, evaluate, read_batches
 from .gate import max_response
 from .live_network import LiveNetwork, batch_of
 from .measure import BranchTimes, Size, branch_times, gated_copy, open_slots, pruned_copy, size_of, size_without
 from .report import hardware
-from .suffix import SuffixRuns
+from .suffix import scores_without_each
 from .surgery import closed_slots, remove
 from .worth import Branch, Step
 
@@ -69,7 +69,8 @@ def analyze(
     for name, value in (("rerank", rerank), *(("batch_sizes", size) for size in batch_sizes)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-    net = pruned_copy(gated_copy(model), [])
+    net = gated_copy(model)
+    net = pruned_copy(net, closed_slots(net))
     classes = getattr(net, "num_classes", 0)
     if not classes:
         raise ValueError(f"{type(net).__name__} has no classifier, so it has no loss to analyze by; give it one.")
@@ -124,13 +125,7 @@ class _Runs:
 
     def without_each(self, net: nn.Module, slots: Sequence[str]) -> dict[str, Score]:
         """Score of the network without each of these branches."""
-        runs = SuffixRuns(net, slots, to_network(net, self.live.batches[0].images))
-        scores = dict.fromkeys(slots, Score())
-        for images, labels in self.live.batches:
-            for slot, logits in runs(to_network(net, images)):
-                scores[slot] += score(logits, labels, self.live.loss)
-                self.tick()
-        return scores
+        return scores_without_each(net, slots, self.live.batches, self.live.loss, self.tick)
 
     def _batches(self) -> Iterator[Batch]:
         for batch in self.live.batches:

@@ -50,6 +50,7 @@ def draw_analysis(branches: Sequence[Branch], curve: Sequence[Step], title: str,
     if any(branch.rise > 0 for branch in known):
         smallest = min(abs(branch.rise) for branch in known if branch.rise)
         single.set_yscale("symlog", linthresh=max(smallest, 1e-4))
+    single.margins(x=0.15)
     single.axhline(0, color="#95a5a6", linewidth=0.8)
     single.set(xlabel=f"goes with the branch: {unit}, % of the dense network", ylabel="rise of the loss without it")
     if known:

@@ -25,6 +25,7 @@ __all__ = [
     "block_path",
     "branch_ends",
     "branch_parameters",
+    "check_input",
     "evaluating",
     "find_slots",
     "gates",
@@ -121,6 +122,22 @@ def probe_batch(body: nn.Module, batch_size: int = 2) -> Tensor:
         return torch.empty((5, *shape[1:]), device="meta", dtype=parameter.dtype)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return images.to(parameter.device, parameter.dtype)
+
+
+def check_input(body: nn.Module) -> None:
+    """Raise ValueError if a model does not take the images that it is configured for, by which it would be probed."""
+    net = meta_copy(body)
+    images = probe_batch(net)
+    try:
+        with torch.no_grad():
+            net(images)
+    except Exception as error:  # whatever a model's own code raises over a shape
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{type(body).__name__} does not take images of {tuple(images.shape[1:])}, as its configuration says "
+            f"({reason}). Do not replace its first layer by hand: build it with in_chans= or img_size=, as in "
+            "timm.create_model(name, in_chans=1), which adapts pretrained weights too."
+        ) from error
 
 
 @contextmanager

@@ -10,7 +10,16 @@ import math
 import numbers
 from typing import ClassVar
 
-__all__ = ["Budget", "Keep", "TargetLatency", "TargetMacs", "TargetParams", "budget_from"]
+__all__ = [
+    "BUDGETS",
+    "Budget",
+    "Keep",
+    "TargetLatency",
+    "TargetMacs",
+    "TargetParams",
+    "budget_from",
+    "check_reachable",
+]
 
 
 class Budget:
@@ -77,20 +86,32 @@ class TargetMacs(Budget):
 
 
 class TargetLatency(Budget):
-    """Time of a forward pass on the device at hand."""
+    """Time of a forward pass on the device at hand.
+
+    Args:
+        value: Fraction of the dense network's time (float, 0 < value <= 1), or milliseconds (int, or float above 1).
+        batch_size: Number of images of the pass.
+    """
 
     argument = "target_latency"
     unit = "milliseconds"
+
+    def __init__(self, value: float, batch_size: int = 32) -> None:
+        super().__init__(value)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
+        self.batch_size = batch_size
 
 
 BUDGETS: dict[str, type[Budget]] = {kind.argument: kind for kind in (Keep, TargetParams, TargetMacs, TargetLatency)}
 
 
-def budget_from(**values: float | None) -> Budget:
+def budget_from(**values: float | Budget | None) -> Budget:
     """The budget among arguments of which exactly one is given.
 
     Args:
-        values: ``keep``, ``target_params``, ``target_macs`` and ``target_latency``, or some of them.
+        values: ``keep``, ``target_params``, ``target_macs`` and ``target_latency``, or some of them: a number, or the
+            budget of that name.
 
     Raises:
         ValueError: None or several are given, or the one is out of range.
@@ -100,4 +121,22 @@ def budget_from(**values: float | None) -> Budget:
         found = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "none"
         raise ValueError(f"Give exactly one of {', '.join(values)}, got {found}.")
     [(name, value)] = given.items()
-    return BUDGETS[name](value)
+    return value if isinstance(value, BUDGETS[name]) else BUDGETS[name](value)  # type: ignore[arg-type]
+
+
+def check_reachable(budget: Budget, dense: float, least: float, count: int) -> None:
+    """Raise ValueError if a network exceeds a budget even without any of its branches.
+
+    Args:
+        budget: What may stay.
+        dense: What the network has, in the unit of the budget.
+        least: What it has without any branch.
+        count: Number of its branches.
+    """
+    if budget.goal(dense) < least:
+        digits = 2 if isinstance(budget, TargetLatency) else 0
+        raise ValueError(
+            f"{budget.argument}={budget.value} cannot be reached by removing branches: without any of its {count} "
+            f"branches the network still has {least:,.{digits}f} of {dense:,.{digits}f} {budget.unit}, "
+            f"{least / dense:.3f} of the dense network. Ask for more than that."
+        )

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from .budget import Budget, Keep, TargetLatency, TargetMacs
+from .budget import Budget, Keep, TargetLatency, TargetMacs, check_reachable
 from .live_network import LiveNetwork
 from .selection import least_loss, within_measured, without_superfluous
 from .worth import Branch, Step
@@ -35,7 +35,7 @@ def choose(
     costs = {branch.slot: _of_branch(branch, budget, batch_size) for branch in branches}
     left = [_of_step(step, budget, batch_size) for step in curve]
     goal = budget.goal(left[0])
-    _check_reachable(budget, goal, left[0], min(left), len(branches))
+    check_reachable(budget, left[0], min(left), len(branches))
     if live is None:
         return _in_order(costs, _along(curve, left, goal))
     live.check(costs)
@@ -67,16 +67,6 @@ def _of_step(step: Step, budget: Budget, batch_size: int) -> float:
     if isinstance(budget, Keep):
         return step.branches
     return step.macs if isinstance(budget, TargetMacs) else step.parameters
-
-
-def _check_reachable(budget: Budget, goal: float, dense: float, least: float, count: int) -> None:
-    if goal < least:
-        digits = 2 if isinstance(budget, TargetLatency) else 0
-        raise ValueError(
-            f"{budget.argument}={budget.value} cannot be reached by removing branches: without any of its {count} "
-            f"branches the network still has {least:,.{digits}f} of {dense:,.{digits}f} {budget.unit}, "
-            f"{least / dense:.3f} of the dense network. Ask for more than that."
-        )
 
 
 def _along(curve: Sequence[Step], left: Sequence[float], goal: float) -> list[str]:
@@ -126,7 +116,7 @@ class _Chooser:
             self._knapsack(self.rises_in_turn, cost, goal),
         ]
         within: set[tuple[str, ...]] = {
-            tuple(_in_order(self.costs, without_superfluous(slots, self.rises_in_turn, cost, goal)))
+            tuple(_in_order(self.costs, without_superfluous(slots, self.rises_in_turn, self.costs, cost, goal)))
             for slots in choices
             if cost(slots) <= goal
         }

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from .branches import gates
-from .surgery import add_gates, check_slots, remove, removed_slots
+from .surgery import add_gates, check_known, remove, removed_slots
 
 __all__ = ["prune"]
 
@@ -36,7 +36,10 @@ def prune(model: nn.Module, slots: Iterable[str]) -> list[str]:
     """
     if not gates(model) and not removed_slots(model):
         add_gates(model)
-    chosen = check_slots(model, slots)
+    if isinstance(slots, str) or not isinstance(slots, Iterable):
+        raise ValueError(f"slots must be a list of slot paths, got {str(slots)[:80]!r}.")
+    chosen = list(slots)
+    check_known(model, chosen)
     found = gates(model)
     before = {slot: found[slot].closed for slot in chosen}
     for slot in chosen:

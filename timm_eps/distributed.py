@@ -5,11 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["on_first_forward", "rewrap", "wrap_again"]
+__all__ = ["agreed", "on_first_forward", "rewrap", "wrap_again"]
+
+
+def agreed(values: list[float], model: nn.Module) -> list[float]:
+    """The numbers that the first process has; every process must call this.
+
+    What is measured, such as a time, differs from process to process, but all of them must take the same decision.
+
+    Args:
+        values: As many numbers in each process.
+        model: Its device is the one that processes exchange numbers by.
+    """
+    if not (values and dist.is_available() and dist.is_initialized()):
+        return values
+    shared = torch.tensor(values, dtype=torch.float64, device=next(model.parameters()).device)
+    dist.broadcast(shared, 0)
+    return shared.tolist()
 
 
 def wrap_again(wrapper: DistributedDataParallel) -> None:

@@ -226,8 +226,7 @@ class EpsResNet(nn.Module):
         self.norm = norm_act(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
-        if removed:
-            replay_removed(self, removed)
+        replay_removed(self, removed)
         self.init_weights()
 
     @torch.jit.ignore

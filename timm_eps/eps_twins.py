@@ -31,7 +31,8 @@ from timm.models import (
 )
 from torch import nn
 
-from .branches import branch_ends, branch_parameters, evaluating, gates, probe_batch
+from .branches import branch_ends, branch_parameters
+from .checks import is_zero_scale, silent_branches
 from .names import twin_name
 from .surgery import add_gates, replay_removed
 
@@ -92,17 +93,9 @@ def _revive(model: nn.Module) -> None:
 
     timm sets the last scale of many branches to zero, a norm's or a gain, or the last layer's weights.
     """
-    if not (scales := {p for name, p in model.named_parameters() if _is_zero_scale(name, p)}):
+    if not (silent := silent_branches(model)):
         return
-    silent: list[str] = []
-    hooks = [
-        gate.register_forward_pre_hook(lambda _, args, slot=slot: None if args[0].any() else silent.append(slot))
-        for slot, gate in gates(model).items()
-    ]
-    with evaluating(model):
-        model(probe_batch(model, 1))
-    for hook in hooks:
-        hook.remove()
+    scales = {parameter for name, parameter in model.named_parameters() if is_zero_scale(name, parameter)}
     last_layers = {m for ends in branch_ends(model).values() for m in ends if isinstance(m, nn.Linear | nn.Conv2d)}
     for name, parameter in branch_parameters(model, silent).items():
         layer: Any = model.get_submodule(name.rpartition(".")[0])
@@ -110,11 +103,6 @@ def _revive(model: nn.Module) -> None:
             nn.init.ones_(parameter)
         elif parameter in scales and layer in last_layers:
             layer.reset_parameters()
-
-
-def _is_zero_scale(name: str, parameter: nn.Parameter) -> bool:
-    kinds = ("weight", "gain", "gamma", "scale", "skipinit")
-    return not parameter.is_meta and name.rpartition(".")[2].startswith(kinds) and not parameter.any()
 
 
 def _features(

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .branches import gates
 from .evaluation import Batch, Loss, evaluate, to_network
-from .measure import REPEATS, Size, gated_copy, milliseconds, open_slots, pruned_copy, size_without
+from .measure import REPEATS, Size, gated_copy, milliseconds, open_slots, pruned_copy, repeats_for, size_without
+from .surgery import closed_slots
 
 __all__ = ["LiveNetwork", "batch_of"]
 
@@ -51,7 +52,8 @@ class LiveNetwork:
         """Parameters and multiply-adds without these branches."""
         key = frozenset(slots)
         if key not in self._sizes:
-            self._sizes[key] = size_without(gated_copy(self.model), key, self.image_shape)
+            net = gated_copy(self.model)
+            self._sizes[key] = size_without(net, {*key, *closed_slots(net)}, self.image_shape)
         return self._sizes[key]
 
     def stopwatch(self, batch_size: int, dense: float | None = None) -> Callable[[Iterable[str]], float]:
@@ -63,10 +65,12 @@ class LiveNetwork:
                 as it is measured in turn, and the drift of the machine cancels out.
         """
         net = gated_copy(self.model)
-        batch, whole = batch_of(net, self.batches, batch_size), pruned_copy(net, [])
+        net = pruned_copy(net, closed_slots(net))
+        batch = batch_of(net, self.batches, batch_size)
+        repeats = repeats_for(net, batch, 2 * REPEATS)
 
         def measure(slots: Iterable[str]) -> float:
-            found = milliseconds({"dense": whole, "pruned": pruned_copy(net, slots)}, batch, 2 * REPEATS)
+            found = milliseconds({"dense": net, "pruned": pruned_copy(net, slots)}, batch, repeats)
             return found["pruned"] * (1 if dense is None else dense / found["dense"])
 
         return measure

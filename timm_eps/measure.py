@@ -9,7 +9,6 @@ to what the whole network saves when all of them go.
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -32,11 +31,14 @@ __all__ = [
     "milliseconds",
     "open_slots",
     "pruned_copy",
+    "repeats_for",
     "size_of",
     "size_without",
 ]
 
+# How often a network is timed: as often as fits into the seconds, within the limits.
 REPEATS = 15
+_LEAST_REPEATS, _SECONDS = 5, 2.0
 
 
 class Size(NamedTuple):
@@ -58,15 +60,14 @@ def size_of(body: nn.Module, image_shape: Sequence[int]) -> Size:
         body: A timm model.
         image_shape: (C, H, W) of an image.
     """
-    net = meta_copy(body)
-    dtype = next(net.parameters()).dtype
-    return Size(count_parameters(net), count_macs(net, torch.empty((1, *image_shape), device="meta", dtype=dtype)))
+    dtype = next(body.parameters()).dtype
+    return Size(count_parameters(body), count_macs(body, torch.empty((1, *image_shape), device="meta", dtype=dtype)))
 
 
 def size_without(body: nn.Module, slots: Iterable[str], image_shape: Sequence[int]) -> Size:
-    """Parameters and multiply-adds that are left when these branches, and those that are closed, are removed."""
+    """Parameters and multiply-adds that are left when these branches are removed, whether they are closed or not."""
     net = meta_copy(body)
-    _collapse(net, {*slots, *(slot for slot, gate in gates(net).items() if gate.closed)})
+    _collapse(net, set(slots))
     return size_of(net, image_shape)
 
 
@@ -84,13 +85,21 @@ def open_slots(body: nn.Module) -> list[str]:
 
 
 def pruned_copy(body: nn.Module, slots: Iterable[str]) -> nn.Module:
-    """A copy that has lost these branches and those that are closed, proven; it shares its weights with the model."""
+    """A copy without exactly these branches, proven; all others are open. It shares its weights with the model."""
     net = shared_copy(body)
-    found = gates(net)
-    for slot in slots:
-        found[slot].closed = True
-    remove(net, [slot for slot, gate in found.items() if gate.closed])
+    chosen = set(slots)
+    for slot, gate in gates(net).items():
+        gate.closed = slot in chosen
+    remove(net, chosen)
     return net
+
+
+def repeats_for(net: nn.Module, batch: Tensor, most: int = REPEATS) -> int:
+    """How often a forward pass is timed: a slow one less often than a fast one, whose time is less certain."""
+    with evaluating(net):
+        net(batch)  # the first pass prepares much
+    [seconds] = paired_latency({"once": net}, batch, 1, 0).values()
+    return max(_LEAST_REPEATS, min(most, int(_SECONDS / seconds)))
 
 
 def milliseconds(nets: Mapping[str, nn.Module], batch: Tensor, repeats: int = REPEATS) -> dict[str, float]:
@@ -112,7 +121,7 @@ class BranchTimes(NamedTuple):
     saved: dict[str, float]
 
 
-def branch_times(body: nn.Module, batch: Tensor, repeats: int = REPEATS) -> BranchTimes:
+def branch_times(body: nn.Module, batch: Tensor) -> BranchTimes:
     """The time that goes with each branch.
 
     However many branches there are, few networks are timed: the dense one, the one without any branch, and, where
@@ -122,8 +131,8 @@ def branch_times(body: nn.Module, batch: Tensor, repeats: int = REPEATS) -> Bran
     Args:
         body: A timm model with gates, none of them closed; it is not changed.
         batch: Images (B, C, H, W) on its device.
-        repeats: Measurements of each network.
     """
+    repeats = repeats_for(body, batch)
     blocks = slots_by_block(body, gates(body))
     nets = {"dense": body, "none": _without(body, gates(body))}
     whole = milliseconds(nets, batch, repeats)
@@ -160,7 +169,10 @@ def _collapse(net: nn.Module, slots: set[str]) -> None:
 def _block_milliseconds(
     nets: Mapping[str, nn.Module], paths: Sequence[str], batch: Tensor, repeats: int, warmup: int = 3
 ) -> dict[str, dict[str, float]]:
-    """Median time within each block of each network, measured in turn; 0 of one that is not called, or not there."""
+    """Time within each block of each network, measured in turn; 0 of one that is not called, or not there.
+
+    It is the shortest one: a block takes so little time that whatever else the machine does would show.
+    """
     synchronise: Callable[[], None] = torch.cuda.synchronize if batch.is_cuda else lambda: None
     times: dict[str, dict[str, list[float]]] = {name: {path: [] for path in paths} for name in nets}
     order, draw = list(nets), random.Random(0)
@@ -171,9 +183,7 @@ def _block_milliseconds(
             if turn >= warmup:
                 for path in paths:
                     times[name][path].append(passed[path])
-    return {
-        name: {path: 1000 * statistics.median(values) for path, values in own.items()} for name, own in times.items()
-    }
+    return {name: {path: 1000 * min(values) for path, values in own.items()} for name, own in times.items()}
 
 
 def _time_blocks(

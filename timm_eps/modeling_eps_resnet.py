@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         keeps_training_parts (bool | str): Save the model as it trains, with closed branches and the side head, not what
             it evaluates to: True, or ``"in checkpoints"``, only into directories that are called as Trainer's
             checkpoints. To resume from; transformers loads what is saved so, timm does not.
+        loads_leniently (bool): True while ``load_state_dict(..., strict=False)`` runs, which torch does not tell hooks.
     """
 
     config_class = EpsResNetConfig
@@ -73,6 +75,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
     timm_model: Any
     _weight_conversions: list[WeightConverter | WeightRenaming]
     keeps_training_parts: bool | str = False
+    loads_leniently: bool = False
     _no_split_modules = ["PreActBasic"]  # noqa: RUF012  the parent's declaration
 
     def post_init(self) -> None:
@@ -108,13 +111,17 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
                 tensor.data = tensor.data.clone()
         return (model, info) if output_loading_info else model
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes this class's own keys, those of its files, and timm's for the network alone."""
         if any(key.startswith("side_head.") for key in state_dict):
             own = ("timm_model.", "side_head.")
             state_dict = {key if key.startswith(own) else f"timm_model.{key}": v for key, v in state_dict.items()}
         whole = any(key.startswith("timm_model.") for key in state_dict)
-        return nn.Module.load_state_dict(self if whole else self.timm_model, state_dict, *args, **kwargs)
+        self.loads_leniently = not strict
+        try:
+            return nn.Module.load_state_dict(self if whole else self.timm_model, state_dict, strict, assign)
+        finally:
+            self.loads_leniently = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -245,6 +252,13 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
+@dataclass
+class SupervisedOutput(ImageClassifierOutput):
+    """Output in training without labels: ``side_logits`` (B, classes) are those of the side head, at half depth."""
+
+    side_logits: Tensor | None = None
+
+
 class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForImageClassification):
     """ε-ResNet with a classifier, and in training with the paper's side supervision.
 
@@ -252,11 +266,22 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
     (BN-ReLU, global average pool, linear) reads the network at half depth. In evaluation the loss is the cross-entropy
     alone. The side head is saved in checkpoints of a training that goes on only.
 
+    A loss that is computed elsewhere, from the logits, has no side term of its own. In training without ``labels`` the
+    output has ``side_logits`` (B, classes) for it, and a warning comes if they get no gradient::
+
+        outputs = model(pixel_values)
+        loss = criterion(outputs.logits, labels)
+        loss += model.config.side_loss_weight * criterion(outputs.side_logits, labels)
+
+    That is also how a ``compute_loss_func`` of Trainer adds it, of ``outputs, labels, num_items_in_batch``; by
+    ``label_smoothing_factor`` there is none.
+
     With ``model.distillation = timm_eps.Distillation(teacher)`` the training loss is ``(1 - weight) * cross-entropy +
     weight * divergence from the teacher + side_loss_weight * side cross-entropy``. The teacher is not saved.
     """
 
     side_head: nn.Module | None
+    _warned_of_unused_side = False
 
     @property
     def distillation(self) -> Distillation | None:
@@ -296,12 +321,11 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
     ) -> ImageClassifierOutput | tuple[Tensor, ...]:
         """Images (B, C, H, W) and labels (B,) to loss and logits (B, classes)."""
         distillation = self.distillation
-        if distillation is not None and labels is None and self.training and not torch.compiler.is_compiling():
-            _logger.warning_once(
-                "The teacher is not in the loss: the model was called for training without labels. Trainer keeps them "
-                "for itself under label_smoothing_factor and compute_loss_func; leave both out."
-            )
-        if labels is None or not self.training or (self.side_head is None and distillation is None):
+        if distillation is not None and labels is None:
+            self._warn_of_unused_teacher()
+        has_teacher = distillation is not None and labels is not None
+        has_side = self.side_head is not None and (labels is not None or torch.is_grad_enabled())
+        if not self.training or not (has_teacher or has_side):
             return super().forward(
                 pixel_values,
                 labels=labels,
@@ -309,18 +333,54 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
                 return_dict=return_dict,
                 **kwargs,
             )
-        if self.side_head is not None and not torch.compiler.is_compiling():
+        if has_side and not torch.compiler.is_compiling():
             self.follow_structure()  # the network inside may have been pruned on its own
-        with nullcontext() if self.side_head is None else self._tap:
+        with self._tap if has_side else nullcontext():
             output: Any = super().forward(
                 pixel_values, labels=labels, output_hidden_states=output_hidden_states, return_dict=True, **kwargs
             )
-        if distillation is not None:
+        if distillation is not None and labels is not None:
             output.loss = distillation.loss(output.logits, output.loss, pixel_values)
-        if self.side_head is not None:
+        if self.side_head is not None and has_side:
             side, self._tap.output = self._tap.output, None
-            output.loss += self.config.side_loss_weight * self.loss_function(labels, self.side_head(side), self.config)
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+            side_logits = self.side_head(side)
+            if labels is not None:
+                output.loss += self.config.side_loss_weight * self.loss_function(labels, side_logits, self.config)
+            else:
+                output = SupervisedOutput(**output, side_logits=side_logits)
+                self._warn_if_unused(side, side_logits)
+        if self.config.return_dict if return_dict is None else return_dict:
+            return output
+        return tuple(value for name, value in output.items() if name != "side_logits")
+
+    def _warn_if_unused(self, side: Tensor, side_logits: Tensor) -> None:
+        """Warn once if, in the backward pass, the side head's input gets a gradient and its output has got none."""
+        if self._warned_of_unused_side or torch.compiler.is_compiling() or not side.requires_grad:
+            return
+        used: list[bool] = []
+
+        def note(gradient: Tensor) -> None:
+            used.append(True)
+
+        def check(gradient: Tensor) -> None:  # after all that depends on it
+            if not used and not self._warned_of_unused_side:
+                self._warned_of_unused_side = True
+                _logger.warning(
+                    "Side supervision is off: the loss was computed outside of the model, from its logits. Add "
+                    "side_loss_weight times the same loss of outputs.side_logits to it, pass labels to the model, or "
+                    "set side_loss_weight to 0 in its config."
+                )
+
+        side_logits.register_hook(note)
+        side.register_hook(check)
+
+    def _warn_of_unused_teacher(self) -> None:
+        """Warn once that a loss which is computed elsewhere does not hold the teacher's part."""
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _logger.warning_once(
+                "The teacher is not in the loss: the model was called for training without labels. Trainer keeps them "
+                "for itself under label_smoothing_factor and compute_loss_func; leave both out."
+            )
 
     def _drop_training_parts(self) -> None:
         super()._drop_training_parts()

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from .branches import gates, timm_body
-from .importance import importance_ranks
+from .branches import check_input, gates, timm_body
+from .budget import Budget, budget_from
+from .checks import shortened, warn_of_silent, warn_of_undecayed
+from .copies import note_copies
+from .cost_schedule import CostEpsilon
+from .criteria import Criterion, Response, Seen, criterion_from, ranked_by
+from .distributed import agreed
+from .followers import follow, left_behind
+from .frozen import FrozenBranches
+from .gate import EpsilonGate
+from .importance import note_step, sum_gradients
+from .loading import LoadedStructure
+from .optimizers import Optimizers, forget, innermost
 from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery import add_gates, remove, removed_slots, replay_removed
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ["CRITERIA", "EpsilonPruner", "forgetting_lost"]
+__all__ = ["CRITERIA", "EpsilonPruner"]
 
 CRITERIA = ("response", "importance")
 _STATE = {"epoch", "epsilon", "removed", "streaks", "closed", "responses", "importances", "history"}
@@ -36,78 +47,156 @@ class EpsilonPruner:
             train_one_epoch(model, optimizer)
             removed = pruner.step()
 
+    Weights that are loaded into the model while it has a pruner may lack branches: the model, its optimizers and its
+    followers lose them first. So ``accelerator.register_for_checkpointing(pruner)`` and ``accelerator.load_state``
+    resume a run, and so does Lightning, in whichever order the states are loaded.
+
     Args:
         model: A model with gates (any ``eps_*`` model); a timm model without them gets them here. Not wrapped, not
             compiled: wrap or compile after the pruner was made, and hand the pruner the model itself.
-        optimizer: Parameters of removed blocks, and their state, are taken out of it; those of the others stay.
-        epsilon: The paper's threshold, in activation units, one for the whole network. Exclusive with ``keep``.
+        optimizer: One, or a list of them. Parameters of removed blocks, and their state, are taken out; those of the
+            others stay. timm's ``Lookahead`` and accelerate's wrapper are looked into.
+        epsilon: The paper's threshold, in activation units, one for the whole network. Exclusive with a budget.
         keep: Fraction (float) or number (int) of branches to keep; ε then follows the responses.
+        target_params: In place of ``keep``, fraction (float up to 1) or number of the network's parameters.
+        target_macs: Likewise, of the multiply-adds for one image of the model's input size.
+        target_latency: Likewise, of the milliseconds of a forward pass of 32 such images on the model's device. For
+            another batch size give a ``timm_eps.budget.TargetLatency``.
         warmup_epochs: Epochs with every gate open first.
-        ramp_epochs: With ``keep``: epochs from the first closed branch to the full budget.
+        ramp_epochs: With a budget: epochs from the first closed branch to the full budget.
         patience: Epochs in a row that a branch must stay closed before it is removed.
         live_removal: Remove during training. Without it, closed branches stay until :func:`remove_closed` or a save.
-        criterion: With ``keep``, by which branches are ranked: ``'response'``, the largest of an epoch, or
-            ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`). By
-            importance each stage keeps its share of the budget, if that is as large as there are stages, and each
-            branch that is due gets an ε of its own, twice its response. It is measured in the epochs after which
-            branches are to close, in no others.
+        criterion: With a budget, what branches are ranked by: ``'response'``, the largest of an epoch; or
+            ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`); or an
+            object of :mod:`timm_eps.criteria`, or one of your own. By importance under ``keep`` each stage keeps its
+            share of the budget, if that is as large as there are stages. By all but the response each branch that is
+            due gets an ε of its own, twice its response. Importance is measured in the epochs after which branches are
+            to close, in no others, over the steps of the optimizer: give the pruner that one.
+        prune_frozen: Whether a branch goes that cannot learn, because none of its parameters needs a gradient. By
+            default it stays, and counts as one of those that the budget keeps.
+        followers: Copies of the model that are updated in place and must have its structure, such as averages of its
+            weights: timm's ``ModelEmaV3``, torch's ``AveragedModel``, or the copy in it. After each step what is closed
+            and removed in the model is so in them.
 
     Attributes:
         epoch (int): Epochs finished.
         epsilon (float): Threshold of the current epoch; with ``keep`` that of the branches which are due to close.
         total (int): Number of branches of the unpruned network.
+        followers (list): Copies that follow the model; more may be appended.
         history (list[dict]): One record an epoch: ``epoch``, ``epsilon``, ``responses`` (slot to float), ``closed``
             (list of slots, those shut on every batch) and ``removed`` (those that went after it); where they were
             measured also ``importances``.
 
     Raises:
         ValueError: Both or neither of ``epsilon`` and ``keep``, a value out of range, a model without residual
-            branches, or a wrapped or compiled model.
+            branches, a wrapped or compiled model, one that does not take the images that it is configured for, an
+            optimizer from which parameters cannot be taken out, or a follower that is no copy of the model.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers = None,
         *,
         epsilon: float | None = None,
         keep: float | int | None = None,
+        target_params: float | Budget | None = None,
+        target_macs: float | Budget | None = None,
+        target_latency: float | Budget | None = None,
         warmup_epochs: int = 0,
         ramp_epochs: int = 0,
         patience: int = 3,
         live_removal: bool = True,
-        criterion: str = "response",
+        criterion: str | Criterion = "response",
+        prune_frozen: bool = False,
+        followers: Iterable[Any] = (),
     ) -> None:
-        if (epsilon is None) == (keep is None):
-            raise ValueError(f"Give exactly one of epsilon and keep, got epsilon={epsilon!r} and keep={keep!r}.")
+        targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
+        if sum(value is not None for value in (epsilon, keep, *targets.values())) != 1:
+            given = {"epsilon": epsilon, "keep": keep} | {name: v for name, v in targets.items() if v is not None}
+            raise ValueError(
+                f"Give exactly one of epsilon and keep, or in place of keep one of {', '.join(targets)}; got "
+                f"{' and '.join(f'{name}={value!r}' for name, value in given.items())}."
+            )
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience must be a whole number of epochs, at least 1, got {patience!r}.")
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
-        if epsilon is not None and criterion != "response":
+        self._ranking = criterion_from(criterion)
+        if epsilon is not None and not isinstance(self._ranking, Response):
             raise ValueError(f"criterion={criterion!r} goes with keep; a constant epsilon is one for the responses.")
         if keep is not None:
             self.schedule: BudgetEpsilon | ConstantEpsilon = BudgetEpsilon(keep, warmup_epochs, ramp_epochs)
+        elif epsilon is None:
+            self.schedule = CostEpsilon(budget_from(**targets), warmup_epochs, ramp_epochs)
         elif ramp_epochs:
             raise ValueError(f"ramp_epochs={ramp_epochs} goes with keep; a constant epsilon has no ramp.")
         else:
             self.schedule = ConstantEpsilon(epsilon, warmup_epochs)  # type: ignore[arg-type]
         self.model = model
-        self.optimizer = optimizer
         self.patience = patience
         self.live_removal = live_removal
         self.criterion = criterion
+        self.prune_frozen = prune_frozen
+        self.followers = list(followers)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
-        if not gates(model) and not removed_slots(model):
+        self._frozen = FrozenBranches()
+        self._handles: list[RemovableHandle] = []
+        self._warned_of_evaluation = False
+        self.optimizer = optimizer
+        if gates(model) or removed_slots(model):
+            check_input(timm_body(model))
+            note_copies(timm_body(model))
+        else:
             add_gates(model)
+        self._parameters = set(model.parameters())
         self._streaks = dict.fromkeys(gates(model), 0)
         self._stuck: set[str] = set()  # closed, but proven to be needed: not tried again until another one is ready
         self.total = len(self._streaks) + len(removed_slots(model))
         if isinstance(keep, int) and keep > self.total:
             raise ValueError(f"keep={keep} branches, but {type(timm_body(model)).__name__} has only {self.total}.")
+        if isinstance(self.schedule, CostEpsilon):
+            self.schedule.attach(model)
         # A budget needs responses to measure by, so its first epoch is open whatever the warm-up.
         self._set_thresholds(self.schedule(0, dict.fromkeys(self._streaks, math.inf), self.total))
+        LoadedStructure(model, self._lose).install(timm_body(model))
+        self._take_along()
+        self._warn_of_frozen()
+        warn_of_silent(model)
+        if self._optimizers:
+            warn_of_undecayed(model, self._optimizers)
+
+    @property
+    def optimizer(self) -> Optimizers:
+        """What holds the model's parameters; it may be set later than the pruner is made."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizers) -> None:
+        self._optimizers = innermost(optimizer)
+        self._optimizer = optimizer
+        for handle in self._handles:
+            handle.remove()
+        note = weakref.WeakMethod(self._note_step)
+
+        def before_step(*_: Any) -> None:
+            if (noting := note()) is not None:
+                noting()
+
+        self._handles = [one.register_step_pre_hook(before_step) for one in self._optimizers]
+        for gate in gates(self.model).values():
+            if gate.gain is not None:
+                self._measure(gate)
+
+    def _measure(self, gate: EpsilonGate) -> None:
+        """Measure a gate's importance, over the steps of the optimizer or, without one, over backward passes."""
+        if self._optimizers:
+            sum_gradients([gate])
+        else:
+            gate.measure_importance()
+
+    def _note_step(self) -> None:
+        if self._measuring:
+            note_step(gates(self.model).values())
 
     @property
     def discarded(self) -> int:
@@ -117,7 +206,9 @@ class EpsilonPruner:
     def step(self) -> list[str]:
         """End an epoch: close, remove, and set ε for the next.
 
-        A branch that did not run in training in this epoch, because its block is frozen, stays as it is.
+        A branch that did not run in training in this epoch, because its block is in evaluation mode, stays as it is. A
+        warning says so if that is true of all of them, and another one if a copy of the model is updated in place, as
+        an average of the weights is, but is not among the followers.
 
         Under ``torch.distributed`` every process must call this; the decision is taken on the largest response of
         all of them, so they all take the same one.
@@ -127,12 +218,19 @@ class EpsilonPruner:
         """
         found = gates(self.model)
         self._streaks = {slot: streak for slot, streak in self._streaks.items() if slot in found}  # see remove_closed
-        is_measured = self._measuring  # asked now: branches that go change the answer
+        is_ranked, is_measured = self._is_ranking, self._measuring  # asked now: branches that go change the answer
+        staying = self._staying
         responses = self._collect_responses()
+        if found and not responses and not self._warned_of_evaluation:
+            self._warned_of_evaluation = True
+            _logger.warning(
+                "No branch saw a batch in training mode before this step(), so nothing can close. Call model.train() "
+                "before the training batches, and model.eval() only to evaluate."
+            )
         for slot, response in responses.items():
             # In the gate's own precision, or a response right at ε would be judged differently than in training.
             # NaN is not below ε: a diverged branch stays open.
-            is_below = response < found[slot].threshold.item()
+            is_below = slot not in staying and response < found[slot].threshold.item()
             self._streaks[slot] = self._streaks[slot] + 1 if is_below else 0
             found[slot].closed = is_below
         closed = [slot for slot in responses if found[slot].closed]
@@ -148,25 +246,55 @@ class EpsilonPruner:
             record["importances"] = {slot: float(found[slot].importance) for slot in responses}
         self.history.append(record)
         self.epoch += 1
-        self._set_thresholds(self._next_thresholds())
+        self._set_thresholds(self._next_thresholds(is_ranked))
+        self._take_along()
+        for copied in left_behind(self.model, self.followers):
+            _logger.warning(
+                "A copy of the model (%s) is updated in place, as an average of the weights is, but has not closed and "
+                "removed the branches that the model has: what it computes, and what it is updated with, is wrong. "
+                "Hand it over: EpsilonPruner(..., followers=[ema]), or pruner.followers.append(ema).",
+                type(copied).__name__,
+            )
         return removed
 
     @property
-    def _measuring(self) -> bool:
-        """Whether branches are to be ranked by importance after this epoch."""
-        if not isinstance(self.schedule, BudgetEpsilon) or self.criterion != "importance":
+    def _is_ranking(self) -> bool:
+        """Whether branches are to be ranked after this epoch."""
+        if not isinstance(self.schedule, BudgetEpsilon):
             return False
         return self.schedule.to_close(self.epoch + 1, self.total) > self.total - len(self._streaks)
 
-    def _next_thresholds(self) -> dict[str, float]:
+    @property
+    def _measuring(self) -> bool:
+        """Whether importances are needed to rank the branches after this epoch."""
+        return getattr(self._ranking, "measures_importance", False) and self._is_ranking
+
+    def _next_thresholds(self, is_ranked: bool) -> dict[str, float]:
         """ε of each branch in the epoch that begins, by what the last one showed."""
         responses = self.history[-1]["responses"]
-        remaining = {slot: responses.get(slot, math.inf) for slot in self._streaks}
-        if self.criterion == "response":
+        staying = self._staying
+        remaining = {slot: math.inf if slot in staying else responses.get(slot, math.inf) for slot in self._streaks}
+        if isinstance(self._ranking, Response):
             return self.schedule(self.epoch, remaining, self.total)
-        if "importances" not in self.history[-1]:
+        if not is_ranked:
             return dict.fromkeys(self._streaks, 0.0)
         assert isinstance(self.schedule, BudgetEpsilon), "a constant epsilon has no other criterion"
+        kept = None if isinstance(self.schedule, CostEpsilon) else self.schedule.kept(self.total)
+        removed = removed_slots(self.model)
+        seen = Seen(timm_body(self.model), remaining, self._importances(responses), removed, staying, kept)
+        ranks = ranked_by(self._ranking, seen)
+        # A criterion may say something else in each process: what it says in the first one counts.
+        ranks = dict(zip(ranks, agreed(list(ranks.values()), timm_body(self.model)), strict=True))
+        due, _ = self.schedule.divide(self.epoch, ranks, self.total)
+        found = gates(self.model)
+        # Of an empty branch at least the smallest number there is: 0 is not below 0.
+        least = {slot: torch.finfo(found[slot].threshold.dtype).tiny for slot in due}
+        return {slot: max(2 * remaining[slot], least[slot]) if slot in due else 0.0 for slot in self._streaks}
+
+    def _importances(self, responses: Mapping[str, float]) -> dict[str, float]:
+        """The importance of each branch in the last epoch; infinite where it was not measured."""
+        if "importances" not in self.history[-1]:
+            return dict.fromkeys(self._streaks, math.inf)
         measured = {
             slot: importance
             for slot, importance in self.history[-1]["importances"].items()
@@ -183,13 +311,7 @@ class EpsilonPruner:
                 "torch.autograd.grad, from finite gradients.",
                 self.epoch - 1,
             )
-        importances = dict.fromkeys(self._streaks, math.inf) | measured
-        ranks = importance_ranks(importances, removed_slots(self.model), self.schedule.kept(self.total))
-        due, _ = self.schedule.divide(self.epoch, ranks, self.total)
-        found = gates(self.model)
-        # Of an empty branch at least the smallest number there is: 0 is not below 0.
-        least = {slot: torch.finfo(found[slot].threshold.dtype).tiny for slot in due}
-        return {slot: max(2 * remaining[slot], least[slot]) if slot in due else 0.0 for slot in self._streaks}
+        return dict.fromkeys(self._streaks, math.inf) | measured
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` needs, as plain numbers, strings, lists and dicts."""
@@ -203,12 +325,13 @@ class EpsilonPruner:
             "responses": {slot: float(gate.response) for slot, gate in found.items()},
             "importances": {slot: float(gate.importance) for slot, gate in found.items()},
             "history": list(self.history),
-        }
+        } | ({"budget": self.schedule.state_dict()} if isinstance(self.schedule, CostEpsilon) else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state. The model, if it still has all its blocks, is given the saved structure first.
 
-        Load weights and optimizer state after this, not before: both fit only the smaller structure.
+        Weights may be loaded before this or after it; optimizer state, which fits the smaller structure only, after
+        one of them.
 
         Raises:
             ValueError: The state is of another architecture, or the model has lost blocks that the state still has.
@@ -220,10 +343,10 @@ class EpsilonPruner:
             raise ValueError(f"The model has already lost {sorted(lost)[0]!r}, which the pruner's state still has.")
         if strangers := (gates(self.model).keys() | already) ^ (state["streaks"].keys() | set(state["removed"])):
             raise ValueError(f"The pruner's state is of another model: they differ at {min(strangers)!r}.")
-        if new := set(state["removed"]) - already:
-            with forgetting_lost(self.model, self.optimizer):
-                replay_removed(self.model, new)
+        replay_removed(self.model, set(state["removed"]) - already)
         found = gates(self.model)
+        if isinstance(self.schedule, CostEpsilon):
+            self.schedule.load_state_dict(state.get("budget", {}))
         self._streaks = dict(state["streaks"])
         self.epoch = state["epoch"]
         self.history = list(state["history"])
@@ -233,6 +356,7 @@ class EpsilonPruner:
         for slot, gate in found.items():
             gate.response.fill_(state["responses"][slot])
             gate.importance.fill_(state["importances"][slot])
+        self._take_along()
 
     def share_responses(self) -> None:
         """Under ``torch.distributed``: give every process the largest response of all of them, for each gate.
@@ -267,8 +391,7 @@ class EpsilonPruner:
     def _remove(self, slots: list[str]) -> list[str]:
         if not self.live_removal or self._stuck.issuperset(slots):
             return []
-        with forgetting_lost(self.model, self.optimizer):
-            removed = remove(self.model, slots)
+        removed = remove(self.model, slots)
         self._stuck = set(slots).difference(removed)
         for slot in removed:
             del self._streaks[slot]
@@ -276,25 +399,45 @@ class EpsilonPruner:
 
     def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
         self.epsilon = max(thresholds.values(), default=0.0)
-        measuring = self._measuring
+        measuring, staying = self._measuring, self._staying
         for slot, gate in gates(self.model).items():
-            gate.epsilon = thresholds[slot]
+            gate.epsilon = 0.0 if slot in staying else thresholds[slot]
             gate.reset_response()
-            if measuring != (gate.gain is not None):
-                gate.measure_importance(measuring)
+            if measuring and gate.gain is None:
+                self._measure(gate)
+            elif not measuring:
+                gate.gain = None
 
+    @property
+    def _staying(self) -> set[str]:
+        """The slots of branches that must not close."""
+        return set() if self.prune_frozen else self._frozen.of(timm_body(self.model))
 
-@contextmanager
-def forgetting_lost(model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
-    """Take the parameters that a model loses out of its optimizer, in place: schedulers hold the same groups."""
-    before = set(model.parameters())
-    yield
-    if optimizer is None:
-        return
-    parameters = before.difference(model.parameters())
-    for group in optimizer.param_groups:
-        kept = [index for index, parameter in enumerate(group["params"]) if parameter not in parameters]
-        for key in group.keys() & {"params", "param_names"}:
-            group[key] = [group[key][index] for index in kept]
-    for parameter in parameters:
-        optimizer.state.pop(parameter, None)
+    def _lose(self, model: nn.Module, slots: list[str]) -> None:
+        """Take out of the model the branches that weights which are about to be loaded lack."""
+        replay_removed(model, slots)
+        self._take_along()
+
+    def _take_along(self) -> None:
+        """Let optimizers and followers lose what the model has lost, whoever took it out."""
+        parameters = set(self.model.parameters())
+        forget(self._optimizers, self._parameters - parameters)
+        self._parameters = parameters
+        for follower in self.followers:
+            follow(self.model, follower)
+
+    def _warn_of_frozen(self) -> None:
+        if not (staying := self._staying):
+            return
+        free = self.total - len(staying)
+        wanted = self.total - self.schedule.kept(self.total) if isinstance(self.schedule, BudgetEpsilon) else 1
+        if wanted > free:
+            _logger.warning(
+                "%d of the %d branches are frozen and stay, as none of their parameters needs a gradient (%s): at most "
+                "%d branches can go, and %d are to. Unfreeze some of them, raise keep, or pass prune_frozen=True.",
+                len(staying),
+                self.total,
+                shortened(slot for slot in self._streaks if slot in staying),
+                free,
+                wanted,
+            )

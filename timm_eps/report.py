@@ -42,9 +42,10 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
     They are counted on a copy without memory, so that every device gives the same number: torch counts attention on
     some devices only.
     """
-    net, shape = meta_copy(model), torch.empty_like(image, device="meta")
+    has_memory = any(not parameter.is_meta for parameter in model.parameters())
+    net = meta_copy(model) if has_memory else model
     with evaluating(net), FlopCounterMode(display=False) as counter:
-        net(shape)
+        net(torch.empty_like(image, device="meta"))
     return counter.get_total_flops() // 2
 
 

@@ -74,8 +74,12 @@ class BudgetEpsilon:
 
     def to_close(self, epoch: int, total: int) -> int:
         """How many of ``total`` branches are to be closed or gone in ``epoch``."""
+        return round((total - self.kept(total)) * self.progress(epoch))
+
+    def progress(self, epoch: int) -> float:
+        """How far the ramp is in ``epoch``: from 0, before it, to 1, at its end."""
         done = (epoch - self.warmup_epochs + 1) / max(1, self.ramp_epochs)
-        return round((total - self.kept(total)) * (1.0 - (1.0 - min(max(done, 0.0), 1.0)) ** 3))
+        return 1.0 - (1.0 - min(max(done, 0.0), 1.0)) ** 3
 
     def __call__(self, epoch: int, responses: Mapping[str, float], total: int) -> dict[str, float]:
         """ε of each branch for ``epoch`` (counted from 0).

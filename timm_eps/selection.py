@@ -43,21 +43,29 @@ def least_loss(rises: Mapping[str, float], savings: Mapping[str, float], need: f
 
 
 def without_superfluous(
-    slots: Iterable[str], rises: Mapping[str, float], cost: Callable[[list[str]], float], goal: float
+    slots: Iterable[str],
+    rises: Mapping[str, float],
+    savings: Mapping[str, float],
+    cost: Callable[[list[str]], float],
+    goal: float,
 ) -> list[str]:
     """Those of the branches that are needed to get down to ``goal``; the one of the largest rise is spared first.
 
     Args:
         slots: Branches without which the network costs at most ``goal``.
         rises: What the loss rises by without each.
+        savings: What goes with each alone: putting it back costs at least as much.
         cost: What the network costs without some branches.
         goal: What it may cost.
     """
     chosen = list(slots)
+    now = cost(chosen)
     for slot in sorted(chosen, key=lambda slot: -rises[slot]):
+        if now + savings[slot] > goal:
+            continue
         fewer = [other for other in chosen if other != slot]
-        if cost(fewer) <= goal:
-            chosen = fewer
+        if (then := cost(fewer)) <= goal:
+            chosen, now = fewer, then
     return chosen
 
 

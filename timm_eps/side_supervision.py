@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from timm.layers import BatchNormAct2d, ClassifierHead
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .branches import block_path, gates, probe_batch
 from .eps_resnet import EpsResNet
@@ -60,14 +61,17 @@ class Tap:
         self.path = path
         self.output: Any = None
         self._module: nn.Module | None = None
+        self._handle: RemovableHandle | None = None
         self._listens = False
 
     def connect(self, net: nn.Module) -> Tap:
         """Listen to what stands at the path now: a removal puts another module there."""
         module = net.get_submodule(self.path)
         if module is not self._module:
+            if self._handle is not None:
+                self._handle.remove()  # a removal carries hooks over
             self._module = module
-            module.register_forward_hook(self._note)
+            self._handle = module.register_forward_hook(self._note)
         return self
 
     def _note(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -7,16 +7,42 @@ branch belongs to: the modules that were through by then return what they return
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .branches import block_path, gates
+from .evaluation import Batch, Loss, Score, score, to_network
 from .tracing import tensors
 
-__all__ = ["SuffixRuns"]
+__all__ = ["SuffixRuns", "scores_without_each"]
+
+
+def scores_without_each(
+    body: nn.Module,
+    slots: Sequence[str],
+    batches: Sequence[Batch],
+    loss: Loss,
+    tick: Callable[[], Any] = lambda: None,
+) -> dict[str, Score]:
+    """Score of a network without each of some branches, and with all the others.
+
+    Args:
+        body: A timm model with gates, as :class:`SuffixRuns` takes it.
+        slots: The branches.
+        batches: Images and labels.
+        loss: Mean loss of a batch from logits and labels.
+        tick: Called for each branch and batch.
+    """
+    runs = SuffixRuns(body, slots, to_network(body, batches[0].images))
+    scores = dict.fromkeys(slots, Score())
+    for images, labels in batches:
+        for slot, logits in runs(to_network(body, images)):
+            scores[slot] += score(logits, labels, loss)
+            tick()
+    return scores
 
 
 class SuffixRuns:

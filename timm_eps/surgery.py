@@ -17,9 +17,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .branches import UNUSED, branch_ends, evaluating, find_slots, gates, probe_batch, timm_body
+from .branches import (
+    UNUSED,
+    block_path,
+    branch_ends,
+    check_input,
+    evaluating,
+    find_slots,
+    gates,
+    probe_batch,
+    timm_body,
+)
 from .collapse import Plan, plan_collapse
+from .copies import note_copies
 from .gate import EpsilonGate, check_epsilon
+from .module_hooks import carrying_hooks
 from .names import twin_name
 from .tracing import tensors
 
@@ -27,7 +39,7 @@ __all__ = [
     "add_gates",
     "bounding_parameters",
     "check_gated",
-    "check_slots",
+    "check_known",
     "closed_slots",
     "collapsed_copy",
     "natural_order",
@@ -59,11 +71,16 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
         The slot paths of all gates, such as ``stages.1.blocks.4.drop_path``.
 
     Raises:
-        ValueError: No residual branch was found, ε is negative or NaN, or the model is wrapped or compiled.
+        ValueError: No residual branch was found, ε is negative or NaN, the model is wrapped or compiled, or it does
+            not take the images that it is configured for.
     """
     check_epsilon(epsilon)
     body = timm_body(model)
-    slots, refused = find_slots(body)
+    try:
+        slots, refused = find_slots(body)
+    except Exception:
+        check_input(body)  # says what is wrong
+        raise
     device = next(body.parameters()).device
     for slot, single_zero in slots.items():
         path, _, name = slot.rpartition(".")
@@ -79,6 +96,7 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
     for gate in found.values():
         gate.epsilon = epsilon
         gate.train(body.training)
+    note_copies(body)
     return list(found)
 
 
@@ -175,7 +193,7 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
         raise ValueError(f"Cannot remove {still_open[0]}: its gate is open, so its branch still counts.")
     if not slots:
         return []
-    with evaluating(body):
+    with evaluating(body), carrying_hooks(body, _replaced(body, slots)):
         batch = probe_batch(body)
         before = body(batch)
         while slots:
@@ -206,15 +224,22 @@ def replay_removed(model: nn.Module, removed: Iterable[str]) -> None:
         ValueError: A path is not a slot of this model, or names a branch around another one that is not named.
     """
     body = timm_body(model)
+    note_copies(body)
     slots = _check_slot_list(removed)
     found = gates(body)
     _check_known(slots, found, body)
     if not slots:
         return
-    _carry_out(body, plan_collapse(body, slots))
+    with carrying_hooks(body, _replaced(body, slots)):
+        _carry_out(body, plan_collapse(body, slots))
     if more := found.keys() - gates(body).keys() - slots:
         raise ValueError(f"removed lacks {min(more)!r}, which stands inside a branch that it names.")
     _record(model, {*removed_slots(body), *slots})
+
+
+def _replaced(body: nn.Module, slots: Iterable[str]) -> set[str]:
+    """Paths at which something that computes the same stands afterwards: of the gates, and of whole blocks."""
+    return {path for slot in slots for path in (slot, block_path(body, slot))}
 
 
 def _to_blame(body: nn.Module, plans: list[Plan], batch: Tensor, before: Any) -> list[Plan]:
@@ -280,20 +305,12 @@ def check_gated(model: nn.Module) -> None:
         raise ValueError(f"{type(timm_body(model)).__name__} has no gates; call timm_eps.add_gates(model) first.")
 
 
-def check_slots(model: nn.Module, slots: object) -> list[str]:
-    """The given slot paths as a list, or ValueError if one of them is no gated slot of the model."""
-    body = timm_body(model)
-    chosen = _check_slot_list(slots, "slots")
-    _check_known(chosen, gates(body), body)
-    return sorted(chosen, key=natural_order)
-
-
-def _check_slot_list(removed: object, name: str = "removed") -> set[str]:
+def _check_slot_list(removed: object) -> set[str]:
     if isinstance(removed, str) or not isinstance(removed, Iterable):
-        raise ValueError(f"{name} must be a list of slot paths, got {removed!r}.")
+        raise ValueError(f"removed must be a list of slot paths, got {removed!r}.")
     slots = list(removed)
     if strangers := [slot for slot in slots if not isinstance(slot, str)]:
-        raise ValueError(f"{name} must hold slot paths, got {strangers[0]!r}.")
+        raise ValueError(f"removed must hold slot paths, got {strangers[0]!r}.")
     return set(slots)
 
 
@@ -305,3 +322,9 @@ def _check_known(slots: Iterable[str], found: dict[str, EpsilonGate], body: nn.M
         raise ValueError(
             f"{unknown[0]!r} is not a gated slot of this {type(body).__name__} with {len(found)} gates; {hint}"
         )
+
+
+def check_known(model: nn.Module, slots: Iterable[str]) -> None:
+    """Raise ValueError if one of these is no gated slot of the model; the message names the nearest one."""
+    body = timm_body(model)
+    _check_known(slots, gates(body), body)

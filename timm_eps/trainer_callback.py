@@ -7,25 +7,54 @@ weights, and checked against the pruner's state as soon as that is at hand.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from .branches import block_path
+from .budget import Budget
+from .criteria import Criterion
 from .distributed import on_first_forward, wrap_again
+from .loading import LoadedStructure, keys_of
 from .modeling_eps_resnet import EpsResNetPreTrainedModel
-from .pruner import EpsilonPruner, forgetting_lost
-from .surgery import bounding_parameters, removed_slots, replay_removed, slots_without_weights
+from .optimizers import Optimizers, forget, innermost
+from .pruner import EpsilonPruner
+from .surgery import bounding_parameters, removed_slots, replay_removed
 
 __all__ = ["EpsilonCallback"]
 
 _logger = logging.get_logger(__name__)
+
+
+class _Resumed(LoadedStructure):
+    """Lets a model lose the branches that the checkpoint lacks from which Trainer resumes.
+
+    Args:
+        model_and_lose: Those of the base class.
+        always: Whether also a strict ``load_state_dict`` is followed. Trainer's is not strict; a model that may be
+            another's refuses weights that lack branches, as ever.
+    """
+
+    def __init__(self, *model_and_lose: Any, always: bool = True) -> None:
+        super().__init__(*model_and_lose)
+        self._always = always
+
+    def __call__(self, body: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        model = None if self._model is None else self._model()
+        if not (self._always or getattr(model, "loads_leniently", False)):
+            return
+        super().__call__(body, state_dict, prefix, *rest)
+        if removed_slots(body) and (strangers := keys_of(state_dict, prefix) - body.state_dict().keys()):
+            raise ValueError(
+                f"The weights hold {min(strangers)!r}, which this model has lost; give Trainer a model with all its "
+                "blocks or the one that from_pretrained loads from the checkpoint."
+            )
 
 
 class EpsilonCallback(TrainerCallback, ExportableState):
@@ -55,16 +84,23 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         ramp_epochs: With ``keep``: epochs from the first closed branch to the full budget.
         patience: Epochs in a row that a branch must stay closed before it is removed.
         live_removal: Remove during training. Without it closed branches stay until the model is saved.
-        criterion: With ``keep``, by which branches are ranked: ``'response'`` or ``'importance'``, as for the pruner.
+        criterion: With a budget, what branches are ranked by: ``'response'``, ``'importance'`` or an object of
+            :mod:`timm_eps.criteria`, as for the pruner.
+        target_params: In place of ``keep``, fraction or number of the parameters, as for the pruner.
+        target_macs: Likewise, of the multiply-adds for one image.
+        target_latency: Likewise, of the milliseconds of a forward pass.
+        prune_frozen: Whether branches go that cannot learn, because none of their parameters needs a gradient.
 
     Attributes:
         pruner (EpsilonPruner | None): There from the beginning of the training on.
+        followers (list): Copies of the model that are updated in place, such as averages of its weights, for the
+            pruner.
 
     Raises:
         ValueError: When the Trainer is made, or its training begins: the model is not one of this package's
             transformers classes, the arguments do not fit it, the run is resumed from a checkpoint of another network
-            or one without the pruner's state, ``load_best_model_at_end`` is set, or the parameters are sharded (FSDP,
-            DeepSpeed).
+            or one without the pruner's state, ``load_best_model_at_end`` is set, the parameters are sharded (FSDP,
+            DeepSpeed), or Trainer would run the model on several GPUs in one process (``nn.DataParallel``).
     """
 
     def __init__(
@@ -76,7 +112,11 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         ramp_epochs: int = 0,
         patience: int = 3,
         live_removal: bool = True,
-        criterion: str = "response",
+        criterion: str | Criterion = "response",
+        prune_frozen: bool = False,
+        target_params: float | Budget | None = None,
+        target_macs: float | Budget | None = None,
+        target_latency: float | Budget | None = None,
     ) -> None:
         self.arguments: dict[str, Any] = {
             "epsilon": epsilon,
@@ -86,19 +126,36 @@ class EpsilonCallback(TrainerCallback, ExportableState):
             "patience": patience,
             "live_removal": live_removal,
             "criterion": criterion,
+            "target_params": target_params,
+            "target_macs": target_macs,
+            "target_latency": target_latency,
+            "prune_frozen": prune_frozen,
         }
+        self.followers: list[Any] = []
         self.pruner: EpsilonPruner | None = None
         self._wrapper: DistributedDataParallel | None = None
         self._ended: tuple[int, dict[str, float]] = (-1, {})
         self._undecayed: set[nn.Parameter] = set()
+        self._given: Optimizers = None
+        self._parameters: set[nn.Parameter] = set()  # the model's, until there is a pruner
+        self._expects_models = False
 
     def state(self) -> dict[str, Any]:
         """What Trainer keeps in a checkpoint's ``trainer_state.json``."""
-        return {"args": self.arguments, "attributes": {"saved": self.pruner.state_dict() if self.pruner else None}}
+        plain = str | int | float | None
+        # An object is told by its name: a callback with one is given to Trainer, not made from a checkpoint.
+        args = {name: v if isinstance(v, plain) else repr(v) for name, v in self.arguments.items()}
+        return {"args": args, "attributes": {"saved": self.pruner.state_dict() if self.pruner else None}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.fsdp or args.deepspeed:
             raise ValueError("Blocks cannot be taken out of sharded parameters; train without fsdp and deepspeed.")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"Trainer would run the model on {args.n_gpu} GPUs by nn.DataParallel: the responses of all but the "
+                "first would not be seen. Start one process for each GPU, by torchrun "
+                f"--nproc_per_node={args.n_gpu} or accelerate launch, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+            )
         model = _checked(kwargs["model"])
         if args.load_best_model_at_end:
             raise ValueError(
@@ -106,30 +163,38 @@ class EpsilonCallback(TrainerCallback, ExportableState):
                 "the best epoch is likely one before blocks went. Leave it out; to give the network time to heal, let "
                 "warmup_epochs + ramp_epochs end well before num_train_epochs."
             )
-        self._follow_loaded_structure(model, kwargs["optimizer"])
+        if args.label_smoothing_factor and getattr(model, "side_head", None) is not None:
+            _logger.warning(
+                "label_smoothing_factor turns side supervision off: Trainer computes that loss outside of the model, "
+                "from its logits. Set side_loss_weight to 0 in the model's config, or smooth by a compute_loss_func "
+                "that adds side_loss_weight times the same loss of outputs.side_logits."
+            )
+        self._given, self._parameters = kwargs["optimizer"], set(model.parameters())
+        _Resumed(model, self.lose).install(model.timm_model)
+        self._expect_models()
 
-    def _follow_loaded_structure(self, model: EpsResNetPreTrainedModel, optimizer: Optimizer | None) -> None:
-        """Let the model lose the branches that weights loaded into it lack: Trainer resumes with a checkpoint's.
+    def _expect_models(self) -> None:
+        """Also hook into the models that a ``model_init`` of Trainer makes: it tells nobody before it loads weights."""
+        if self._expects_models:
+            return
+        self._expects_models = True
+        reference = weakref.ref(self)
 
-        An optimizer that is already there, the user's or that of a training before this one, loses them too.
+        def registered(owner: nn.Module, name: str, module: nn.Module | None) -> None:
+            callback = reference()
+            is_ours = name == "timm_model" and isinstance(owner, EpsResNetPreTrainedModel)
+            if is_ours and module is not None and callback is not None:
+                _Resumed(owner, callback.lose, always=False).install(module)
+
+        weakref.finalize(self, register_module_module_registration_hook(registered).remove)
+
+    def lose(self, model: EpsResNetPreTrainedModel, slots: list[str]) -> None:
+        """Take the branches that a checkpoint lacks out of a model, and out of the optimizer that Trainer was given.
+
+        The one of a training before this one is its pruner's business.
         """
-
-        def follow(body: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-            keys = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-            missing = slots_without_weights(body, keys)
-            blocks = tuple(f"{block_path(body, slot)}." for slot in missing)
-            if any(key not in keys and not key.startswith(blocks) for key in body.state_dict()):
-                return  # the weights of a part, which say nothing about the rest
-            if missing:
-                with forgetting_lost(model, self.pruner.optimizer if self.pruner else optimizer):
-                    replay_removed(model, missing)
-            if removed_slots(body) and (strangers := keys - body.state_dict().keys()):
-                raise ValueError(
-                    f"The weights hold {min(strangers)!r}, which this model has lost; give Trainer a model with all "
-                    "its blocks or the one that from_pretrained loads from the checkpoint."
-                )
-
-        model.timm_model.register_load_state_dict_pre_hook(follow)
+        replay_removed(model, slots)  # none if another callback, whose Trainer it is not, was told first
+        forget(innermost(self._given), self._parameters.difference(model.parameters()))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -137,7 +202,11 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         model = _checked(kwargs["model"])
         if not args.weight_decay:
             _logger.warning("weight_decay is 0 in the TrainingArguments: nothing empties the branches that close.")
-        self.pruner = EpsilonPruner(model, kwargs["optimizer"], **self.arguments)
+        self.pruner = EpsilonPruner(model, **self.arguments, followers=self.followers)
+        self.pruner.optimizer = kwargs["optimizer"]  # not before: the callback itself decays what it exempts
+        self.followers = self.pruner.followers  # so that more may be appended
+        self._parameters = set()
+        self._expect_models()
         self._ended = (-1, {})
         if state.global_step:
             self.pruner.load_state_dict(_saved_state(state, model))

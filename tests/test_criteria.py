@@ -1,0 +1,214 @@
+"""Budgets in the user's units, and criteria as objects, on a ramp."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SLOTS, close, tiny_net
+from test_trainer import fresh_model, make_trainer
+from torch import nn
+
+import timm_eps
+from timm_eps import EpsilonPruner
+from timm_eps.branches import gates
+from timm_eps.budget import TargetLatency
+from timm_eps.criteria import Importance, LeaveOneOut, Response, Seen, ranked_by
+from timm_eps.report import count_macs, count_parameters
+from timm_eps.surgery import removed_slots
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+
+
+def epoch(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model.train()
+    images, labels = torch.randn(8, 3, 8, 8), torch.arange(8) % 5
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def pruned(epochs: int = 6, **budget) -> tuple[nn.Module, EpsilonPruner]:
+    """A network after some epochs, in which branches close that are small enough or due."""
+    model = tiny_net(num_classes=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    pruner = EpsilonPruner(model, optimizer, patience=1, **budget)
+    for _ in range(epochs):
+        epoch(model, optimizer)
+        pruner.step()
+    return model, pruner
+
+
+class SmallestFirst:
+    """A user's own: the branches with the fewest weights close first."""
+
+    def __call__(self, seen):
+        blocks = {slot: seen.model.get_submodule(slot.rpartition(".")[0]) for slot in seen.responses}
+        return {slot: count_parameters(block) for slot, block in blocks.items()}
+
+
+def test_a_criterion_of_ones_own():
+    model, _ = pruned(keep=5, criterion=SmallestFirst())
+    assert removed_slots(model) == SLOTS[:4]
+
+
+@pytest.mark.parametrize(("name", "criterion"), [("response", Response()), ("importance", Importance())])
+def test_names_stand_for_objects(name, criterion):
+    results = []
+    for given in (name, criterion):
+        torch.manual_seed(0)
+        results.append(pruned(keep=4, ramp_epochs=3, criterion=given))
+    (some, by_name), (other, by_object) = results
+    assert by_name.history == by_object.history
+    assert removed_slots(some)
+    assert all(torch.equal(a, b) for a, b in zip(some.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("criterion", ["response", "importance", SmallestFirst()])
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_a_target_on_the_ramp(unit, criterion):
+    """It is kept at the end, with one branch more it would not be, and it falls on the way."""
+    dense = tiny_net(num_classes=5)
+
+    def count(model: nn.Module) -> int:
+        return count_macs(model, IMAGE) if unit == "macs" else count_parameters(model)
+
+    model, pruner = pruned(**{f"target_{unit}": 0.6}, criterion=criterion, warmup_epochs=1, ramp_epochs=3)
+    assert count(model) <= 0.6 * count(dense)
+    last = next(record for record in reversed(pruner.history) if record["removed"])["removed"]
+    before = set(removed_slots(model)).difference(last)
+    assert count(tiny_net(num_classes=5, removed=before)) > 0.6 * count(dense)
+    assert pruner.history[0]["removed"] == []
+
+
+def test_absolute_targets_and_fractions_agree():
+    half = count_parameters(tiny_net(num_classes=5)) // 2
+    torch.manual_seed(0)
+    some, _ = pruned(target_params=0.5)
+    torch.manual_seed(0)
+    other, _ = pruned(target_params=half)
+    assert removed_slots(some) == removed_slots(other)
+
+
+def test_a_latency_is_corrected_by_what_is_left(monkeypatch):
+    """Every branch was predicted to take a tenth, but takes a twentieth."""
+
+    def times(body, batch, repeats=0):
+        assert len(batch) == 3
+        return timm_eps.measure.BranchTimes(10.0, 1.0, dict.fromkeys(SLOTS, 1.0))
+
+    def milliseconds(nets, batch, repeats=0):
+        return {"none": 1.0, "pruned": 10 - 0.5 * (9 - len(gates(nets["pruned"])))}
+
+    monkeypatch.setattr("timm_eps.cost_schedule.branch_times", times)
+    monkeypatch.setattr("timm_eps.cost_schedule.milliseconds", milliseconds)
+    model, _ = pruned(target_latency=TargetLatency(0.8, batch_size=3), criterion=SmallestFirst())
+    assert len(gates(model)) == 5
+
+
+def test_leave_one_out_ranks_by_the_rise_of_the_loss():
+    model = tiny_net(num_classes=5)
+    close(model, SLOTS[3])
+    batches = [(torch.randn(4, 3, 8, 8), torch.randint(0, 5, (4,))) for _ in range(2)]
+    responses = dict.fromkeys(SLOTS, 1.0)
+    ranks = LeaveOneOut(iter(batches))(Seen(model, responses, {}, [], set(), 3))
+    report = timm_eps.analyze(model, batches, batch_sizes=(), rerank=1, progress=False)
+    rises = {branch.slot: branch.rise for branch in report.branches}
+    assert {slot: rank for slot, rank in ranks.items() if slot != SLOTS[3]} == rises
+    assert ranks[SLOTS[3]] < min(rises.values())
+
+
+def test_leave_one_out_on_a_ramp_removes_what_hurts_least():
+    model = tiny_net(num_classes=5)
+    batches = [(torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,)))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    pruner = EpsilonPruner(model, optimizer, keep=8, warmup_epochs=1, patience=1, criterion=LeaveOneOut(batches))
+    epoch(model, optimizer)
+    pruner.step()
+    [best] = [
+        step.slots for step in timm_eps.analyze(model, batches, batch_sizes=(), rerank=1, progress=False).curve[1:2]
+    ]
+    epoch(model, optimizer)
+    assert pruner.step() == best
+
+
+def test_importances_of_a_target_close_stage_by_stage():
+    """Under a number of multiply-adds no stage keeps a share of its own, but they shrink side by side."""
+    importances = {slot: float(index) for index, slot in enumerate(SLOTS)}
+    seen = Seen(nn.Identity(), dict.fromkeys(SLOTS, 1.0), importances, [], {SLOTS[8]}, None)
+    ranks = ranked_by(Importance(), seen)
+    firsts = {slot for slot, rank in ranks.items() if rank == min(ranks.values())}
+    assert firsts == {SLOTS[0], SLOTS[3], SLOTS[6]}
+    assert math.isinf(ranks[SLOTS[8]])
+
+
+def test_what_did_not_run_or_diverged_is_not_ranked():
+    responses = dict(zip(SLOTS, [math.inf, math.nan, *[1.0] * 7], strict=True))
+    seen = Seen(nn.Identity(), responses, {}, [], {SLOTS[2]}, 1)
+    ranks = ranked_by(lambda seen: dict.fromkeys(list(seen.responses)[:5], 0), seen)
+    assert [slot for slot, rank in ranks.items() if math.isfinite(rank)] == SLOTS[3:5]
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        ({"keep": 3, "target_macs": 0.5}, "exactly one of epsilon and keep, or in place of keep one of target_params"),
+        ({"target_macs": 0.0}, "target_macs must be a fraction"),
+        ({"target_macs": 1e-4}, "cannot be reached by removing branches: without any of its 9 branches"),
+        ({"target_params": 10}, "target_params=10 cannot be reached"),
+        ({"epsilon": 1.0, "criterion": Importance()}, "goes with keep"),
+        ({"keep": 3, "criterion": Importance}, r"make one: Importance\(\)"),
+        ({"keep": 3, "criterion": 7}, "criterion must be one of response, importance, got '7'"),
+    ],
+)
+def test_budgets_and_criteria_that_cannot_be(budget, told):
+    with pytest.raises(ValueError, match=told):
+        EpsilonPruner(tiny_net(), **budget)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "told"), [({"head": 1.0}, "ranks 'head', which is no branch"), ([1.0], "as a dict, got list")]
+)
+def test_a_criterion_that_returns_something_else(ranks, told):
+    with pytest.raises(ValueError, match=told):
+        pruned(epochs=1, keep=3, criterion=lambda seen: ranks)
+
+
+def test_a_run_with_a_target_resumes():
+    """The fraction is that of the dense network, also where the model has lost branches by then."""
+    torch.manual_seed(0)
+    settings = dict(target_params=0.3, ramp_epochs=4, criterion=SmallestFirst())
+    model, pruner = pruned(epochs=3, **settings)
+    state, weights = pruner.state_dict(), copy.deepcopy(model.state_dict())
+    assert removed_slots(model)
+    again = tiny_net(num_classes=5, removed=removed_slots(model))
+    again.load_state_dict(weights)
+    resumed = EpsilonPruner(again, torch.optim.SGD(again.parameters(), lr=1e-3), patience=1, **settings)
+    resumed.load_state_dict(state)
+    for net, owner in ((model, pruner), (again, resumed)):
+        torch.manual_seed(1)
+        for _ in range(4):
+            net.train()(torch.randn(8, 3, 8, 8))
+            owner.step()
+    assert removed_slots(again) == removed_slots(model)
+    with pytest.raises(ValueError, match="of another budget"):
+        EpsilonPruner(tiny_net(num_classes=5), target_macs=0.5).load_state_dict(state | {"budget": {}})
+
+
+def test_trainer_takes_a_target_and_a_criterion(tmp_path):
+    """A checkpoint tells a criterion by its name; the network keeps to the target."""
+    model = fresh_model()
+    dense = count_parameters(model.timm_model)
+    budget = dict(target_params=0.6, patience=1, criterion=SmallestFirst())
+    trainer = make_trainer(tmp_path, model, budget=budget, save_strategy="epoch", save_total_limit=1)
+    trainer.train()
+    assert count_parameters(model.timm_model) <= 0.6 * dense
+    assert model.config.model_args["removed"] == removed_slots(model)
+    [path] = tmp_path.glob("checkpoint-*/trainer_state.json")
+    saved = json.loads(path.read_text())["stateful_callbacks"]["EpsilonCallback"]
+    assert "SmallestFirst" in saved["args"]["criterion"]
+    assert saved["attributes"]["saved"]["budget"] == {"dense": dense}

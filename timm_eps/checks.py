@@ -1,0 +1,88 @@
+"""What a training must have for branches to close and to empty; whatever is missing is said before it begins."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .branches import evaluating, gates, probe_batch, timm_body
+from .optimizers import decays
+from .surgery import bounding_parameters
+
+__all__ = ["is_zero_scale", "shortened", "silent_branches", "warn_of_silent", "warn_of_undecayed"]
+
+_logger = logging.getLogger(__name__)
+
+
+def silent_branches(body: nn.Module) -> list[str]:
+    """The slots of open gates whose branches put out zero, because a scale in them is zero.
+
+    timm sets the last scale of many branches to zero, a norm's or a gain, or the last layer's weights.
+    """
+    if not any(is_zero_scale(name, parameter) for name, parameter in body.named_parameters()):
+        return []
+    silent: list[str] = []
+    hooks = [
+        gate.register_forward_pre_hook(lambda _, args, slot=slot: None if args[0].any() else silent.append(slot))
+        for slot, gate in gates(body).items()
+        if not gate.closed
+    ]
+    with evaluating(body):
+        body(probe_batch(body, 1))
+    for hook in hooks:
+        hook.remove()
+    return list(dict.fromkeys(silent))
+
+
+def is_zero_scale(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a scale, or a layer's weights, that is zero as a whole."""
+    kinds = ("weight", "gain", "gamma", "scale", "skipinit")
+    return not parameter.is_meta and name.rpartition(".")[2].startswith(kinds) and not parameter.any()
+
+
+def shortened(names: Iterable[str], shown: int = 3) -> str:
+    """The first of some names, and how many there are."""
+    names = list(names)
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def warn_of_silent(model: nn.Module) -> None:
+    """Warn of branches that begin at zero: ε follows their responses, and is near zero for as long."""
+    body = timm_body(model)
+    if silent := silent_branches(body):
+        _logger.warning(
+            "%d of %d branches of %s put out zero, as their last scale is zero: %s. A budget takes them for empty, and "
+            "an ε above their first responses closes them before they have learnt anything. Take the eps_* twin of the "
+            "architecture, which begins with ones, build the model without (such as zero_init_last=False), or load "
+            "pretrained weights before the pruner is made.",
+            len(silent),
+            len(gates(body)),
+            type(body).__name__,
+            shortened(silent),
+        )
+
+
+def warn_of_undecayed(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Warn of optimizers that do not decay what bounds the branches' responses."""
+    decayed = decays(optimizers)
+    bounding = bounding_parameters(model)
+    ends = [name for name, p in model.named_parameters() if p in bounding and p.requires_grad and p in decayed]
+    parameters = dict(model.named_parameters())
+    spared = [name for name in ends if not decayed[parameters[name]]]
+    if decayed and not any(decayed.values()):
+        _logger.warning(
+            "weight_decay is 0 in the optimizer: nothing empties the branches that close. Give it "
+            "timm_eps.param_groups(model, weight_decay=...)."
+        )
+    elif spared:
+        _logger.warning(
+            "The optimizer does not decay %d of the %d parameters that bound the branches' responses (%s): branches "
+            "that close do not empty. Give it timm_eps.param_groups(model, weight_decay=...), which decays these and "
+            "spares all other norms, scales and biases.",
+            len(spared),
+            len(ends),
+            shortened(spared),
+        )

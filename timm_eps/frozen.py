@@ -1,0 +1,33 @@
+"""Branches that cannot learn: none of their parameters needs a gradient."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .branches import branch_parameters, gates, slots_by_block
+
+__all__ = ["FrozenBranches"]
+
+
+class FrozenBranches:
+    """Tells which branches are frozen. They may be frozen and set free again while the model trains."""
+
+    def __init__(self) -> None:
+        self._parameters: dict[str, list[nn.Parameter]] = {}  # of branches in blocks that are frozen in part
+
+    def of(self, body: nn.Module) -> set[str]:
+        """The slots of the branches that have parameters, none of which needs a gradient."""
+        frozen: set[str] = set()
+        for path, slots in slots_by_block(body, gates(body)).items():
+            trained = {parameter.requires_grad for parameter in body.get_submodule(path).parameters()}
+            if trained == {False}:
+                frozen.update(slots)
+            elif False in trained:
+                frozen.update(slot for slot in slots if self._is_frozen(body, slot))
+        return frozen
+
+    def _is_frozen(self, body: nn.Module, slot: str) -> bool:
+        if slot not in self._parameters:
+            self._parameters[slot] = list(branch_parameters(body, [slot]).values())
+        parameters = self._parameters[slot]
+        return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
