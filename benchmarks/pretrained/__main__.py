@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -65,7 +63,15 @@ def main() -> None:
     from benchmarks.jobs import conditions
 
     found = conditions()
-    found["command"] = f"python -m benchmarks.pretrained {shlex.join(sys.argv[1:])}"
+    found["command"] = " ".join(  # without the places on this machine
+        [
+            "python -m benchmarks.pretrained --plan",
+            *parts,
+            "--seeds",
+            *map(str, args.seeds),
+            f"--at_once {args.at_once}",
+        ]
+    )
     found["commit"] = args.commit or found["commit"]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     print(f"{len(jobs)} jobs, {args.at_once} at once, on {'cuda' if torch.cuda.is_available() else 'cpu'}", flush=True)
