@@ -24,6 +24,7 @@ from transformers import AutoModelForImageClassification
 import timm_eps
 import train_hf
 from benchmarks import channels
+from benchmarks.structures import evenly
 from timm_eps import report
 from timm_eps.branches import gates
 
@@ -93,19 +94,6 @@ class Bench:
         return list(gates(timm.create_model(self.args.architecture)))
 
 
-def evenly(slots: Sequence[str], keep: int) -> list[str]:
-    """What to remove so that ``keep`` of the slots stay, at equal distances."""
-    kept = {round((index + 0.5) * len(slots) / keep - 0.5) for index in range(keep)}
-    return [slot for index, slot in enumerate(slots) if index not in kept]
-
-
-def cut(model: nn.Module, slots: Sequence[str]) -> None:
-    """Take branches out of a trained network, whatever they compute."""
-    for slot in slots:
-        gates(model)[slot].closed = True
-    timm_eps.remove_closed(model)
-
-
 def dense(bench: Bench) -> nn.Module:
     return bench.fit("--no_gates")
 
@@ -156,7 +144,7 @@ def shallow_with_dense_compute(bench: Bench) -> nn.Module:
 def random_blocks(bench: Bench) -> nn.Module:
     model = bench.load("dense")
     count = len(bench.result("budget")["removed"])
-    cut(model, random.Random(bench.args.seed).sample(bench.slots(), count))
+    timm_eps.prune(model, random.Random(bench.args.seed).sample(bench.slots(), count))
     return bench.fit("--no_gates", model=model)
 
 
@@ -166,7 +154,7 @@ def stochastic_depth(bench: Bench) -> nn.Module:
     for gate in gates(model).values():
         gate.drop_path = nn.Identity()
     del model.config.model_args["drop_path_rate"]
-    cut(model, evenly(bench.slots(), bench.result("budget")["blocks"]))
+    timm_eps.prune(model, evenly(bench.slots(), bench.result("budget")["blocks"]))
     return bench.fit("--no_gates", model=model)
 
 

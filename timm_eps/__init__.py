@@ -10,6 +10,7 @@ from .analysis_report import Analysis
 from .configuration_eps_resnet import EpsResNetConfig
 from .criteria import Importance, LeaveOneOut, Response
 from .cutting import prune
+from .distillation import Distillation
 from .export import export_timm
 from .gate import EpsilonGate
 from .hub import push_to_hub, save_pretrained
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Analysis",
+    "Distillation",
     "EpsResNetBackbone",
     "EpsResNetConfig",
     "EpsResNetForImageClassification",

@@ -37,6 +37,7 @@ from transformers.utils import logging
 
 from .branches import gates, timm_body
 from .configuration_eps_resnet import EpsResNetConfig
+from .distillation import Distillation
 from .eps_resnet import init_weights
 from .model_files import TransformersFiles, bind_weights, check_outputs, check_rebuilt, staged
 from .side_supervision import Tap, half_depth, new_side_head
@@ -335,10 +336,24 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
 
     That is also how a ``compute_loss_func`` of Trainer adds it, of ``outputs, labels, num_items_in_batch``; by
     ``label_smoothing_factor`` there is none.
+
+    With ``model.distillation = timm_eps.Distillation(teacher)`` the training loss is ``(1 - weight) * cross-entropy +
+    weight * divergence from the teacher + side_loss_weight * side cross-entropy``. The teacher is not saved.
     """
 
     side_head: nn.Module | None
     _warned_of_unused_side = False
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """The teacher whose answers are a part of the training loss; None for the labels alone. It is not saved."""
+        return getattr(self, "_distillation", None)
+
+    @distillation.setter
+    def distillation(self, value: Distillation | None) -> None:
+        if value is not None:
+            value.check_student(self)
+        self._distillation = value
 
     def post_init(self) -> None:
         # The parent's __init__ calls this when the network is there and before weights are initialised.
@@ -366,7 +381,12 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
         **kwargs: Any,
     ) -> ImageClassifierOutput | tuple[Tensor, ...]:
         """Images (B, C, H, W) and labels (B,) to loss and logits (B, classes)."""
-        if self.side_head is None or not self.training or (labels is None and not torch.is_grad_enabled()):
+        distillation = self.distillation
+        if distillation is not None and labels is None:
+            self._warn_of_unused_teacher()
+        has_teacher = distillation is not None and labels is not None
+        has_side = self.side_head is not None and (labels is not None or torch.is_grad_enabled())
+        if not self.training or not (has_teacher or has_side):
             return super().forward(
                 pixel_values,
                 labels=labels,
@@ -374,21 +394,25 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
                 return_dict=return_dict,
                 **kwargs,
             )
-        if not torch.compiler.is_compiling():
+        if has_side and not torch.compiler.is_compiling():
             self.follow_structure()  # the network inside may have been pruned on its own
-        self._tap.listen()
+        if has_side:
+            self._tap.listen()
         try:
             output: Any = super().forward(
                 pixel_values, labels=labels, output_hidden_states=output_hidden_states, return_dict=True, **kwargs
             )
         finally:
-            side = self._tap.take()
-        side_logits = self.side_head(side)
-        if labels is not None:
-            output.loss += self.config.side_loss_weight * self.loss_function(labels, side_logits, self.config)
-        else:
-            output = SupervisedOutput(**output, side_logits=side_logits)
-            self._warn_if_unused(side, side_logits)
+            side: Any = self._tap.take() if has_side else None
+        if distillation is not None and labels is not None:
+            output.loss = distillation.loss(output.logits, output.loss, pixel_values)
+        if self.side_head is not None and has_side:
+            side_logits = self.side_head(side)
+            if labels is not None:
+                output.loss += self.config.side_loss_weight * self.loss_function(labels, side_logits, self.config)
+            else:
+                output = SupervisedOutput(**output, side_logits=side_logits)
+                self._warn_if_unused(side, side_logits)
         if self.config.return_dict if return_dict is None else return_dict:
             return output
         return tuple(value for name, value in output.items() if name != "side_logits")
@@ -413,6 +437,14 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
 
         side_logits.register_hook(note)
         side.register_hook(check)
+
+    def _warn_of_unused_teacher(self) -> None:
+        """Warn once that a loss which is computed elsewhere does not hold the teacher's part."""
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _logger.warning_once(
+                "The teacher is not in the loss: the model was called for training without labels. Trainer keeps them "
+                "for itself under label_smoothing_factor and compute_loss_func; leave both out."
+            )
 
     def _drop_training_parts(self) -> None:
         super()._drop_training_parts()

@@ -1,0 +1,114 @@
+"""What is shrunk: a network with pretrained weights, the images it is fine-tuned on, and the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+HARD = (2, 4, 6)  # pullover, coat and shirt: the classes of Fashion-MNIST that are taken for each other most
+OTHERS = tuple(label for label in range(10) if label not in HARD)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every network of a case is trained: SGD with momentum 0.9, a short warm-up, then cosine to 0.
+
+    Args:
+        steps: Optimizer steps of one training.
+        batch_size: Images of a step.
+        learning_rate: Highest learning rate.
+        weight_decay: L2 coefficient, as ``timm_eps.param_groups`` applies it.
+        periods: How often the pruner takes a step; the warm-up and the ramp of ε are shares of these.
+    """
+
+    steps: int
+    batch_size: int = 128
+    learning_rate: float = 0.05
+    weight_decay: float = 1e-4
+    periods: int = 50
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network on one task.
+
+    Args:
+        title: Heading of its tables.
+        architecture: timm name of the network, gated.
+        weights: File of its pretrained weights under ``outputs/pretrained``, without suffix. Those of ``pretraining``
+            are made by the comparison itself.
+        side: Pixels of the images as the network reads them.
+        keeps: Numbers of branches that stay; the first is that of all rows.
+        classes: Labels of Fashion-MNIST that belong to the task.
+        recipes: Recipe by the number of training images.
+        pretraining: Recipe and classes of the pretraining, if the comparison makes the weights itself.
+        smaller: A smaller sibling with its own pretrained weights, if branches can be cut until both have one
+            architecture.
+    """
+
+    title: str
+    architecture: str
+    weights: str
+    side: int
+    keeps: tuple[int, ...]
+    recipes: dict[int, Recipe]
+    classes: tuple[int, ...] = tuple(range(10))
+    pretraining: tuple[Recipe, tuple[int, ...]] | None = field(default=None)
+    smaller: Case | None = None
+
+
+_RECIPES = {600: Recipe(400), 6_000: Recipe(1_200), 60_000: Recipe(2_400)}
+_LITE0 = Case(
+    title="EfficientNet-Lite0 with ImageNet weights, Fashion-MNIST at 96x96",
+    architecture="eps_tf_efficientnet_lite0",
+    weights="tf_efficientnet_lite0",
+    side=96,
+    keeps=(3, 5),
+    recipes=_RECIPES,
+)
+CASES = {
+    "lite0": _LITE0,
+    "lite1": replace(
+        _LITE0,
+        title="EfficientNet-Lite1 with ImageNet weights, cut to Lite0's architecture, Fashion-MNIST at 96x96",
+        architecture="eps_tf_efficientnet_lite1",
+        weights="tf_efficientnet_lite1",
+        keeps=(9,),
+        smaller=_LITE0,
+    ),
+    "lite2": replace(
+        _LITE0,
+        title="EfficientNet-Lite2 with ImageNet weights, Fashion-MNIST at 96x96",
+        architecture="eps_tf_efficientnet_lite2",
+        weights="tf_efficientnet_lite2",
+        keeps=(5,),
+    ),
+    # A residual network with room for depth: 27 blocks, of which 12 take half of the time.
+    "resnet56": Case(
+        title="ResNet-56 pretrained on seven classes of Fashion-MNIST, shrunk on the other three, at 32x32",
+        architecture="eps_resnet56",
+        weights="eps_resnet56",
+        side=32,
+        keeps=(12,),
+        recipes={600: Recipe(400, learning_rate=0.02), 6_000: Recipe(1_200, learning_rate=0.02)},
+        classes=HARD,
+        pretraining=(Recipe(5_000, learning_rate=0.1, weight_decay=5e-4), OTHERS),
+    ),
+    # Seconds, to see that everything runs.
+    "smoke": Case(
+        title="A few steps",
+        architecture="eps_resnet20",
+        weights="eps_resnet20",
+        side=16,
+        keeps=(3,),
+        recipes={48: Recipe(6, batch_size=16, periods=6)},
+        classes=HARD,
+        pretraining=(Recipe(4, batch_size=16), OTHERS),
+    ),
+    # For two cores: fewer pixels and steps.
+    "quick": replace(
+        _LITE0,
+        title="EfficientNet-Lite0 with ImageNet weights, Fashion-MNIST at 48x48, for two cores",
+        side=48,
+        recipes={600: Recipe(120, batch_size=32, periods=30), 6_000: Recipe(600, batch_size=32)},
+    ),
+}

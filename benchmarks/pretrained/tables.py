@@ -1,0 +1,198 @@
+"""The comparison's records in one file, and tables of them. Nothing in these is written by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import spearmanr, t
+
+from benchmarks.pretrained.cases import CASES
+from benchmarks.pretrained.methods import METHODS, TIMED_BATCH, Job
+from benchmarks.pretrained.run import job_of
+
+SIMPLE = ("last", "even", "random")
+Records = dict[Job, dict[str, Any]]
+
+
+def by_job(records: Iterable[dict[str, Any]]) -> Records:
+    """The last record of each job that did not fail."""
+    return {job_of(record): record for record in records if "error" not in record}
+
+
+def store(records: Iterable[dict[str, Any]], path: Path) -> None:
+    """Add records to a file, one a line, sorted; a job that is there already gets the new one."""
+    known = by_job(json.loads(path.read_text()) if path.exists() else [])
+    ordered = sorted(
+        (known | by_job(records)).items(), key=lambda item: [str(getattr(item[0], name)) for name in _SORTED_BY]
+    )
+    path.write_text("[\n" + ",\n".join(json.dumps(record, sort_keys=True) for _, record in ordered) + "\n]\n")
+
+
+_SORTED_BY = ("case", "images", "keep", "method", "distilled", "seed")
+
+
+def interval(differences: Sequence[float]) -> str:
+    """Mean and 95 % interval of paired differences by Student's t, in their units; of fewer than three, nothing."""
+    if len(differences) < 3:
+        return ""
+    mean = statistics.mean(differences)
+    half = t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]".replace("-", "−")
+
+
+def paired(these: dict[int, float], others: dict[int, float]) -> list[float]:
+    """Differences in points, seed by seed."""
+    return [100 * (these[seed] - others[seed]) for seed in sorted(these.keys() & others.keys())]
+
+
+def accuracies(records: Records, case: str, images: int, keep: int, method: str, distilled: bool) -> dict[int, float]:
+    """Accuracy by seed."""
+    return {
+        job.seed: record["accuracy"]
+        for job, record in records.items()
+        if (job.case, job.images, job.keep, job.method, job.distilled) == (case, images, keep, method, distilled)
+    }
+
+
+def best_simple(records: Records, case: str, images: int, keep: int) -> tuple[str, dict[int, float]]:
+    """Name and accuracies of the distilled simple cut with the highest mean."""
+    found = {method: accuracies(records, case, images, keep, method, True) for method in SIMPLE}
+    found = {method: values for method, values in found.items() if values}
+    if not found:
+        return "", {}
+    best = max(found, key=lambda method: statistics.mean(found[method].values()))
+    return METHODS[best].name, found[best]
+
+
+def latency_ratios(measured: Iterable[dict[str, Any]], case: str, images: int, keep: int) -> dict[str, dict[str, str]]:
+    """Latency over the dense network's, by way and batch size, then by method: the mean over the seeds."""
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for one in measured:
+        if (one["case"], one["images"], one["keep"]) == (case, images, keep):
+            column = ratios.setdefault(f"{one['way']} at {one['batch']}", {})
+            for method, seconds in one["seconds"].items():
+                column.setdefault(method, []).append(seconds / one["seconds"]["dense"])
+    return {
+        name: {method: f"{statistics.mean(values):.2f}" for method, values in column.items()}
+        for name, column in ratios.items()
+    }
+
+
+def table(
+    records: Records, case: str, images: int, keep: int, latencies: Mapping[str, Mapping[str, str]] | None = None
+) -> list[str]:
+    """A Markdown table of one case, number of training images and budget.
+
+    Args:
+        records: Records by job.
+        case: Name in ``CASES``.
+        images: Number of training images.
+        keep: Number of branches that stay.
+        latencies: Further columns, as :func:`latency_ratios` returns them.
+    """
+    latencies = latencies or {}
+    dense, taught = (accuracies(records, case, images, 0, "dense", distilled) for distilled in (False, True))
+    simple_name, simple = best_simple(records, case, images, keep)
+    lines = [
+        "| | distilled | seeds | accuracy, % | to dense, points | to dense distilled | "
+        f"to the best simple cut{f' ({simple_name})' if simple_name else ''} | parameters, M | multiply-adds, M |"
+        + "".join(f" {name}, of dense |" for name in latencies),
+        "|---|---|" + "---:|" * (7 + len(latencies)),
+    ]
+    rows = []
+    for method in METHODS:
+        for distilled in (False, True):
+            for kept in (0, keep):
+                runs = [
+                    record
+                    for job, record in records.items()
+                    if (job.case, job.images, job.keep, job.method, job.distilled)
+                    == (case, images, kept, method, distilled)
+                    and "accuracy" in record
+                ]
+                if not runs:
+                    continue
+                values = {record["seed"]: record["accuracy"] for record in runs}
+                percent = [100 * value for value in values.values()]
+                spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
+                mean = statistics.mean(percent)
+                cells = [
+                    METHODS[method].name,
+                    "yes" if distilled else "",
+                    str(len(runs)),
+                    f"{mean:.2f}{spread}",
+                    "" if (method, distilled) == ("dense", False) else interval(paired(values, dense)),
+                    "" if (method, distilled) == ("dense", True) else interval(paired(values, taught)),
+                    "" if values == simple else interval(paired(values, simple)),
+                    _mean(runs, "params"),
+                    _mean(runs, "macs"),
+                    *(column.get(method, "") for column in latencies.values()),
+                ]
+                rows.append("| " + " | ".join(cells) + " |")
+    return [*lines, *rows]
+
+
+def _mean(runs: Sequence[dict[str, Any]], key: str) -> str:
+    return f"{statistics.mean(run[key] for run in runs) / 1e6:.2f}"
+
+
+def correlation(records: Records, case: str, images: int) -> str:
+    """Rank correlation, within seeds, of the predicted rise of the loss with the accuracy after training."""
+    pairs: dict[int, list[tuple[float, float]]] = {}
+    for job, record in records.items():
+        if (job.case, job.images) == (case, images) and job.distilled and "predicted_rise" in record:
+            pairs.setdefault(job.seed, []).append((record["predicted_rise"], record["accuracy"]))
+    found = [float(spearmanr(*zip(*values, strict=True)).statistic) for values in pairs.values() if len(values) > 3]
+    if not found:
+        return ""
+    total = sum(len(values) for values in pairs.values() if len(values) > 3)
+    mean = f"{statistics.mean(found):+.2f}".replace("-", "−")
+    return (
+        "Rank correlation of the predicted rise of the loss with the accuracy after training, distilled: "
+        f"{mean} on average over {len(found)} seeds, {total} structures in all."
+    )
+
+
+def against_channels(records: Records, case: str, images: int, keep: int) -> str:
+    """The difference that decides between removing blocks and removing channels."""
+    ours, theirs = (
+        accuracies(records, case, images, keep, method, True) for method in ("leave_one_out", "channels_to_latency")
+    )
+    found = interval(paired(ours, theirs))
+    what = "Leave-one-out less Torch-Pruning that is as fast, both distilled, in points"
+    return f"{what}: {found}." if found else ""
+
+
+def page(stored: Iterable[dict[str, Any]], measured: Sequence[dict[str, Any]] = ()) -> str:
+    """All tables, with what they were measured on.
+
+    Args:
+        stored: Records of trainings.
+        measured: Records of latencies, as ``latency.py`` writes them.
+    """
+    records = by_job(stored)
+    lines: list[str] = []
+    for case, about in CASES.items():
+        counts = sorted({job.images for job in records if job.case == case and job.images})
+        for images in counts:
+            of_case = [job for job in records if (job.case, job.images) == (case, images)]
+            keeps = sorted({job.keep for job in of_case if job.keep and job.method != "speed"}) or [about.keeps[0]]
+            for keep in keeps:
+                steps = about.recipes[images].steps
+                lines += [f"### {about.title}; {images:,} images, {keep} branches stay", ""]
+                latencies = latency_ratios(measured, case, images, keep)
+                lines += [*table(records, case, images, keep, latencies), ""]
+                lines += [line, ""] if (line := against_channels(records, case, images, keep)) else []
+            hardware = sorted({records[job]["hardware"] for job in of_case})
+            lines += [
+                f"{steps:,} steps of {about.recipes[images].batch_size} images each. Intervals are 95 % of paired "
+                'differences over the seeds. "As fast" is as fast as what leave-one-out left: in eager mode, at batch '
+                f"{TIMED_BATCH}, on two CPU cores. {correlation(records, case, images)} {'; '.join(hardware)}.",
+                "",
+            ]
+    return "\n".join(lines)
