@@ -18,7 +18,7 @@ TOOLS = {"hatchling", "mypy", "pre-commit", "ruff"}  # not in the environment of
 KNOWN = {canonicalize_name(requirement.name) for requirement in EVERY}
 PROVIDERS = packages_distributions()
 CODE = [path for place in ("timm_eps", "tests", "benchmarks") for path in (ROOT / place).rglob("*.py")]
-LOCAL = {"benchmarks", "timm_eps", *(path.stem for path in (*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")))}
+LOCAL = {"benchmarks", "timm_eps", *(path.stem for path in (*ROOT.glob("*.py"), *(ROOT / "tests").iterdir()))}
 
 
 def test_the_extras_are_among_them():
