@@ -45,6 +45,7 @@ sys.path.insert(0, str(ROOT))
 import train_hf  # noqa: E402
 
 ALWAYS = {".gitattributes", "README.md", "blocks.png", "config.json", "model.safetensors"}
+REMOTE_CODE = {"modeling_eps_resnet.py", "config_checks.py", "weight_checks.py"}
 SHORT = ["--max_train_samples", "200", "--epsilon_warmup_epochs", "1", "--ramp_epochs", "2", "--patience", "1"]
 SHORT += ["--num_train_epochs", "4", "--num_threads", "1"]
 LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(ROOT / "train_hf.py")]
@@ -191,7 +192,7 @@ def test_trained_pushed_loaded_and_tuned_on_other_labels(hub, tmp_path):
     local = {p.relative_to(tmp_path / "first").as_posix() for p in (tmp_path / "first").rglob("*") if p.is_file()}
     pushed = hub.files("me/first")
     assert pushed.keys() == local | {".gitattributes"}
-    assert local == ALWAYS - {".gitattributes"} | {"all_results.json", "modeling_eps_resnet.py", "onnx/model.onnx"}
+    assert local == ALWAYS - {".gitattributes"} | {"all_results.json", "onnx/model.onnx", *REMOTE_CODE}
     for name in local - {"onnx/model.onnx"}:  # exported twice
         assert pushed[name] == (tmp_path / "first" / name).read_bytes()
 
@@ -245,7 +246,7 @@ def test_a_second_push_replaces_the_first(hub, images, monkeypatch):
     monkeypatch.setattr(hub_module, "export_onnx", lambda body, path: (path.parent.mkdir(), path.write_bytes(b"onnx")))
     first, second = pruned(num_classes=5), tiny_net(num_classes=4)
     done = timm_eps.push_to_hub(first, "me/twice", results=RESULTS, remote_code=True, onnx=True, commit_message="one")
-    extra = {"all_results.json", "modeling_eps_resnet.py", "onnx/model.onnx"}
+    extra = {"all_results.json", "onnx/model.onnx", *REMOTE_CODE}
     assert hub.files("me/twice").keys() == ALWAYS | extra
     assert done.oid == hub.repos["models", "me/twice"].refs["branch"]["main"].oid
     check("me/twice", first, images)
