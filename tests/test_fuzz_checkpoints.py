@@ -77,6 +77,8 @@ def test_fields_of_later_versions_are_changed_too(fuzzer, tmp_path):
     sound = fuzzer.bases["cifar"]
     weights = sound.directory.text(WEIGHTS)
     config = json.loads(sound.directory.text(CONFIG))
+    assert digest_in(config, weights) == (("weights_sha256",), "sha256")
+    del config["weights_sha256"]
     config["weights"] = {"digest": "sha256:" + hashlib.sha256(weights).hexdigest(), "later": [1, {"field": "x"}]}
     assert digest_in(config, weights) == (("weights", "digest"), "sha256")
     base = Base("later", sound.path, sound.directory, sound.size, sound.slots, sound.closed)

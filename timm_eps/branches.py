@@ -73,7 +73,9 @@ def timm_body(model: nn.Module, *, allow_stock_wrapper: bool = False) -> nn.Modu
         )
     if not _is_timm_model(body):
         inside = next((path for path, module in model.named_modules() if path and _is_timm_model(module)), None)
-        hint = f"pass the one inside it, model.{inside}" if inside else "pass one that timm.create_model makes without features_only"
+        hint = "pass one that timm.create_model makes without features_only"
+        if inside:
+            hint = f"pass the one inside it, model.{inside}"
         raise ValueError(f"{type(body).__name__} is no timm model; {hint}.")
     return body
 
