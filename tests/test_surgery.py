@@ -147,7 +147,7 @@ def test_what_changes_the_output_stays(images, caplog):
         ),
         (["layer1.0"], "'layer1.0' is not a gated slot"),
         ("stages.1.blocks.1.drop_path", "removed must be a list of slot paths, got 'stages.1"),
-        ([3], "removed must hold slot paths, got 3"),
+        ([3], "removed must be a list of slot paths such as 'stages.1.blocks.4.drop_path', got 3"),
         (7, "removed must be a list of slot paths, got 7"),
     ],
 )

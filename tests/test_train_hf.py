@@ -145,7 +145,7 @@ def test_config_file_and_flags(tmp_path):
         (["--epsilon", "nan"], "--epsilon: must be finite, got nan"),
         (["--weight_decay", "inf"], "--weight_decay: must be finite, got inf"),
         (["--lr_factors", "1", "nan"], "--lr_factors: must be finite, got nan"),
-        (["--weight_decay_drop", "9", "-inf"], "--weight_decay_drop: must be finite, got -inf"),
+        (["--weight_decay_drop", "9", "inf"], "--weight_decay_drop: must be finite, got inf"),
         (["--epsilon", "1", "--criterion", "importance"], "--criterion importance goes with --keep"),
         (["--report_to", "tensorboard"], "--report_to goes with --with_tracking"),
         (["--logging_steps", "5"], "--logging_steps goes with --with_tracking"),

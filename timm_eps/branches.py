@@ -43,17 +43,15 @@ UNUSED = "it does not run in a forward pass"
 _SLOT = re.compile(r"(\w+_)?drop_path\d*")
 
 
-def timm_body(model: nn.Module, *, allow_stock_wrapper: bool = False) -> nn.Module:
-    """The timm model itself, also when a transformers class of this package holds it as ``timm_model``.
+def timm_body(model: nn.Module) -> nn.Module:
+    """The timm model itself, also when a transformers class holds it as ``timm_model``.
 
     Args:
         model: A timm model, or a transformers model around one.
-        allow_stock_wrapper: Take timm's network out of a stock wrapper too, for those who only read it.
 
     Raises:
         ValueError: ``model`` is wrapped for distributed training or compiled (changing modules behind such a wrapper
-            leaves it with buckets or graphs of the old structure), a stock wrapper whose files cannot say which
-            branches are removed, or no timm model.
+            leaves it with buckets or graphs of the old structure), or is no timm model.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise ValueError(
@@ -66,11 +64,6 @@ def timm_body(model: nn.Module, *, allow_stock_wrapper: bool = False) -> nn.Modu
             "The compiled one follows its changes, compiling anew; torch.compiler.reset() keeps it under torch's limit."
         )
     body: Any = getattr(model, "timm_model", model)
-    if body is not model and not allow_stock_wrapper and not getattr(model, "records_structure", False):
-        raise ValueError(
-            f"A {type(model).__name__} saves a network without saying which of its branches are closed or removed; "
-            "EpsResNetForImageClassification.from_timm(model) makes one of it that says so."
-        )
     if not _is_timm_model(body):
         inside = next((path for path, module in model.named_modules() if path and _is_timm_model(module)), None)
         hint = "pass one that timm.create_model makes without features_only"

@@ -156,7 +156,7 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
             ValueError: The model was not made by ``timm.create_model``, has no twin here, or was made with an argument
                 that does not name structure.
         """
-        body: Any = timm_body(model, allow_stock_wrapper=True)
+        body: Any = timm_body(model)
         known = getattr(body, "pretrained_cfg", None) or {}
         architecture = twin_name(known.get("architecture") or "")
         if not (timm.is_model(architecture) and hasattr(body, "forward_features")):

@@ -79,7 +79,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
     _weight_conversions: list[WeightConverter | WeightRenaming]
     keeps_training_parts: bool | str = False
     is_headless = False
-    records_structure = True  # surgery changes no network whose wrapper does not
+    records_structure = True  # in its configuration; a stock wrapper does not, and may not save a pruned network
     loads_leniently: bool = False
     _no_split_modules = ["PreActBasic"]  # noqa: RUF012  the parent's declaration
 
@@ -227,7 +227,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
             ValueError: The model cannot be built again from a name and arguments.
         """
         config = EpsResNetConfig.from_timm(model, **config_fields)
-        model = timm_body(model, allow_stock_wrapper=True)
+        model = timm_body(model)
         if not gates(model) and not removed_slots(model):
             add_gates(model)
         with torch.device("meta"):

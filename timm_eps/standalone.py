@@ -111,6 +111,7 @@ class EpsResNetConfig(BackboneConfigMixin, PreTrainedConfig):
         output = super().to_dict()
         labels = {int(number): name for number, name in output.pop("id2label").items()}
         output.pop("label2id")
+        output.pop("weights_sha256", None)  # it is that of the file that was loaded
         return {**output, "num_classes": len(labels), "label_names": [labels[number] for number in sorted(labels)]}
 
 

@@ -105,7 +105,7 @@ def stored_layout(
         return expected, classifier, set()
     is_small = 4 * sum(math.prod(layout.shape) for layout in expected.values()) < _LARGE
     if is_small and not is_cifar_network(architecture):
-        return expected, classifier, set(expected)
+        return expected, classifier, expected.keys() - classifier
     with torch.device("meta"):
         pruned = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **(model_args or {}))
     return without_closed(layout_of(pruned.state_dict())), classifier, set()

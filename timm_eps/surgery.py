@@ -304,8 +304,9 @@ def _record(model: nn.Module, removed: Iterable[str]) -> None:
 
 def record_structure(model: nn.Module) -> None:
     """Let the configuration of a transformers model say which branches are removed and which gates are closed."""
-    if (config := getattr(model, "config", None)) is None:
+    if not getattr(model, "records_structure", False):
         return
+    config: Any = model.config
     model_args = {name: v for name, v in (config.model_args or {}).items() if name not in ("removed", "closed")}
     for name, slots in (("removed", removed_slots(model)), ("closed", closed_slots(model))):
         if slots:
