@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,7 @@ class Around(nn.Module):
 
 
 def test_a_module_around_a_timm_model_is_refused_and_the_one_inside_named(tmp_path):
-    for call in (gates, add_gates, remove_closed, timm_eps.EpsilonPruner):
+    for call in (gates, add_gates, remove_closed, partial(timm_eps.EpsilonPruner, keep=0.5)):
         with pytest.raises(ValueError, match=r"model\.backbone"):
             call(Around())
     with pytest.raises(ValueError, match=r"model\.backbone"):

@@ -42,7 +42,7 @@ from .eps_resnet import init_weights
 from .model_files import TransformersFiles, bind_weights, check_outputs, check_rebuilt, staged
 from .side_supervision import Tap, half_depth, new_side_head
 from .stored import set_closed
-from .surgery import add_gates, collapsed_copy, record_structure, removed_slots
+from .surgery import add_gates, closed_slots, collapsed_copy, record_structure, removed_slots
 from .weight_checks import check_numbers
 from .wrapping import recorded
 
@@ -133,6 +133,11 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
             own = ("timm_model.", "side_head.")
             state_dict = {key if key.startswith(own) else f"timm_model.{key}": v for key, v in state_dict.items()}
         whole = any(key.startswith("timm_model.") for key in state_dict)
+        if not strict and not hasattr(state_dict, "_metadata"):
+            # A checkpoint's file says nothing of closed gates, its configuration does: they stay as they are.
+            own = "timm_model." if whole else ""
+            notes = {f"{own}{slot}.closed": torch.ones((), dtype=torch.bool) for slot in closed_slots(self)}
+            state_dict = {**notes, **state_dict}
         self.loads_leniently = not strict
         try:
             return nn.Module.load_state_dict(self if whole else self.timm_model, state_dict, strict, assign)

@@ -12,7 +12,7 @@ from benchmarks import channels
 from benchmarks.pretrained.cases import CASES, Case
 from timm_eps import report
 from timm_eps.branches import gates
-from timm_eps.eps_resnet import is_cifar_network
+from timm_eps.names import is_cifar_network
 
 
 def without_gates(model: nn.Module) -> nn.Module:
