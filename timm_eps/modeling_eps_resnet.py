@@ -135,8 +135,8 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         whole = any(key.startswith("timm_model.") for key in state_dict)
         if not strict and not hasattr(state_dict, "_metadata"):
             # A checkpoint's file says nothing of closed gates, its configuration does: they stay as they are.
-            own = "timm_model." if whole else ""
-            notes = {f"{own}{slot}.closed": torch.ones((), dtype=torch.bool) for slot in closed_slots(self)}
+            prefix = "timm_model." if whole else ""
+            notes = {f"{prefix}{slot}.closed": torch.ones((), dtype=torch.bool) for slot in closed_slots(self)}
             state_dict = {**notes, **state_dict}
         self.loads_leniently = not strict
         try:
