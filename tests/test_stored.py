@@ -105,6 +105,7 @@ HOSTILE = {
     "model_cfg": {},
     "hf_hub_id": "somebody/else",
     "state_dict": {},
+    "model_name": "resnet18",
 }
 
 
@@ -271,6 +272,7 @@ def test_every_loader_reads_the_configuration_so(stored, loader, change, field):
         ({"model_args": [1]}, "model_args"),
         ({"pretrained_cfg": "x"}, "pretrained_cfg"),
         ({"weights_sha256": "x"}, "weights_sha256"),
+        ({"pretrained_cfg": {"fixed_input_size": 1}}, "fixed_input_size"),
     ],
 )
 @pytest.mark.parametrize("loader", ["classifier", "standalone"])

@@ -41,7 +41,7 @@ _NOT_STRUCTURE = re.compile(
     r"(?!\w*drop_path$|pretrained_window_sizes?$)"  # arguments of networks that are called alike
     r"(pretrained\w*|(\w+_)?(cfg|url|file|filename|dir|device|dtype|source|checkpoint|cache|weights|hub_id)(_\w+)?"
     r"|(\w+_)?path|features_only|out_indices|feature_cls|num_classes|kwargs_filter|scriptable|exportable|no_jit"
-    r"|state_dict|custom_load|variant|pruned|label_\w+|hf_\w+|args|kwargs|self)",
+    r"|state_dict|custom_load|variant|model_name|architecture|pruned|label_\w+|hf_\w+|args|kwargs|self)",
     re.ASCII,
 )
 # The same among the fields at the root, where transformers reads them.
@@ -382,6 +382,8 @@ def check_config(config: object, *, is_cifar: Callable[[str], bool]) -> dict[str
     for name, check in checks.items():
         if config.get(name) is not None:
             check(name, config[name])
+    if is_cifar(config["architecture"]) and (config.get("pretrained_cfg") or {}).get("fixed_input_size"):
+        raise ValueError("pretrained_cfg['fixed_input_size'] must be false: a CIFAR network takes images of any size.")
     return config
 
 
