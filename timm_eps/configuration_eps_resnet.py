@@ -17,7 +17,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from .branches import timm_body
 from .config_checks import check_config, check_label_names, check_model_args, shortened
 from .names import base_name, is_cifar_network, twin_name
-from .surgery import closed_slots, removed_slots
+from .surgery import structure_of
 
 __all__ = ["EpsResNetConfig"]
 
@@ -186,9 +186,7 @@ def _model_args(body: Any) -> dict[str, Any]:
     # What a network was loaded from, and by which variant of its layers, is no part of it.
     passing = ("num_classes", "removed", "closed", "pretrained_strict", "kwargs_filter", "pretrained_cfg", "cache_dir")
     model_args = {name: value for name, value in timm.models.get_model_args(body).items() if name not in passing}
-    for name, slots in (("removed", removed_slots(body)), ("closed", closed_slots(body))):
-        if slots:
-            model_args[name] = slots
+    model_args |= structure_of(body)
     for name, value in model_args.items():
         try:
             json.dumps(value)

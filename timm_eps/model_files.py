@@ -17,11 +17,10 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from .branches import evaluating, probe_batch
-from .config_checks import shortened
 from .disk import settle, to_disk
 from .stored import closed_in, read_config, stored_layout, without_closed
 from .tracing import tensors
-from .weight_checks import WEIGHTS, Layout, check_file, digest, layout_of, precision_in, weight_files
+from .weight_checks import WEIGHTS, Layout, check_file, check_precision, digest, layout_of, weight_files
 
 __all__ = ["TransformersFiles", "bind_weights", "check_outputs", "check_rebuilt", "staged"]
 
@@ -239,9 +238,7 @@ class TransformersFiles(NamedTuple):
             adapt=adapt,
             sha256=self.config.get("weights_sha256"),
         )
-        stated, stored = self.config.get("dtype") or self.config.get("torch_dtype"), precision_in(self.weights)
-        if stated is not None and stored is not None and str(stated).removeprefix("torch.") != stored:
-            raise ValueError(f"dtype in config.json must be {stored!r}, that of the weights, got {shortened(stated)}.")
+        check_precision(self.config.get("dtype") or self.config.get("torch_dtype"), self.weights)
 
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -34,8 +34,8 @@ from transformers.modeling_outputs import (
 from transformers.utils import cached_file
 from transformers.utils.generic import can_return_tuple
 
-from .config_checks import check_config, check_model_args, shortened
-from .weight_checks import WEIGHTS, Layout, check_file, layout_of, precision_in, weight_files
+from .config_checks import check_config, check_model_args
+from .weight_checks import WEIGHTS, Layout, check_file, check_precision, layout_of, weight_files
 
 __all__ = ["EpsResNetBackbone", "EpsResNetConfig", "EpsResNetForImageClassification", "EpsResNetModel"]
 
@@ -289,9 +289,7 @@ def _check_stored(name: Any, kwargs: dict[str, Any]) -> set[str]:
         adapt=adapt,
         sha256=stored.get("weights_sha256"),
     )
-    stated, held = stored.get("dtype"), precision_in(files)
-    if stated is not None and held is not None and str(stated).removeprefix("torch.") != held:
-        raise ValueError(f"dtype in config.json must be {held!r}, that of the weights, got {shortened(stated)}.")
+    check_precision(stored.get("dtype") or stored.get("torch_dtype"), files)
     return classifier if is_replaced else set()
 
 

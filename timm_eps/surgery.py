@@ -53,6 +53,7 @@ __all__ = [
     "replay_removed",
     "same_outputs",
     "slots_without_weights",
+    "structure_of",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -307,11 +308,14 @@ def record_structure(model: nn.Module) -> None:
     if not getattr(model, "records_structure", False):
         return
     config: Any = model.config
-    model_args = {name: v for name, v in (config.model_args or {}).items() if name not in ("removed", "closed")}
-    for name, slots in (("removed", removed_slots(model)), ("closed", closed_slots(model))):
-        if slots:
-            model_args[name] = sorted(slots, key=natural_order)
-    config.model_args = model_args
+    others = {name: v for name, v in (config.model_args or {}).items() if name not in ("removed", "closed")}
+    config.model_args = others | structure_of(model)
+
+
+def structure_of(model: nn.Module) -> dict[str, list[str]]:
+    """The arguments that say which branches are removed and which gates are closed; none of an empty list."""
+    slots = {"removed": removed_slots(model), "closed": closed_slots(model)}
+    return {name: sorted(found, key=natural_order) for name, found in slots.items() if found}
 
 
 def natural_order(path: str) -> list[tuple[int, str]]:

@@ -29,6 +29,7 @@ __all__ = [
     "check_file",
     "check_layout",
     "check_numbers",
+    "check_precision",
     "digest",
     "layout_of",
     "precision_in",
@@ -207,6 +208,21 @@ def _check_size(files: list[Path], expected: Mapping[str, Layout]) -> None:
     size = sum(path.stat().st_size for path in files)
     if size > most:
         raise ValueError(f"{files[0].name} has {size} bytes, more than the network that config.json describes can use.")
+
+
+def check_precision(stated: object, paths: Iterable[str | os.PathLike]) -> None:
+    """Compare the precision that ``config.json`` states with that of the weights, by which one loader would round.
+
+    Args:
+        stated: ``dtype`` of the configuration; None states nothing.
+        paths: Of the safetensors files.
+
+    Raises:
+        ValueError: They differ.
+    """
+    held = precision_in(paths)
+    if stated is not None and held is not None and str(stated).removeprefix("torch.") != held:
+        raise ValueError(f"dtype in config.json must be {held!r}, that of the weights, got {_short(repr(stated))}.")
 
 
 def precision_in(paths: Iterable[str | os.PathLike]) -> str | None:
