@@ -150,6 +150,17 @@ def test_classifier_contract():
     assert timm.create_model("eps_resnet20", num_classes=0).eval()(x).shape == (2, 64)
 
 
+def test_classifier_without_pooling_is_refused():
+    """timm's networks take it and fail at the first image."""
+    with pytest.raises(ValueError, match="global_pool=''.*num_classes=3"):
+        timm.create_model("eps_resnet20", num_classes=3, global_pool="")
+    model = timm.create_model("eps_resnet20", num_classes=0, global_pool="")
+    with pytest.raises(ValueError, match="global_pool=''"):
+        model.reset_classifier(5)
+    model.reset_classifier(5, "avg")
+    assert model.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+
+
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax"])
 def test_global_pool(pool):
     model = timm.create_model("eps_resnet20", global_pool=pool, in_chans=1, num_classes=3).eval()

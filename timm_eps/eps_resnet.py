@@ -155,7 +155,8 @@ class EpsResNet(nn.Module):
         channels: Width of each stage.
         num_classes: Number of classes; 0 leaves the classifier out.
         in_chans: Number of image channels.
-        global_pool: Pooling before the classifier: 'avg', 'max', 'avgmax', 'catavgmax' or ''.
+        global_pool: Pooling before the classifier: 'avg', 'max', 'avgmax', 'catavgmax'; without a classifier also '',
+            which keeps the feature map.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly to this rate in the last block.
         norm_layer: Normalisation with activation, by timm's name or class.
@@ -166,7 +167,7 @@ class EpsResNet(nn.Module):
 
     Raises:
         ValueError: ``removed`` or ``closed`` names a slot that this architecture does not have, or a size is out of
-            bounds.
+            bounds, or there are classes and no pooling.
     """
 
     def __init__(
@@ -231,6 +232,7 @@ class EpsResNet(nn.Module):
         self.feature_info = feature_info
         self.num_features = prev_chs
         self.norm = norm_act(self.num_features, **dd)
+        _check_pooling(num_classes, global_pool)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         replay_removed(self, removed)
@@ -266,7 +268,12 @@ class EpsResNet(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one; 0 classes leave it out."""
+        """Replace the classifier by a new one; 0 classes leave it out.
+
+        Raises:
+            ValueError: The network would have classes and no pooling.
+        """
+        _check_pooling(num_classes, self.head.global_pool.pool_type if global_pool is None else global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
@@ -343,6 +350,14 @@ class EpsResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+def _check_pooling(num_classes: int, global_pool: str) -> None:
+    if num_classes and not global_pool:
+        raise ValueError(
+            f"global_pool='' keeps the feature map, of which a classifier of num_classes={num_classes} can make nothing; "
+            "use num_classes=0, or a pooling such as 'avg'."
+        )
 
 
 def init_weights(module: nn.Module) -> None:

@@ -180,7 +180,8 @@ def _output(model: Any, kind: str, images: torch.Tensor) -> torch.Tensor:
     model.eval()
     output = model(images, **({"return_dict": True} if hasattr(model, "config") else {}))
     if kind == "pooled":
-        return output.pooler_output
+        # do_pooling, a field of transformers, leaves it out.
+        return output.last_hidden_state if output.pooler_output is None else output.pooler_output
     if kind == "maps":
         return output.feature_maps[-1]
     return getattr(output, "logits", output)
