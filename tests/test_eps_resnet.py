@@ -152,7 +152,7 @@ def test_classifier_contract():
 
 def test_classifier_without_pooling_is_refused():
     """timm's networks take it and fail at the first image."""
-    with pytest.raises(ValueError, match="global_pool=''.*num_classes=3"):
+    with pytest.raises(ValueError, match=r"global_pool=''.*num_classes=3"):
         timm.create_model("eps_resnet20", num_classes=3, global_pool="")
     model = timm.create_model("eps_resnet20", num_classes=0, global_pool="")
     with pytest.raises(ValueError, match="global_pool=''"):

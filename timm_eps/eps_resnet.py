@@ -355,8 +355,8 @@ class EpsResNet(nn.Module):
 def _check_pooling(num_classes: int, global_pool: str) -> None:
     if num_classes and not global_pool:
         raise ValueError(
-            f"global_pool='' keeps the feature map, of which a classifier of num_classes={num_classes} can make nothing; "
-            "use num_classes=0, or a pooling such as 'avg'."
+            f"global_pool='' keeps the feature map, which a classifier of num_classes={num_classes} cannot read; use "
+            "num_classes=0, or a pooling such as 'avg'."
         )
 
 
