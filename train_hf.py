@@ -6,7 +6,8 @@
     accelerate launch train_hf.py --dataset_name uoft-cs/cifar10 --flip --output_dir outputs/cifar10
     accelerate launch train_hf.py --config hub_configs/eps_resnet110.digits.json --keep 0.3
     accelerate launch train_hf.py --architecture eps_resnet18 --image_size 32 --keep 0.5    # any twin of a timm model
-    accelerate launch train_hf.py --model_name_or_path me/first --dataset_name me/images --keep 0.5 --push_to_hub
+    accelerate launch train_hf.py --model_name_or_path me/dense --dataset_name me/images --target_latency 0.6
+    accelerate launch train_hf.py --model_name_or_path me/dense --dataset_name me/images --dry_run    # what can go
 
 A JSON file given with --config holds arguments by name; a flag on the command line wins over it. What is written to
 --output_dir, and with --push_to_hub to the Hub: the model (timm and transformers load it), README.md (its card),
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
+    broadcast_object_list,
     gather_object,
     is_compiled_module,
     parse_flag_from_env,
@@ -62,6 +65,7 @@ from timm_eps import (
     report,
 )
 from timm_eps.branches import gates
+from timm_eps.config_checks import check_slots
 from timm_eps.cuda_graphs import GraphedPasses
 from timm_eps.directory_lock import locked
 from timm_eps.distributed import rewrap
@@ -70,13 +74,25 @@ from timm_eps.interruption import Interruption, InterruptionError
 from timm_eps.names import is_cifar_network
 from timm_eps.process_state import all_finite, check_random_states, load_own, save_own
 from timm_eps.step_watch import StepWatch
+from timm_eps.surgery import removed_slots
 from timm_eps.sync_batchnorm import synchronize_batchnorm
-from timm_eps.train_arguments import binding_arguments, hub_id, on_digits, parse_arguments, used_arguments
+from timm_eps.train_arguments import (
+    begins_with_weights,
+    binding_arguments,
+    hub_id,
+    on_digits,
+    parse_arguments,
+    used_arguments,
+)
+from timm_eps.training import start
+from timm_eps.training.average import load_average, new_average, save_average
+from timm_eps.training.evaluation import Evaluation
+from timm_eps.training.losses import label_mixer, smooth_labels
 from timm_eps.training_state import Progress, check_like, check_pruner, dump_json, load_state
 
 
 def load_images(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], int | None]:
-    """Both splits; how the results and the card name them; how many images an epoch has, None if it is not known."""
+    """The splits; how the results and the card name them; how many images an epoch has, None if it is not known."""
     if on_digits(args):
         splits: dict[str, Any] = dict(data.load_digits(args.fold))
         about = {"dataset": "scikit-learn digits", "dataset_id": None, "eval_split": f"fold {args.fold} of 5"}
@@ -85,6 +101,7 @@ def load_images(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
         splits, eval_split, length = data.load_splits(
             args.dataset_name, args.dataset_config_name, args.train_dir, args.validation_dir, args.train_val_split,
             args.image_column_name, args.label_column_name, args.seed, args.train_split_name, args.streaming,
+            args.test_dir, args.test_split_name,
         )  # fmt: skip
         name = hub_id(args.dataset_name)
         shown = name or Path(args.dataset_name or args.train_dir).name
@@ -93,6 +110,8 @@ def load_images(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
         splits["train"] = data.sample(splits["train"], args.max_train_samples, args.seed)
         length = len(splits["train"])
     splits["validation"] = data.sample(splits["validation"], args.max_eval_samples, args.seed)
+    if start.needs_analysis(args):
+        splits["analysed"] = data.sample(splits["train"], start.ANALYSED, args.seed)
     return splits, about, args.max_train_samples if args.streaming and args.max_train_samples else length
 
 
@@ -145,16 +164,15 @@ def prepare_images(
     pretrained_cfg: dict[str, Any],
     length: int | None,
 ) -> dict[str, data.Images]:
-    """Both splits as the network reads them: small images decoded into memory, others when they are needed."""
+    """The splits as the network reads them: small images decoded into memory, others when they are needed."""
     if not args.streaming and args.augmentation != "resized_crop":
         return {name: data.ImageTensors.decode(raw[name], pretrained_cfg, *columns) for name in raw}
     cropped = {"training": True, "flip": args.flip, "color_jitter": args.color_jitter}
-    read = {
-        "train": data.ImageReader.of(pretrained_cfg, **(cropped if args.augmentation == "resized_crop" else {})),
-        "validation": data.ImageReader.of(pretrained_cfg),
-    }
+    read = dict.fromkeys(raw, data.ImageReader.of(pretrained_cfg))
+    if args.augmentation == "resized_crop":
+        read["train"] = data.ImageReader.of(pretrained_cfg, **cropped)
     if args.streaming:
-        lengths = {"train": length, "validation": None}
+        lengths = dict.fromkeys(raw) | {"train": length}
         return {name: data.ImageStream.of(raw[name], read[name], *columns, lengths[name]) for name in raw}
     return {name: data.ImageFiles.of(raw[name], read[name], *columns) for name in raw}
 
@@ -171,14 +189,15 @@ def normalization(args: argparse.Namespace, train: data.Images) -> dict[str, Any
 def prepare_data(
     args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[dict[str, data.Images], dict[str, Any], dict[str, Any], Callable[[int], list[Image]]]:
-    """Both splits; timm's description of the input; what results and card say; and the first pictures to test on."""
+    """The splits; timm's description of the input; what results and card say; and the first pictures to test on."""
     config = starting_config(args)
     with accelerator.main_process_first():  # it fills the caches that the others read
         raw, about, length = load_images(args)
     columns = data.find_columns(raw["train"].features, args.image_column_name, args.label_column_name)
     pretrained_cfg = input_of(args, config, raw["train"].features[columns[1]].num_classes)
     splits = prepare_images(args, raw, columns, pretrained_cfg, length)
-    data.check_classes(**splits, all_trained=args.max_train_samples is None)
+    tested = {name: split for name, split in splits.items() if name != "analysed"}
+    data.check_classes(**tested, all_trained=args.max_train_samples is None)
     pretrained_cfg |= normalization(args, splits["train"])
     return splits, pretrained_cfg, about, partial(data.pictures, raw["validation"], columns[0])
 
@@ -224,24 +243,44 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
     if args.lr_scheduler != "cosine":
         restarts = args.lr_restart_milestones if args.lr_scheduler == "restarting" else args.lr_milestones
         return timm_eps.RestartingLR(optimizer, args.lr_milestones, restarts, args.lr_factors)
-    if args.num_warmup_steps >= steps:
-        raise ValueError(f"--num_warmup_steps {args.num_warmup_steps} must be below the {steps} steps of the run.")
+    warmup = round(WARMUP_SHARE * steps) if args.num_warmup_steps is None else args.num_warmup_steps
+    if warmup and warmup >= steps:
+        raise ValueError(f"--num_warmup_steps {warmup} must be below the {steps} steps of the run.")
     # With --lr_decay_start 0 the rate falls as soon as the warm-up ends.
-    falling = min(round(steps * (1 - args.lr_decay_start)), steps - args.num_warmup_steps)
+    falling = min(round(steps * (1 - args.lr_decay_start)), steps - warmup)
     decay = {"num_decay_steps": falling, "decay_type": "cosine"}
-    return get_scheduler(
-        "warmup_stable_decay", optimizer, args.num_warmup_steps, steps, scheduler_specific_kwargs=decay
-    )
+    return get_scheduler("warmup_stable_decay", optimizer, warmup, steps, scheduler_specific_kwargs=decay)
 
 
-def build_pruner(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> EpsilonPruner:
-    ramp = {} if args.keep is None else {"ramp_epochs": args.ramp_epochs, "criterion": args.criterion}
+def build_pruner(
+    args: argparse.Namespace,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    analysed: start.Batches,
+    followers: Iterable[Any],
+) -> EpsilonPruner:
+    """The pruner of a training in which branches close.
+
+    Args:
+        args: Of the command line.
+        model: The network that is trained.
+        optimizer: Holds its parameters.
+        analysed: Images for a criterion that compares branches.
+        followers: Averages of the weights.
+    """
+    budget = start.budget_of(args)
+    ramp: dict[str, Any] = {}
+    if budget is not None:
+        ramp = {"ramp_epochs": args.ramp_epochs, "criterion": start.ramp_criterion(args, analysed)}
+        ramp[budget.argument] = args.keep if budget.argument == "keep" else budget
     return EpsilonPruner(
-        model, optimizer, keep=args.keep, epsilon=args.epsilon, warmup_epochs=args.epsilon_warmup_epochs,
-        patience=args.patience, live_removal=not args.no_live_removal, **ramp,
+        model, optimizer, epsilon=args.epsilon, warmup_epochs=args.epsilon_warmup_epochs, patience=args.patience,
+        live_removal=not args.no_live_removal, followers=followers, **ramp,
     )  # fmt: skip
 
 
+# Of the steps, where a network begins with weights and --num_warmup_steps is not given.
+WARMUP_SHARE = 0.05
 # What a checkpoint holds at the least, whatever its list of files says.
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "training.json")
 
@@ -255,7 +294,7 @@ class Training:
         splits: Images to train and to validate on.
         pretrained_cfg: timm's description of the input.
         directory: Where checkpoints go.
-        with_gates: Whether gates close.
+        is_dense: Whether this is the dense network, for comparison or as a teacher.
         model: What to begin with; if None, what the arguments say.
     """
 
@@ -266,10 +305,11 @@ class Training:
         splits: dict[str, data.Images],
         pretrained_cfg: dict[str, Any],
         directory: Path,
-        with_gates: bool,
+        is_dense: bool,
         model: nn.Module | None = None,
     ) -> None:
         self.args, self.accelerator, self.splits, self.directory = args, accelerator, splits, directory
+        self.is_dense = is_dense
         share = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
         set_seed(args.seed)
         model = build_model(args, pretrained_cfg, splits["train"]) if model is None else model
@@ -286,7 +326,21 @@ class Training:
         )  # fmt: skip
         steps_per_epoch = math.ceil(len(self.batches) / args.gradient_accumulation_steps)
         self.scheduler = build_scheduler(args, self.optimizer, steps_per_epoch * args.num_train_epochs)
-        self.pruner = build_pruner(args, self.model, self.optimizer) if with_gates else None
+        classes = len(splits["train"].label_names)
+        self.mix = label_mixer(classes, args.mixup_alpha, args.cutmix_alpha)
+        if self.mix or args.label_smoothing_factor:
+            smooth_labels(self.model, args.label_smoothing_factor)
+        self.normalize = data.Normalize(pretrained_cfg).to(accelerator.device)
+        self.average = new_average(self.model, args.model_ema_decay) if args.model_ema else None
+        closes = args.prune_at == "ramp" and not (args.no_gates or is_dense)
+        self.pruner = (
+            build_pruner(
+                args, self.model, self.optimizer, analysed_batches(args, accelerator, splits, pretrained_cfg),
+                [self.average] if self.average else [],
+            )
+            if closes
+            else None
+        )  # fmt: skip
         accelerator.free_memory()  # of a training before this one
         self.network, self.prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
 
@@ -296,7 +350,6 @@ class Training:
             "distort": data.Distort(padding),
             "resized_crop": lambda images, draws: images,  # done as the images are read
         }[args.augmentation]
-        self.normalize = data.Normalize(pretrained_cfg).to(accelerator.device)
         # The same in all processes, which augment one batch together; what else is random differs between them.
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())
@@ -322,21 +375,34 @@ class Training:
             raise ChildProcessError(f"{error} {self.remedy()}") from error
         # Without the autocast that mixed precision wraps around forward: what is measured now is what will be loaded.
         self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False, keep_torch_compile=False)
-        self.model.to(memory_format=torch.contiguous_format)
+        self.final.to(memory_format=torch.contiguous_format)
         with reading_images():
-            accuracy, images = self.evaluate()
-        return {
-            "eval_accuracy": accuracy,
+            found = self.evaluate()
+            tested = self.evaluate("test") if "test" in self.splits else None
+        results = {
+            "eval_accuracy": found.accuracy,
+            "eval_accuracy_by_class": found.by_class(self.splits["train"].label_names),
             "eval_accuracy_by_epoch": self.progress.accuracies,
-            "eval_images": images,
+            "eval_images": found.images,
             "train_loss_by_epoch": self.progress.losses,
             "train_seconds": self.progress.seconds,
         }
+        if tested is not None:
+            results |= {"test_accuracy": tested.accuracy, "test_images": tested.images}
+        return results
+
+    @property
+    def final(self) -> nn.Module:
+        """The network that is tested and saved: the average of the weights if there is one."""
+        return self.model if self.average is None else self.average.module
 
     def train_epochs(self) -> None:
         """All epochs that are left, unless a signal stops them."""
         for epoch in range(self.progress.epoch, self.args.num_train_epochs):
-            name = f"{'' if self.pruner else 'dense, '}epoch {epoch + 1}/{self.args.num_train_epochs}"
+            if self.stops_early():
+                break
+            dense = "dense, " if self.is_dense or self.args.no_gates else ""
+            name = f"{dense}epoch {epoch + 1}/{self.args.num_train_epochs}{self.time_left()}"
             with tqdm(
                 total=len(self.batches), initial=self.progress.batch, desc=name, mininterval=0.5,
                 disable=not self.accelerator.is_local_main_process,
@@ -350,6 +416,27 @@ class Training:
                 raise self.interrupted(self.signum)
         if signum := self.watch.last().signum:
             raise self.interrupted(signum)
+
+    def stops_early(self) -> bool:
+        """Whether the accuracy has not risen for so many epochs, of those since the structure changed last."""
+        patience, accuracies = self.args.early_stopping_patience, self.progress.accuracies
+        if patience is None:
+            return False
+        if self.pruner:
+            if self.pruner.discarded < self.pruner.total - self.pruner.wanted:
+                return False
+            changed = [index for index, record in enumerate(self.pruner.history) if record["removed"]]
+            accuracies = accuracies[max(changed, default=-1) + 1 :]
+        return len(accuracies) - (accuracies.index(max(accuracies)) if accuracies else 0) > patience
+
+    def time_left(self) -> str:
+        """What the epochs to come take, by those before, for the progress bar."""
+        progress, batches = self.progress, len(self.batches)
+        done = progress.epoch * batches + progress.batch
+        if not done:
+            return ""
+        left = progress.seconds / done * (self.args.num_train_epochs * batches - done)
+        return f", {timedelta(seconds=round(left))} left"
 
     def queue(self) -> AbstractContextManager[None]:
         """Where an epoch is computed."""
@@ -374,6 +461,8 @@ class Training:
             accumulated = min(together, len(self.batches) - index // together * together)
             with nullcontext() if takes_step else self.accelerator.no_sync(self.network):
                 batch = self.read(images), self.there(labels)
+                if self.mix:
+                    batch = self.mix(*batch)
                 self.loss += self.graphs(*batch) if self.graphs else self.passes(*batch, accumulated)
             self.progress.batch = index + 1
             if takes_step:
@@ -406,6 +495,8 @@ class Training:
         self.prepared_optimizer.step()
         self.prepared_optimizer.zero_grad()
         progress.step += 1
+        if self.average is not None:
+            self.average.update(self.model, step=progress.step)
         if args.lr_scheduler == "cosine" and not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         if args.weight_decay_drop and progress.step % args.weight_decay_drop[0] == 0:
@@ -473,7 +564,7 @@ class Training:
         self.lap()
         found: dict[str, float] = {"train_loss": progress.losses[-1]}
         if args.eval_strategy == "epoch":
-            progress.accuracies.append(self.evaluate()[0])
+            progress.accuracies.append(self.evaluate().accuracy)
             found["eval_accuracy"] = progress.accuracies[-1]
         progress.epoch, progress.batch = progress.epoch + 1, 0
         self.loss.zero_()
@@ -492,32 +583,21 @@ class Training:
         return f"loss {progress.losses[-1]:.4f}{right}{left}"
 
     def log(self, values: dict[str, Any]) -> None:
-        prefix = "" if self.pruner or self.args.no_gates else "dense/"
+        prefix = "dense/" if self.is_dense else ""
         self.accelerator.log({f"{prefix}{name}": value for name, value in values.items()}, step=self.progress.step)
 
-    @torch.no_grad()
-    def evaluate(self) -> tuple[float, int]:
-        """Share of the images to test on that is classified correctly, over all processes, and how many there are."""
-        self.model.eval()
-        count = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)  # correct ones, all
-        for images, labels, corrupt in data.evaluation_batches(
-            self.splits["validation"], self.args.per_device_eval_batch_size, rank=self.draws.rank,
-            processes=self.draws.processes, num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.batches.pin_memory,
-        ):  # fmt: skip
-            note_corrupt(self.args, corrupt, "validation", self.progress.corrupt)
-            if len(labels):
-                right = self.model(self.normalize(self.there(images))).logits.argmax(-1) == self.there(labels)
-                count += torch.stack([right.sum(), torch.as_tensor(len(labels), device=count.device)])
-        correct, images = self.accelerator.reduce(count).tolist()
-        if not images:
-            raise ValueError("No image of the validation split can be read.")
-        return correct / images, images
+    def evaluate(self, split: str = "validation") -> Evaluation:
+        """What the network gets right of a split, over all processes."""
+        return evaluate(
+            self.args, self.accelerator, self.final, self.splits[split], self.normalize, self.progress.corrupt
+        )
 
     def share_statistics(self) -> None:
         """Give all processes the same statistics of batch norm: their mean."""
         if self.draws.processes > 1:
-            distribute_bn(self.model, self.draws.processes, reduce=True)
+            for network in (self.model, self.average):
+                if network is not None:
+                    distribute_bn(network, self.draws.processes, reduce=True)
 
     def is_due(self) -> bool:
         every = self.args.checkpointing_steps
@@ -552,8 +632,11 @@ class Training:
         if self.draws.processes > 1:
             save_own(self.model, self.loss, staging / f"process_{self.draws.rank}.safetensors")
         if self.accelerator.is_main_process:
+            if self.average is not None:
+                save_average(self.average, staging)
             state = {
                 "run": self.identity(),
+                "removed": removed_slots(self.model),
                 "progress": asdict(self.progress),
                 "scheduler": self.scheduler.state_dict(),
                 "pruner": self.pruner and self.pruner.state_dict(),
@@ -570,7 +653,7 @@ class Training:
         """What must be the same for a run to go on as it would have."""
         found = {**binding_arguments(self.args), "number of processes": self.draws.processes}
         found |= {
-            "gates": "on" if self.pruner else "off, as the dense network",
+            "gates": "off, as the dense network" if self.is_dense or self.args.no_gates else "on",
             "mixed precision": self.accelerator.mixed_precision,
         }
         found |= {"batches an epoch": len(self.batches)}  # last, as it follows from others
@@ -609,6 +692,8 @@ class Training:
             check_pruner(state["pruner"], progress.epoch)
             self.pruner.load_state_dict(state["pruner"])
             rewrap(self.network)
+        if self.average is not None:
+            load_average(self.average, checkpoint)
         self.accelerator.load_state(str(checkpoint))
         check_random_states(checkpoint / f"random_states_{self.draws.rank}.pkl")
         self.scheduler.load_state_dict(state["scheduler"])
@@ -649,16 +734,143 @@ def train(
     splits: dict[str, data.Images],
     pretrained_cfg: dict[str, Any],
     *,
-    for_comparison: bool = False,
+    is_dense: bool = False,
     model: nn.Module | None = None,
 ) -> tuple[Training, dict[str, Any]]:
-    """A training to its end, with gates, or the dense one to compare it with. Returns it and its results."""
-    directory = Path(args.output_dir) / ("dense" if for_comparison else "")
-    with_gates = not (args.no_gates or for_comparison)
-    training = Training(args, accelerator, splits, pretrained_cfg, directory, with_gates, model)
+    """A training to its end, or that of the dense network before or beside it. Returns it and its results."""
+    directory = Path(args.output_dir) / ("dense" if is_dense else "")
+    training = Training(args, accelerator, splits, pretrained_cfg, directory, is_dense, model)
     if checkpoint := find_checkpoint(args, directory):
         training.resume(checkpoint)
     return training, training.run()
+
+
+def begin(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    splits: dict[str, data.Images],
+    pretrained_cfg: dict[str, Any],
+) -> tuple[nn.Module | None, dict[str, Any]]:
+    """What the training begins with: its network, cut for the budget, with its teacher; and what is known by then.
+
+    The network is None where the training begins with what the arguments say.
+    """
+    has_weights, closes_later = begins_with_weights(args), args.prune_at == "ramp"
+    if not has_weights and closes_later and not args.teacher:
+        return None, {}
+    set_seed(args.seed)
+    model = build_model(args, pretrained_cfg, splits["train"]).to(accelerator.device)
+    trained, results = model, {}
+    if epochs := dense_epochs(args, model, splits):
+        first = argparse.Namespace(**{**vars(args), "num_train_epochs": epochs, "teacher": None})
+        accelerator.print(f"The dense network is fine-tuned first, for {epochs} epochs.")
+        training, dense = train(first, accelerator, splits, pretrained_cfg, is_dense=True)
+        trained = training.final
+        results = {f"dense_{name}": value for name, value in dense.items() if name != "eval_images"}
+        accelerator.print(f"It took {dense['train_seconds']:.0f} s; accuracy {dense['eval_accuracy']:.4f}.")
+    elif knows_classes(args, model, splits):
+        normalize = data.Normalize(pretrained_cfg).to(accelerator.device)
+        found = evaluate(args, accelerator, model, splits["validation"], normalize)
+        results = {"start_eval_accuracy": found.accuracy}
+        if not removed_slots(model):  # it is the dense network
+            results |= {"dense_eval_accuracy": found.accuracy}
+            results |= {"dense_eval_accuracy_by_class": found.by_class(splits["train"].label_names)}
+    if args.teacher:
+        if args.teacher == "self":
+            copied = timm_eps.Distillation.of_itself(trained, args.teacher_weight, args.teacher_temperature)
+            teacher = copied.teacher
+        else:
+            teacher = start.load_teacher(args.teacher, splits["train"].label_names, pretrained_cfg)
+        teacher.to(accelerator.device)
+        model.distillation = timm_eps.Distillation(teacher, args.teacher_weight, args.teacher_temperature)
+    if not (closes_later or args.no_gates):
+        timm_eps.prune(model, slots_to_remove(args, accelerator, trained, splits, pretrained_cfg))
+    return model, results
+
+
+def slots_to_remove(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: nn.Module,
+    splits: dict[str, data.Images],
+    pretrained_cfg: dict[str, Any],
+) -> list[str]:
+    """The branches to remove before the training; of a run that goes on, those that it began without."""
+    if checkpoint := find_checkpoint(args, Path(args.output_dir)):
+        with checkpoints.taking_up(checkpoint):
+            removed = check_slots("removed", load_state(checkpoint / "training.json")["removed"])
+        return [slot for slot in removed if slot in gates(model)]
+    chosen = [None]
+    if accelerator.is_main_process:
+        batches = analysed_batches(args, accelerator, splits, pretrained_cfg)
+        chosen = [start.choose_slots(args, model, batches)]
+    slots = broadcast_object_list(chosen)[0]
+    accelerator.print(f"Removing {len(slots)} of {len(gates(model))} branches before the training.")
+    return slots
+
+
+def knows_classes(args: argparse.Namespace, model: nn.Module, splits: dict[str, data.Images]) -> bool:
+    """Whether the network has a classifier that was saved with it, for the classes of the data set."""
+    if not args.model_name_or_path:
+        return False
+    stored = AutoConfig.from_pretrained(args.model_name_or_path)
+    return stored.num_labels == len(splits["train"].label_names)
+
+
+def dense_epochs(args: argparse.Namespace, model: nn.Module, splits: dict[str, data.Images]) -> int:
+    """For how many epochs the dense network is fine-tuned first."""
+    if not start.needs_trained_classifier(args):
+        return 0
+    if args.dense_epochs is not None:
+        return args.dense_epochs
+    if knows_classes(args, model, splits):
+        return 0
+    if not args.num_train_epochs:
+        raise ValueError("The classifier is new, and --num_train_epochs 0 leaves it so; give --dense_epochs.")
+    return args.num_train_epochs
+
+
+def analysed_batches(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    splits: dict[str, data.Images],
+    pretrained_cfg: dict[str, Any],
+) -> list[tuple[Tensor, Tensor]]:
+    """Training images to compare branches on, normalised, with labels, on the device; none if they are not needed."""
+    if "analysed" not in splits:
+        return []
+    normalize = data.Normalize(pretrained_cfg).to(accelerator.device)
+    batches = data.evaluation_batches(splits["analysed"], 128)
+    found = [(images.to(accelerator.device), labels.to(accelerator.device)) for images, labels, _ in batches]
+    return [(normalize(images), labels) for images, labels in found if len(labels)]
+
+
+@torch.no_grad()
+def evaluate(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: nn.Module,
+    images: data.Images,
+    normalize: data.Normalize,
+    known_corrupt: list[str] | None = None,
+) -> Evaluation:
+    """What a network gets right of the images to test on, over all processes."""
+    model.eval()
+    classes = len(images.label_names)
+    count = torch.zeros(2, classes, dtype=torch.int64, device=accelerator.device)  # correct ones, all
+    for batch, labels, corrupt in data.evaluation_batches(
+        images, args.per_device_eval_batch_size, rank=accelerator.process_index, processes=accelerator.num_processes,
+        num_workers=args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
+    ):  # fmt: skip
+        note_corrupt(args, corrupt, "validation", [] if known_corrupt is None else known_corrupt)
+        if len(labels):
+            pixels, labels = (x.to(accelerator.device, non_blocking=True) for x in (batch, labels))
+            right = model(normalize(pixels)).logits.argmax(-1) == labels
+            count += torch.stack([labels[right].bincount(minlength=classes), labels.bincount(minlength=classes)])
+    correct, seen = accelerator.reduce(count).tolist()
+    if not sum(seen):
+        raise ValueError("No image of the validation split can be read.")
+    return Evaluation(correct, seen)
 
 
 def note_corrupt(args: argparse.Namespace, names: list[str], split: str, known: list[str]) -> None:
@@ -668,7 +880,7 @@ def note_corrupt(args: argparse.Namespace, names: list[str], split: str, known: 
     known += sorted({f"{name} ({split})" for name in names}.difference(known))
 
 
-def compare(model: nn.Module, images: Tensor) -> dict[str, Any]:
+def compare(model: nn.Module, images: Tensor, batch_sizes: Iterable[int] = (1, 128)) -> dict[str, Any]:
     """Structure, size and speed of the pruned network beside the unpruned one of its architecture."""
     arguments = dict(model.config.model_args)
     removed = arguments.pop("removed", [])
@@ -681,7 +893,7 @@ def compare(model: nn.Module, images: Tensor) -> dict[str, Any]:
     for prefix, network in pair.items():
         found[f"{prefix}params"] = report.count_parameters(network)
         found[f"{prefix}macs"] = report.count_macs(network, images[:1])
-    for batch_size in (1, 128):
+    for batch_size in batch_sizes:
         batch = images.repeat(math.ceil(batch_size / len(images)), 1, 1, 1)[:batch_size]
         for prefix, latency in report.paired_latency(pair, batch).items():
             found[f"{prefix}latency_batch{batch_size}_seconds"] = latency
@@ -728,6 +940,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         # The loop divides the loss itself: the last steps of an epoch may accumulate fewer batches.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="inductor" if args.compile else None,
+        mixed_precision=args.mixed_precision,
         # Each process keeps the statistics of its own batches; they are averaged when they are needed.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         log_with=(args.report_to or "all") if args.with_tracking else None,
@@ -799,33 +1012,39 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
     splits, pretrained_cfg, about, pictures = prepare_data(args, accelerator)
     corrupt: list[str] = []
     for name, split in splits.items():
+        if name == "analysed":  # they are among those to train on
+            continue
         note_corrupt(args, getattr(split, "unreadable", []), name, corrupt)
 
     size = "x".join(str(n) for n in pretrained_cfg["input_size"])
     tested = "a stream" if args.streaming else f"{len(splits['validation']):,}"
+    doing = "To train" if args.dry_run else "Training"
     accelerator.print(
-        f"Training {args.model_name_or_path or args.architecture} on {len(splits['train']):,} images of "
+        f"{doing} {args.model_name_or_path or args.architecture} on {len(splits['train']):,} images of "
         f"{about['dataset']} ({size}, {len(splits['train'].label_names)} classes), "
         f"testing on {tested} ({about['eval_split']}); seed {args.seed}."
     )
-    training, results = train(args, accelerator, splits, pretrained_cfg)
+    if args.dry_run:
+        return dry_run(args, accelerator, splits, pretrained_cfg)
+    model, known = begin(args, accelerator, splits, pretrained_cfg)
+    training, results = train(args, accelerator, splits, pretrained_cfg, model=model)
     corrupt = sorted(set(gather_object([*corrupt, *training.progress.corrupt])))
-    if args.compare_dense and training.pruner:
-        _, dense = train(args, accelerator, splits, pretrained_cfg, for_comparison=True)
-        del dense["eval_images"]  # the same
-        results |= {f"dense_{name}": value for name, value in dense.items()}
+    results |= known
+    if args.compare_dense and "dense_train_seconds" not in results:
+        _, dense = train(args, accelerator, splits, pretrained_cfg, is_dense=True)
+        results |= {f"dense_{name}": value for name, value in dense.items() if name != "eval_images"}
     accelerator.end_training()
     if not accelerator.is_main_process:
         return results
     if corrupt:
         print(f"{len(corrupt)} images could not be read and were left out, such as {', '.join(corrupt[:5])}.")
-    model, history = training.model, training.pruner.history if training.pruner else []
+    model, history = training.final, training.pruner.history if training.pruner else []
     model.config.base_model = base_model(args) or model.config.base_model
     sample = data.Normalize(pretrained_cfg)(splits["validation"].first(32)).to(accelerator.device)
     live = logits_of(model, sample)
     timm_eps.remove_closed(model)
     results |= about
-    results |= compare(model, sample)
+    results |= compare(model, sample, {1, 128} | ({args.latency_batch_size} if args.target_latency else set()))
     results |= {
         "architecture": model.config.architecture,
         "arguments": used_arguments(args),
@@ -839,7 +1058,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
         "hardware": hardware(accelerator),
         "versions": versions(),
     }
-    if args.keep is not None:
+    if args.keep is not None and training.pruner:
         results["blocks_wanted"] = training.pruner.wanted
     saved = {
         "results": results, "history": history, "remote_code": args.with_remote_code, "onnx": args.with_onnx,
@@ -852,11 +1071,25 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
         ) from error
 
     print(f"\n{report.outcome(results)}\n\n{report.comparison_table(results)}\n")
+    if changes := report.class_changes(results):
+        print(f"{changes}\n")
     print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
     print(check_reload(args.output_dir, live, sample, pictures(len(sample))) + ".")
     if repo_id is not None:
         push(args, model, repo_id, f"Trained on {about['dataset']}, {results['blocks_kept']} blocks left", saved)
     return results
+
+
+def dry_run(
+    args: argparse.Namespace, accelerator: Accelerator, splits: dict[str, data.Images], pretrained_cfg: dict[str, Any]
+) -> dict[str, Any]:
+    """Print what can be removed from the network that the training would begin with. Returns nothing."""
+    if accelerator.is_main_process:
+        set_seed(args.seed)
+        model = build_model(args, pretrained_cfg, splits["train"]).to(accelerator.device).eval()
+        batches = analysed_batches(args, accelerator, splits, pretrained_cfg)
+        print(start.describe(args, model, batches, knows_classes(args, model, splits)))
+    return {}
 
 
 def push(args: argparse.Namespace, model: nn.Module, repo_id: str, message: str, saved: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ def check(hub, ready, saved, caplog, request: str, fault: str, scope: str) -> st
         assert done.repo_url.repo_id == "me/faults"
         return "published"
     said = str(error)
-    assert isinstance(error, (HfHubHTTPError, ConnectionError, RuntimeError)), repr(error)
+    assert isinstance(error, HfHubHTTPError | ConnectionError | RuntimeError), repr(error)
     assert "\n" not in said
     assert len(said) < 900
     assert hub.token not in "".join(traceback.format_exception(error))

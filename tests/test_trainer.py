@@ -34,7 +34,7 @@ from transformers.utils import logging as hf_logging
 import timm_eps
 from timm_eps import EpsilonCallback, EpsResNetBackbone, EpsResNetConfig, EpsResNetForImageClassification
 from timm_eps.branches import gates
-from timm_eps.pruner import CRITERIA
+from timm_eps.criteria import CRITERIA
 from timm_eps.surgery import closed_slots, removed_slots
 
 BUDGET = dict(keep=4, warmup_epochs=1, ramp_epochs=2, patience=2)

@@ -29,9 +29,11 @@ from .evaluation import Batch, Loss, evaluate, read_batches
 from .importance import importance_ranks
 from .measure import gated_copy
 from .suffix import scores_without_each
-from .surgery import closed_slots
+from .surgery import closed_slots, natural_order
 
-__all__ = ["CRITERIA", "Criterion", "Importance", "LeaveOneOut", "Response", "Seen", "criterion_from", "ranked_by"]
+__all__ = [
+    "CRITERIA", "Criterion", "Importance", "Last", "LeaveOneOut", "Response", "Seen", "criterion_from", "ranked_by",
+]  # fmt: skip
 
 
 class Seen(NamedTuple):
@@ -92,6 +94,17 @@ class Importance:
         return ranks
 
 
+class Last:
+    """The last branches of the network close first.
+
+    A simple cut to compare with. On a pretrained network it is hard to beat: late blocks are large, and know most about
+    the classes that the network was trained on before.
+    """
+
+    def __call__(self, seen: Seen) -> Mapping[str, float]:
+        return {slot: -index for index, slot in enumerate(sorted(seen.responses, key=natural_order))}
+
+
 class LeaveOneOut:
     """The branches without which the loss rises least close first: measured exactly, on images of one's own.
 
@@ -119,7 +132,11 @@ class LeaveOneOut:
         return rises | {slot: least for slot in closed if slot in gates(net)}
 
 
-CRITERIA: dict[str, type[Response] | type[Importance]] = {"response": Response, "importance": Importance}
+CRITERIA: dict[str, type[Response | Importance | Last]] = {
+    "response": Response,
+    "importance": Importance,
+    "last": Last,
+}
 
 
 def criterion_from(criterion: str | Criterion) -> Criterion:

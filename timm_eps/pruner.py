@@ -32,9 +32,8 @@ from .surgery import add_gates, remove, removed_slots, replay_removed
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ["CRITERIA", "EpsilonPruner"]
+__all__ = ["EpsilonPruner"]
 
-CRITERIA = ("response", "importance")
 _STATE = {"epoch", "epsilon", "removed", "streaks", "closed", "responses", "importances", "history"}
 
 
@@ -67,12 +66,13 @@ class EpsilonPruner:
         ramp_epochs: With a budget: epochs from the first closed branch to the full budget.
         patience: Epochs in a row that a branch must stay closed before it is removed.
         live_removal: Remove during training. Without it, closed branches stay until :func:`remove_closed` or a save.
-        criterion: With a budget, what branches are ranked by: ``'response'``, the largest of an epoch; or
-            ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`); or an
-            object of :mod:`timm_eps.criteria`, or one of your own. By importance under ``keep`` each stage keeps its
-            share of the budget, if that is as large as there are stages. By all but the response each branch that is
-            due gets an ε of its own, twice its response. Importance is measured in the epochs after which branches are
-            to close, in no others, over the steps of the optimizer: give the pruner that one.
+        criterion: With a budget, what branches are ranked by: ``'response'``, the largest of an epoch;
+            ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`);
+            ``'last'``, the last of the network first; or an object of :mod:`timm_eps.criteria`, or one of your own. By
+            importance under ``keep`` each stage keeps its share of the budget, if that is as large as there are
+            stages. By all but the response each branch that is due gets an ε of its own, twice its response. Importance
+            is measured in the epochs after which branches are to close, in no others, over the steps of the optimizer:
+            give the pruner that one.
         prune_frozen: Whether a branch goes that cannot learn, because none of its parameters needs a gradient. By
             default it stays, and counts as one of those that the budget keeps.
         followers: Copies of the model that are updated in place and must have its structure, such as averages of its

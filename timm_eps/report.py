@@ -20,6 +20,7 @@ from .branches import evaluating, stage_of
 from .tracing import meta_copy
 
 __all__ = [
+    "class_changes",
     "comparison_table",
     "count_macs",
     "count_parameters",
@@ -147,6 +148,8 @@ def comparison_table(results: Mapping[str, Any]) -> str:
         times = results["dense_train_seconds"], results["train_seconds"]
         lines.append(row("training time", *times, "{:.0f} s".format, f"{times[1] / times[0]:.2f}×"))
     lines.append(row("accuracy", dense_accuracy, accuracy, percent, difference))
+    if "test_accuracy" in results:
+        lines.append(row("accuracy, test split", results.get("dense_test_accuracy"), results["test_accuracy"], percent))
     return "\n".join(lines)
 
 
@@ -177,6 +180,24 @@ def outcome(results: Mapping[str, Any]) -> str:
     return text
 
 
+def class_changes(results: Mapping[str, Any], most: int = 3) -> str:
+    """The classes whose accuracy fell most from the dense network to the pruned one; empty if that is not known.
+
+    Args:
+        results: Values of ``all_results.json``.
+        most: Number of classes to name.
+    """
+    before, after = (results.get(f"{prefix}eval_accuracy_by_class") or {} for prefix in ("dense_", ""))
+    changes = {name: 100 * (after[name] - value) for name, value in before.items() if name in after}
+    worst = sorted((name for name in changes if changes[name] < 0), key=changes.__getitem__)[:most]
+    if not changes:
+        return ""
+    if not worst:
+        return "By class: the accuracy of none fell."
+    named = ", ".join(f"{name} {changes[name]:+.1f}".replace("-", "−") for name in worst)
+    return f"By class, in points, the accuracy fell most for: {named}."
+
+
 def _plain_table(results: Mapping[str, Any]) -> str:
     """A Markdown table of a network that has all its branches."""
     rows = {
@@ -188,6 +209,8 @@ def _plain_table(results: Mapping[str, Any]) -> str:
         size = key.removeprefix("latency_batch").removesuffix("_seconds")
         rows[f"latency at batch {size}"] = _milliseconds(results[key])
     rows["accuracy"] = f"{100 * results['eval_accuracy']:.2f} %"
+    if "test_accuracy" in results:
+        rows["accuracy, test split"] = f"{100 * results['test_accuracy']:.2f} %"
     lines = [f"| {what} | {value} |" for what, value in rows.items()]
     return "\n".join([f"| {results['architecture']} | |", "|---|---:|", *lines])
 

@@ -43,7 +43,9 @@ def load_state(path: Path) -> dict[str, Any]:
         OSError: It cannot be read.
     """
     state = load_json(path)
-    check_like(state, {"run": None, "progress": None, "scheduler": None, "pruner": None, "draws": ""}, path.name)
+    check_like(
+        state, {"run": None, "progress": None, "scheduler": None, "pruner": None, "removed": [], "draws": ""}, path.name
+    )
     if not isinstance(state["run"], dict):
         raise ValueError(f"{path.name}.run must be an object, got {type(state['run']).__name__}")
     return state
@@ -140,7 +142,11 @@ def check_pruner(stored: Any, epoch: int) -> None:
         ValueError: It cannot be such a state; names the field.
     """
     by_slot: dict[str, Any] = dict.fromkeys(("epsilon", "importances", "responses", "streaks"))
-    check_like(stored, {"epoch": 0, "closed": [], "removed": [], "history": [], **by_slot}, "pruner")
+    has_budget = isinstance(stored, dict) and "budget" in stored  # of what was measured of the dense network
+    budget: dict[str, Any] = {"budget": None} if has_budget else {}
+    check_like(stored, {"epoch": 0, "closed": [], "removed": [], "history": [], **by_slot, **budget}, "pruner")
+    for name, value in (stored["budget"] or {}).items() if has_budget else ():
+        _check_numbers(value if isinstance(value, dict) else {name: value}, f"pruner.budget.{name}", float)
     if stored["epoch"] != epoch or len(stored["history"]) != epoch:
         raise ValueError(f"pruner.epoch and pruner.history must be of {epoch} epochs, got {stored['epoch']}")
     for name in by_slot:

@@ -100,8 +100,10 @@ def load_splits(
     seed: int = 0,
     train_split_name: str = "train",
     streaming: bool = False,
+    test_dir: str | None = None,
+    test_split_name: str | None = None,
 ) -> tuple[dict[str, Rows], str, int | None]:
-    """Training and validation images from the Hub or from folders.
+    """Training and validation images from the Hub or from folders, and images to test on if they are named.
 
     Args:
         dataset_name: A data set on the Hub, or a local directory that ``datasets.load_dataset`` reads.
@@ -115,31 +117,40 @@ def load_splits(
         seed: Of that split.
         train_split_name: The split to train on, or several joined by ``+``, such as ``train+extra``.
         streaming: Read the images as they come, and keep none of them on the disk.
+        test_dir: A directory as ``train_dir``, of images to test on; they are not validated on.
+        test_split_name: A split of the data set to test on; it is not validated on.
 
     Returns:
-        Splits ``train`` and ``validation``; which images the latter are; and the number of training images, None for a
-        stream that does not say.
+        Splits ``train`` and ``validation``, and ``test`` if it is named; which images are validated on; and the number
+        of training images, None for a stream that does not say.
 
     Raises:
-        ValueError: Nothing to load is named, a split to train on is not there, a stream has no split to validate on,
-            or a named column cannot be used.
+        ValueError: Nothing to load is named, a split to train or to test on is not there, a stream has no split to
+            validate on, or a named column cannot be used.
     """
     if dataset_name is not None:
         splits = datasets.load_dataset(
             dataset_name, dataset_config_name, streaming=streaming, cache_dir=_cache_of(dataset_name)
         )
     elif train_dir is not None:
-        folders = {"train": f"{train_dir}/**", "validation": f"{validation_dir}/**" if validation_dir else None}
-        files = {name: pattern for name, pattern in folders.items() if pattern}
+        folders = {"train": train_dir, "validation": validation_dir, "test": test_dir}
+        files = {name: f"{directory}/**" for name, directory in folders.items() if directory}
+        test_split_name = "test" if test_dir else None
         splits = datasets.load_dataset("imagefolder", data_files=files, streaming=streaming)
     else:
         raise ValueError("Name the images: --dataset_name, or --train_dir with --validation_dir.")
     names = train_split_name.split("+")
-    if missing := [name for name in names if name not in splits]:
+    untouched = [test_split_name] if test_split_name else []
+    if missing := [name for name in (*names, *untouched) if name not in splits]:
         raise ValueError(f"The data set has no split {missing[0]!r}, only {sorted(splits)}.")
+    if both := set(names).intersection(untouched):
+        raise ValueError(f"--test_split_name {min(both)} is among the splits that are trained on, {train_split_name}.")
     lengths = [_length(splits[name], name) for name in names]
     found = {"train": datasets.concatenate_datasets([splits[name] for name in names])}
-    tested = next((name for name in ("validation", "test") if name in splits and name not in names), None)
+    used = {*names, *untouched}
+    tested = next((name for name in ("validation", "test") if name in splits and name not in used), None)
+    if test_split_name:
+        found["test"] = splits[test_split_name]
     if tested:
         found["validation"] = splits[tested]
     elif streaming:
@@ -159,7 +170,8 @@ def load_splits(
         )
     halves = found["train"].train_test_split(train_val_split, stratify_by_column=label, seed=seed)
     share = f"{100 * train_val_split:g} % of {train_split_name}"
-    return {"train": halves["train"], "validation": halves["test"]}, share, len(halves["train"])
+    found |= {"train": halves["train"], "validation": halves["test"]}
+    return found, share, len(halves["train"])
 
 
 def _cache_of(directory: str) -> str | None:
@@ -200,16 +212,16 @@ def _with_types(splits: dict[str, Rows], image_column: str | None, label_column:
         values = sorted(value for value in splits["train"].unique(label_column) if value is not None)
         number_of = {value: number for number, value in enumerate(values)}
         kind = datasets.ClassLabel(names=[str(value) for value in values])
-        splits = {name: _as_classes(rows, label_column, number_of, kind) for name, rows in splits.items()}
+        splits = {name: _as_classes(rows, name, label_column, number_of, kind) for name, rows in splits.items()}
     return splits
 
 
 def _as_classes(
-    rows: datasets.Dataset, column: str, number_of: dict[Any, int], kind: datasets.ClassLabel
+    rows: datasets.Dataset, split: str, column: str, number_of: dict[Any, int], kind: datasets.ClassLabel
 ) -> datasets.Dataset:
     given = rows[column]
     if strangers := [value for value in rows.unique(column) if value is not None and value not in number_of]:
-        raise ValueError(f"Class {strangers[0]!r} is in the validation split but has no training image.")
+        raise ValueError(f"Class {strangers[0]!r} is in the {split} split but has no training image.")
     numbers = [number_of.get(value) for value in given]
     return rows.remove_columns(column).add_column(column, numbers, feature=kind)
 
@@ -225,22 +237,27 @@ def check_labels(labels: Sequence[int | None], column: str, names: Sequence[str]
     return numbers
 
 
-def check_classes(train: Any, validation: Any, *, all_trained: bool = True) -> None:
-    """Raise ValueError if the splits number classes differently, or one to validate on was never trained.
+def check_classes(train: Any, *, all_trained: bool = True, **others: Any) -> None:
+    """Raise ValueError if splits number classes differently, or a class to test on was never trained.
 
     The latter is not known of streams, and not looked for without ``all_trained``: a sample may lack classes.
+
+    Args:
+        train: The images to train on.
+        all_trained: Whether these are all training images.
+        others: The other splits, by name.
     """
-    if train.label_names != validation.label_names:
-        raise ValueError(
-            f"The training split has the classes {train.label_names}, the validation split {validation.label_names}."
-        )
-    if not (all_trained and hasattr(train, "labels") and hasattr(validation, "labels")):
-        return
-    unseen = sorted(set(validation.labels.tolist()) - set(train.labels.tolist()))
-    if unseen:
-        raise ValueError(
-            f"Class {train.label_names[unseen[0]]!r} is in the validation split but has no training image."
-        )
+    for name, split in others.items():
+        if train.label_names != split.label_names:
+            raise ValueError(
+                f"The training split has the classes {train.label_names}, the {name} split {split.label_names}."
+            )
+        if not (all_trained and hasattr(train, "labels") and hasattr(split, "labels")):
+            continue
+        if unseen := sorted(set(split.labels.tolist()) - set(train.labels.tolist())):
+            raise ValueError(
+                f"Class {train.label_names[unseen[0]]!r} is in the {name} split but has no training image."
+            )
 
 
 def sample(split: Rows, most: int | None, seed: int) -> Rows:

@@ -1,0 +1,44 @@
+"""Which branches to remove for a budget, in an order that is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from .budget import Budget, Keep
+from .cost_schedule import CostEpsilon
+from .measure import gated_copy, open_slots
+from .surgery import closed_slots, remove, removed_slots
+
+__all__ = ["first_within"]
+
+
+def first_within(model: nn.Module, ranks: Mapping[str, float], budget: Budget) -> list[str]:
+    """The branches of the lowest ranks, as many as a budget asks to remove. At least one branch stays.
+
+    Args:
+        model: A timm model with or without gates, or a transformers model of this package. It stays as it is.
+        ranks: A number for each branch that may go, by slot.
+        budget: What may stay. Parameters and multiply-adds are counted on the structure that is left; latency is
+            measured on the model's device, and corrected until the pruned network meets it.
+
+    Returns:
+        Slot paths in the order of their ranks, for :func:`timm_eps.prune`.
+
+    Raises:
+        ValueError: A slot is unknown, or the network exceeds the budget even without any branch.
+    """
+    net = gated_copy(model)
+    total = len(removed_slots(net)) + len(open_slots(net)) + len(closed_slots(net))
+    remove(net, closed_slots(net))
+    there = open_slots(net)
+    if strangers := ranks.keys() - set(there):
+        raise ValueError(f"ranks has {min(strangers)!r}, which is no open branch of this {type(net).__name__}.")
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    if isinstance(budget, Keep):
+        return ordered[: max(len(there) - int(budget.goal(total)), 0)]
+    schedule = CostEpsilon(budget)
+    schedule.attach(net)
+    due, _ = schedule.divide(0, ranks, total)
+    return due

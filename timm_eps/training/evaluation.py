@@ -1,0 +1,35 @@
+"""What a classifier gets right, by class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["Evaluation"]
+
+
+class Evaluation(NamedTuple):
+    """Counts over the images that were tested on.
+
+    Attributes:
+        correct: Number of images of each class that are classified correctly.
+        seen: Number of images of each class.
+    """
+
+    correct: list[int]
+    seen: list[int]
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return sum(self.seen)
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the images that are classified correctly."""
+        return sum(self.correct) / self.images
+
+    def by_class(self, names: Sequence[str]) -> dict[str, float]:
+        """That fraction of each class that has images, by its name."""
+        rows = zip(names, self.correct, self.seen, strict=True)
+        return {name: correct / seen for name, correct, seen in rows if seen}
