@@ -785,6 +785,10 @@ def begin(
         model.distillation = timm_eps.Distillation(teacher, args.teacher_weight, args.teacher_temperature)
     if not (closes_later or args.no_gates):
         timm_eps.prune(model, slots_to_remove(args, accelerator, trained, splits, pretrained_cfg))
+        if not args.num_train_epochs:
+            batches = analysed_batches(args, accelerator, splits, pretrained_cfg)
+            if start.estimate_statistics(model, batches):
+                accelerator.print("The statistics of batch norm were taken anew on training images.")
     return model, results
 
 

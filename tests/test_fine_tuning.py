@@ -176,7 +176,10 @@ def test_a_trained_network_is_cut_without_training(dense, tmp_path, capsys):
     assert results["blocks_kept"] == 8
     assert results["train_loss_by_epoch"] == []
     before, after = load_file(dense / "model.safetensors"), load_file(out / "model.safetensors")
-    assert all(torch.equal(before[name], value) for name, value in after.items())
+    statistics = {name for name in after if "running" in name or "num_batches" in name}
+    assert all(torch.equal(before[name], after[name]) for name in after.keys() - statistics)
+    assert not all(torch.equal(before[name], after[name]) for name in statistics)
+    assert results["eval_accuracy"] > 0.8 * results["start_eval_accuracy"]
     said = capsys.readouterr().out
     assert "Removing 1 of 9 branches before the training." in said
     assert "By class" in said

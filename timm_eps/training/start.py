@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from transformers import AutoModelForImageClassification
 
 from ..analysis import analyze
 from ..analysis_report import Analysis
+from ..branches import timm_body
 from ..budget import BUDGETS, Budget, TargetLatency, check_reachable
 from ..criteria import Criterion, LeaveOneOut
 from ..measure import gated_copy, open_slots
@@ -20,8 +22,8 @@ from ..ordered import first_within
 from ..surgery import natural_order, removed_slots
 
 __all__ = [
-    "ANALYSED", "budget_of", "choose_slots", "describe", "load_teacher", "needs_analysis", "needs_trained_classifier",
-    "ramp_criterion",
+    "ANALYSED", "Batches", "budget_of", "choose_slots", "describe", "estimate_statistics", "load_teacher",
+    "needs_analysis", "needs_trained_classifier", "ramp_criterion",
 ]  # fmt: skip
 
 # Training images on which branches are compared: at a thousand, a rise of the loss of 0.01 is told from none.
@@ -39,8 +41,9 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
 
 
 def needs_analysis(args: argparse.Namespace) -> bool:
-    """Whether branches are compared on training images."""
-    return args.dry_run or args.criterion == "leave_one_out" or (args.prune_at, args.criterion) == ("start", "response")
+    """Whether branches are compared on training images, or BatchNorm's statistics are taken on them."""
+    compares = args.criterion == "leave_one_out" or (args.prune_at, args.criterion) == ("start", "response")
+    return args.dry_run or compares or args.num_train_epochs == 0
 
 
 def needs_trained_classifier(args: argparse.Namespace) -> bool:
@@ -136,6 +139,22 @@ def describe(args: argparse.Namespace, model: nn.Module, batches: Batches, is_tr
         slots, kind = choose_slots(args, model, batches, progress=False), f"by {args.criterion}"
     lines.append(f"{budget} removes {len(slots)} branches, {kind}: {', '.join(slots) or 'none'}.")
     return "\n".join(lines)
+
+
+def estimate_statistics(model: nn.Module, batches: Batches) -> bool:
+    """Take the statistics of BatchNorm anew, for a cut that no training follows. Returns whether there are any.
+
+    Without some branches the next layers read other means and variances than those that were stored.
+
+    Args:
+        model: A transformers model of this package.
+        batches: As for :func:`choose_slots`.
+    """
+    body = timm_body(model)
+    if not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for module in body.modules()):
+        return False
+    update_bn(batches, body)
+    return True
 
 
 def load_teacher(name: str, label_names: Sequence[str], pretrained_cfg: dict[str, Any]) -> nn.Module:
