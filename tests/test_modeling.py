@@ -443,3 +443,15 @@ def test_closed_gates_of_another_network():
         EpsResNetForImageClassification(tiny_config(model_args={"closed": ["stages.9.blocks.0.drop_path"]}))
     with pytest.raises(ValueError, match=r"model_args\['closed'\]"):
         tiny_config(closed=["stages.0.blocks.0.drop_path"])
+
+
+def test_a_file_does_not_ask_for_a_side_head_that_it_lacks(tmp_path):
+    EpsResNetForImageClassification(tiny_config(side_loss_weight=0.0)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "side_loss_weight": 0.3}))
+    for cls in (EpsResNetForImageClassification, AutoModelForImageClassification):
+        with pytest.raises(ValueError, match=r"side_loss_weight=0\.3, but model\.safetensors has no side head"):
+            cls.from_pretrained(tmp_path)
+        assert cls.from_pretrained(tmp_path, side_loss_weight=0.2).side_head is not None, "the caller asked"
+        assert cls.from_pretrained(tmp_path, side_loss_weight=0.0).side_head is None
+    AutoModel.from_pretrained(tmp_path)

@@ -209,11 +209,12 @@ class TransformersFiles(NamedTuple):
         config.model_args = {key: value for key, value in config.model_args.items() if key != "closed"}
         return {**kwargs, "config": config}
 
-    def check(self, *, replaces_classifier: bool) -> None:
+    def check(self, *, replaces_classifier: bool, replaces_side_head: bool) -> None:
         """Compare the weights with the network that the configuration describes.
 
         Args:
             replaces_classifier: Whether the stored classifier may be missing or differ.
+            replaces_side_head: Whether the weights may lack the side head that ``config.json`` asks for.
 
         Raises:
             ValueError: They do not fit; the message names the tensor.
@@ -238,6 +239,13 @@ class TransformersFiles(NamedTuple):
             adapt=adapt,
             sha256=self.config.get("weights_sha256"),
         )
+        asked, stored = self.described.side_loss_weight, self.config.get("side_loss_weight")
+        has_side_head = any(name.startswith(_SIDE_HEAD) for path in self.weights for name in _names(path))
+        if stored and asked == stored and not (replaces_side_head or has_side_head):
+            raise ValueError(
+                f"config.json has side_loss_weight={stored}, but {WEIGHTS} has no side head. Delete the field; passed "
+                "to from_pretrained it makes a new side head."
+            )
         check_precision(self.config.get("dtype") or self.config.get("torch_dtype"), self.weights)
 
 

@@ -111,7 +111,10 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
             stored = TransformersFiles.of(cls.config_class, pretrained_model_name_or_path, kwargs)
         asked = bool(kwargs.get("ignore_mismatched_sizes")) or (stored is not None and not stored.num_classes)
         if stored is not None:
-            stored.check(replaces_classifier=asked or cls.is_headless)
+            stored.check(
+                replaces_classifier=asked or cls.is_headless,
+                replaces_side_head=cls.is_headless or "side_loss_weight" in kwargs,
+            )
             kwargs = stored.with_open_gates(kwargs)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded

@@ -137,8 +137,8 @@ def check_layout(
             raise ValueError(f"{source}: {_short(name)!r} must be of {wanted.kind} numbers, not of {layout.kind} ones.")
         if layout.shape != wanted.shape and name not in may_differ:
             raise ValueError(
-                f"{source}: {_short(name)!r} has the shape {list(layout.shape)}, but the network that config.json "
-                f"describes has {list(wanted.shape)}."
+                f"{source}: {_short(name)!r} has the shape {_short(str(list(layout.shape)))}, but the network that "
+                f"config.json describes has {list(wanted.shape)}."
             )
 
 
