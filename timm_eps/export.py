@@ -46,6 +46,12 @@ def export_timm(model: nn.Module, directory: str | os.PathLike, *, zero_branches
         ValueError: The architecture is not one of timm's, or some branch cannot be left out and ``zero_branches`` was
             not given; the message says which and why.
         OSError: The directory cannot be written.
+
+    Example::
+
+        model = timm.create_model("eps_test_vit", num_classes=10)
+        timm_eps.prune(model, ["blocks.2.drop_path1", "blocks.2.drop_path2"])
+        timm_eps.export_timm(model, "plain")["model_args"]["depth"]  # 5 blocks instead of 6
     """
     check_gated(model)
     body = timm_body(collapsed_copy(model))

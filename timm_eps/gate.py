@@ -97,6 +97,13 @@ class EpsilonGate(nn.Module):
 
     Raises:
         ValueError: ``epsilon`` is negative, NaN or infinite.
+
+    Example::
+
+        gate = timm_eps.EpsilonGate(epsilon=2.5)
+        gate(torch.full((2, 16, 8, 8), 2.0))  # training: every |F| is below 2.5, so all zeros
+        gate(torch.full((2, 16, 8, 8), 3.0))  # unchanged
+        gate.response                         # 3.0
     """
 
     threshold: Tensor

@@ -41,10 +41,11 @@ _STATE = {"epoch", "epsilon", "removed", "streaks", "closed", "responses", "impo
 class EpsilonPruner:
     """Makes a network shallower while it trains.
 
-    ::
+    Example::
 
-        pruner = EpsilonPruner(model, optimizer, keep=0.25, warmup_epochs=4, ramp_epochs=8)
-        for epoch in range(epochs):
+        optimizer = torch.optim.SGD(timm_eps.param_groups(model, weight_decay=5e-3), lr=0.1, momentum=0.9)
+        pruner = timm_eps.EpsilonPruner(model, optimizer, keep=0.25, warmup_epochs=1, ramp_epochs=2, patience=1)
+        for epoch in range(6):
             train_one_epoch(model, optimizer)
             removed = pruner.step()
 

@@ -131,6 +131,16 @@ class RestartingLR(LRScheduler):
         ValueError: The milestones do not increase, or their number does not fit the factors.
 
     Source: section 4.1 of the paper and the authors' cifar10 script.
+
+    Example::
+
+        optimizer = torch.optim.SGD(timm_eps.param_groups(model, weight_decay=2e-4), lr=0.1, momentum=0.9)
+        pruner = timm_eps.EpsilonPruner(model, optimizer, epsilon=2.5, warmup_epochs=150)
+        scheduler = timm_eps.RestartingLR(optimizer)
+        for epoch in range(3):
+            train_one_epoch(model, optimizer)
+            pruner.step()
+            scheduler.step(pruner.discarded)
     """
 
     def __init__(

@@ -77,6 +77,11 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
     Raises:
         ValueError: No residual branch was found, ε is negative or NaN, the model is wrapped or compiled, or it does
             not take the images that it is configured for.
+
+    Example::
+
+        model = timm.create_model("test_resnet", num_classes=10)
+        slots = timm_eps.add_gates(model)  # ['layer1.0.drop_path', ...]
     """
     check_epsilon(epsilon)
     body = timm_body(model)
@@ -121,6 +126,10 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: ``weight_decay`` is negative or NaN, or the model has no gates.
+
+    Example::
+
+        optimizer = torch.optim.SGD(timm_eps.param_groups(model, weight_decay=5e-3), lr=0.1, momentum=0.9)
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}.")
@@ -174,6 +183,11 @@ def remove_closed(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: The model has no gates, or is wrapped or compiled.
+
+    Example::
+
+        model.stages[2].blocks[1].drop_path.closed = True
+        timm_eps.remove_closed(model)  # ['stages.2.blocks.1.drop_path']
     """
     check_gated(model)
     return remove(model, closed_slots(model))

@@ -60,11 +60,18 @@ class _Resumed(LoadedStructure):
 class EpsilonCallback(TrainerCallback, ExportableState):
     """Makes the network that a :class:`transformers.Trainer` trains shallower, epoch by epoch.
 
-    ::
+    Example::
 
-        model = EpsResNetForImageClassification(EpsResNetConfig(architecture="eps_resnet110", num_labels=10))
-        callback = EpsilonCallback(keep=0.25, warmup_epochs=4, ramp_epochs=8)
-        trainer = Trainer(model, TrainingArguments("out", weight_decay=5e-3), ..., callbacks=[callback])
+        from transformers import Trainer, TrainingArguments
+
+        config = timm_eps.EpsResNetConfig(architecture="eps_resnet20", num_labels=10)
+        callback = timm_eps.EpsilonCallback(keep=0.5, warmup_epochs=1, ramp_epochs=1, patience=1)
+        trainer = Trainer(
+            timm_eps.EpsResNetForImageClassification(config),
+            TrainingArguments("out", num_train_epochs=3, weight_decay=5e-3),
+            train_dataset=dataset,  # items with pixel_values (C, H, W) and labels
+            callbacks=[callback],
+        )
         trainer.train()
 
     At the end of each epoch it takes the step of an :class:`~timm_eps.EpsilonPruner`: blocks go, ``model.config`` and
