@@ -15,15 +15,17 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
-html_show_sphinx = False
+html_css_files = ["site.css"]
+html_show_sphinx = html_show_copyright = False
 
 myst_heading_anchors = 3  # the anchors that GitHub makes of headings
 # benchmarks/PRETRAINED.md begins at the third level, since it is also a part of a longer page.
 suppress_warnings = ["myst.header"]
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signatures have them already
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 90
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
