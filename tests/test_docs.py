@@ -16,7 +16,8 @@ from timm_eps import measure
 ROOT = Path(__file__).parent.parent
 CODE = ["README.md", "docs/start.md", "docs/concepts.md", "docs/shrink.md", "docs/ship.md", "docs/train.md"]
 SAVING = ["README.md", "docs/start.md", "docs/shrink.md", "docs/ship.md", "docs/train.md"]
-PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "benchmarks")
+PAGES = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in folder.glob("*.md"))
 REFERENCE = ROOT / "docs/reference.md"
 
 
@@ -65,7 +66,8 @@ def literal_blocks(docstring: str) -> list[str]:
 
 def names_in_reference() -> dict[str, str]:
     """What stands on the page about a public name, from its directive to the next one."""
-    parts = re.split(r"^\.\. auto(?:function|class):: timm_eps\.(\S+)$", REFERENCE.read_text(encoding="utf-8"), flags=re.M)
+    directive = r"^\.\. auto(?:function|class):: timm_eps\.(\S+)$"
+    parts = re.split(directive, REFERENCE.read_text(encoding="utf-8"), flags=re.M)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
