@@ -278,8 +278,8 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
     ``feature_maps`` are those of the stages that ``config.out_features`` or ``config.out_indices`` name, (B, C, H, W)
     each, by default the last stage's; ``channels`` has their numbers of channels.
 
-    Of a whole model with this backbone in it, prune ``model.backbone``, and remove what is closed before the whole is
-    saved: its file says what is removed, not what is closed.
+    In a larger model, prune ``model.backbone``, and call ``timm_eps.remove_closed(model.backbone)`` before the whole
+    model is saved. Its file lists removed branches, but not closed ones.
 
     Raises:
         ValueError: timm has no ``forward_intermediates`` for the architecture.

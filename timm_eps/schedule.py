@@ -115,14 +115,14 @@ def _check_epochs(name: str, value: int) -> int:
 
 
 class RestartingLR(LRScheduler):
-    """Steps down in factors, and begins anew whenever more blocks are discarded.
+    """Lowers the learning rate in steps, and restarts whenever more blocks are closed or removed.
 
     The paper calls this schedule required on CIFAR and SVHN. The defaults are its CIFAR setting: 0.1 of the learning
     rate after 82 epochs, 0.01 after 123, 0.002 after 300, counted from the start; and after 41, 61 and 150 epochs,
-    counted from the last restart. Call :meth:`step` once an epoch with the number of blocks discarded so far.
+    counted from the last restart. Call :meth:`step` once an epoch with the number of blocks closed or removed so far.
 
     Args:
-        optimizer: Its current learning rates are the highest ones.
+        optimizer: Optimizer whose current learning rates are the highest ones.
         milestones: Epochs at which the next factor applies, before any restart.
         restart_milestones: The same, in epochs after a restart.
         factors: One more than milestones; multiplies the learning rate.

@@ -64,8 +64,8 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
     """Put an :class:`~timm_eps.EpsilonGate` at the end of every residual branch of a timm model, in place.
 
-    What stands in a stochastic-depth slot stays and runs after the gate. Gates that are there already keep their
-    place and get the new ε.
+    The module in a stochastic-depth slot stays and runs after the gate. Existing gates keep their place and get the new
+    ε.
 
     Args:
         model: A timm model, or a transformers model around one.
@@ -113,9 +113,9 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups under which weight decay can empty a closed branch.
 
-    Decayed are the weights of convolutions and linear layers and, where a branch ends in a norm or a layer scale,
-    that norm's or scale's own parameters: they alone bound its output, whatever the weights before them. No other
-    bias, norm or scale is decayed.
+    The weights of convolutions and linear layers are decayed. If a branch ends in a norm or a layer scale, the
+    parameters of this norm or scale are decayed too, because they alone bound the output. No other bias, norm or scale
+    is decayed.
 
     Args:
         model: A model with gates.
@@ -176,7 +176,8 @@ def removed_slots(model: nn.Module) -> list[str]:
 def remove_closed(model: nn.Module) -> list[str]:
     """Remove every branch whose gate is ``closed``, in place, without changing any evaluation output.
 
-    It goes when a probe proves that the model computes the same without it; a block goes when all its branches do.
+    A branch is removed if a probe proves that the model computes the same without it. A block is removed with the last
+    of its branches.
 
     Returns:
         The slot paths removed now.
