@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import timm_eps
 from timm_eps import measure
@@ -22,10 +23,14 @@ REFERENCE = ROOT / "docs/reference.md"
 
 
 @pytest.fixture(autouse=True)
-def one_measurement(monkeypatch):
-    """The examples measure times, which nobody reads here: one repetition is enough."""
+def quick(monkeypatch):
+    """One thread, as threads of tiny layers wait for each other on a busy machine; and each time is measured once."""
     monkeypatch.setattr(measure, "_SECONDS", 0.0)
     monkeypatch.setattr(measure, "_LEAST_REPEATS", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def blocks(text: str) -> list[str]:
