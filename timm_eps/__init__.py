@@ -1,4 +1,4 @@
-"""ε-ResNet for timm and Hugging Face: networks that lose the residual blocks their task does not need.
+"""Delete unneeded residual blocks from timm models, after training or while you train them (ε-ResNet).
 
 Importing the package registers ``eps_resnet*`` with timm and the ``EpsResNet`` classes with transformers.
 """

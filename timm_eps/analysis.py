@@ -63,8 +63,9 @@ def analyze(
 
     Example::
 
-        report = timm_eps.analyze(model, validation_loader)
-        timm_eps.prune(model, report.choose(target_latency=0.6))
+        batches = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,)))]  # a validation loader
+        report = timm_eps.analyze(model, batches)
+        removed = timm_eps.prune(model, report.choose(target_macs=0.6))
     """
     for name, value in (("rerank", rerank), *(("batch_sizes", size) for size in batch_sizes)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -24,12 +24,13 @@ _FORMAT = "timm_eps.Analysis/1"
 class Analysis:
     """The report of :func:`timm_eps.analyze`.
 
-    ::
+    Example::
 
         report = timm_eps.analyze(model, batches)
         print(report)                                   # a table
         report.plot("branches.png")                     # needs matplotlib
-        report.save("branches.json")                    # Analysis.load reads it
+        report.save("branches.json")                    # without the network and the images
+        report = timm_eps.Analysis.load("branches.json")
         slots = report.choose(target_macs=0.5)
         removed = timm_eps.prune(model, slots)
 

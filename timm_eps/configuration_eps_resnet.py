@@ -51,6 +51,13 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         ValueError: ``architecture`` is not one of this package's, ``model_args`` does not name structure,
             ``side_loss_weight`` is negative or not finite, or the network has no such ``out_features`` or
             ``out_indices``.
+
+    Example::
+
+        config = timm_eps.EpsResNetConfig(
+            architecture="eps_resnet20", num_labels=10, model_args={"removed": ["stages.2.blocks.1.drop_path"]}
+        )
+        config.stage_names  # ['stem', 'stage1', 'stage2', 'stage3']
     """
 
     model_type = "eps_resnet"

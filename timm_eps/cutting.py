@@ -15,8 +15,8 @@ __all__ = ["prune"]
 def prune(model: nn.Module, slots: Iterable[str]) -> list[str]:
     """Close branches and remove them at once, in place; fine-tune afterwards.
 
-    The output without the branches is that of their closed gates: a probe proves that removing them changes nothing
-    more. Make the optimizer afterwards, or it keeps the parameters that were removed.
+    A probe proves that the network without the branches computes the same as with closed gates. Make the optimizer
+    afterwards; otherwise it keeps the parameters that were removed.
 
     Args:
         model: A timm model with or without gates, or a transformers model of this package.

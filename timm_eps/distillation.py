@@ -55,14 +55,14 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
 class Distillation:
     """A teacher, and how much of a student's training loss comes from it.
 
-    In a loop of one's own::
+    Example::
 
         distillation = timm_eps.Distillation(teacher)
         for images, labels in batches:
             logits = model(images)
             loss = distillation.loss(logits, F.cross_entropy(logits, labels), images)
 
-    In the transformers class, also under :class:`transformers.Trainer`::
+    In the transformers class, also under :class:`transformers.Trainer`, it is an attribute of the model::
 
         model.distillation = timm_eps.Distillation(teacher)
 

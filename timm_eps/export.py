@@ -28,15 +28,15 @@ _DEPTHS = ("layers", "depths", "depth")
 def export_timm(model: nn.Module, directory: str | os.PathLike, *, zero_branches: bool = False) -> dict[str, Any]:
     """Save a pruned network as a stock timm architecture with fewer blocks.
 
-    What is written loads in timm (``local-dir:``, ``hf-hub:``) and in transformers (AutoModelForImageClassification)
-    without this package. Where blocks are gone, the others close ranks. What cannot be expressed so, as a block that
-    kept one of its two branches, or a stage's first block whose shortcut stayed, can be written in full with zeros in
-    all weights of the branch: exact too, but neither smaller nor faster than the dense block.
+    The directory loads in timm (``local-dir:``, ``hf-hub:``) and in transformers (AutoModelForImageClassification)
+    without this package. The remaining blocks are renumbered. A block that kept one of its two branches, or a stage's
+    first block whose shortcut stayed, cannot be expressed this way. It can be written in full with zeros in all weights
+    of the branch, which is exact too, but neither smaller nor faster than the dense block.
 
     Args:
         model: A model with gates, pruned or not; it is unchanged. Closed branches are left out.
-        directory: Made if it is not there.
-        zero_branches: Write branches that cannot be left out as zeros.
+        directory: Directory to write; it is created if needed.
+        zero_branches: Whether to write branches that cannot be left out as zeros.
 
     Returns:
         The keyword arguments with which ``timm.create_model`` builds the network, under ``model_args``; its name, under
@@ -46,6 +46,12 @@ def export_timm(model: nn.Module, directory: str | os.PathLike, *, zero_branches
         ValueError: The architecture is not one of timm's, or some branch cannot be left out and ``zero_branches`` was
             not given; the message says which and why.
         OSError: The directory cannot be written.
+
+    Example::
+
+        model = timm.create_model("eps_test_vit", num_classes=10)
+        timm_eps.prune(model, ["blocks.2.drop_path1", "blocks.2.drop_path2"])
+        timm_eps.export_timm(model, "plain")["model_args"]["depth"]  # 5 blocks instead of 6
     """
     check_gated(model)
     body = timm_body(collapsed_copy(model))

@@ -69,34 +69,40 @@ def _is_open(response: Tensor, epsilon: Tensor) -> Tensor:
 class EpsilonGate(nn.Module):
     """:func:`epsilon_gate` as a module that stands at the end of a residual branch, in its stochastic-depth slot.
 
-    In training the decision is the paper's: it is taken on every batch, and ``response`` accumulates the largest
-    response since it was last reset. In evaluation the batch is never looked at: ``closed`` alone decides, so the
-    output for one image cannot depend on its neighbours.
+    In training the gate decides on every batch, as in the paper, and ``response`` accumulates the largest response
+    since the last reset. In evaluation ``closed`` alone decides, so the output for one image cannot depend on the other
+    images of its batch.
 
-    The gate has no parameters. An open gate has no entry in the state dict. A closed one has ``closed``, so that no
-    copy of the weights can be loaded without it: an ungated network refuses the unknown name.
+    The gate has no parameters. An open gate has no entry in the state dict. A closed gate has the entry ``closed``, so
+    a network without gates refuses the weights because of the unknown name.
 
-    The threshold and what the gate measures stay in float32 when the model is converted to another dtype, where a small
-    ε could become 0. An empty batch says nothing. A graph of ``torch.fx`` calls the gate as a module, so that it gates,
-    and follows ``closed``, as the model does.
+    The threshold and the measurements stay in float32 when the model is converted to another dtype, in which a small ε
+    could become 0. Empty batches are ignored. A graph of ``torch.fx`` calls the gate as a module, so the graph follows
+    ``closed`` as the model does.
 
     Args:
         epsilon: Threshold ε in activation units; 0 never closes.
-        drop_path: What stood in the slot before; it runs after the gate.
-        single_zero: Put out one zero when closed in evaluation, not a tensor of zeros. It costs nothing, and leaves
-            the memory layout of the sum to the shortcut, as if the branch were not there; for blocks that broadcast.
+        drop_path: Module that stood in the slot before; it runs after the gate.
+        single_zero: Whether a closed gate outputs a single zero in evaluation instead of a tensor of zeros. This costs
+            nothing, and the shortcut alone determines the memory layout of the sum. For blocks that broadcast.
 
     Attributes:
         epsilon (float): Threshold in activation units. Setting it checks it.
         response (Tensor): Largest ``max|F|`` seen in training since :meth:`reset_response`, 0-dimensional float;
             -1 if there was no training since.
-        importance (Tensor): While it is measured, see :meth:`measure_importance`: the sum over the batches since
-            :meth:`reset_response` of the square of what the loss would change, to first order, without the branch;
-            0-dimensional float.
+        importance (Tensor): Sum over the batches since :meth:`reset_response` of the squared first-order change in the
+            loss if the branch were removed, 0-dimensional float. Only updated while :meth:`measure_importance` is on.
         closed (bool): Whether the branch is zero in evaluation.
 
     Raises:
         ValueError: ``epsilon`` is negative, NaN or infinite.
+
+    Example::
+
+        gate = timm_eps.EpsilonGate(epsilon=2.5)
+        gate(torch.full((2, 16, 8, 8), 2.0))  # training: every |F| is below 2.5, so all zeros
+        gate(torch.full((2, 16, 8, 8), 3.0))  # unchanged
+        gate.response                         # 3.0
     """
 
     threshold: Tensor
@@ -131,7 +137,7 @@ class EpsilonGate(nn.Module):
         self.threshold.fill_(self._epsilon)
 
     def reset_response(self) -> None:
-        """Forget the responses seen so far, and the importance."""
+        """Reset the response and the importance."""
         device = self.threshold.device
         if self.response.device != device:
             self.response = torch.empty_like(self.response, device=device)
@@ -141,12 +147,12 @@ class EpsilonGate(nn.Module):
 
     @torch.jit.ignore
     def measure_importance(self, measure: bool = True) -> None:
-        """Begin to measure ``importance`` in training, or stop.
+        """Start or stop measuring ``importance`` in training.
 
-        The branch is multiplied by a gain of one. The loss L falls or rises by ``dL/dgain``, that is the sum of F dL/dF
-        over a batch, if the branch is left out, to first order ("Importance Estimation for Neural Network Pruning",
-        P. Molchanov et al., CVPR 2019, https://arxiv.org/abs/1906.10771, equation 8). It costs one pass over F in the
-        backward pass. A closed gate has no importance.
+        The branch is multiplied by a gain of one. If the branch is removed, the loss L changes, to first order, by
+        ``dL/dgain``, the sum of F dL/dF over a batch ("Importance Estimation for Neural Network Pruning", P. Molchanov
+        et al., CVPR 2019, https://arxiv.org/abs/1906.10771, equation 8). It costs one pass over F in the backward pass.
+        A closed gate has no importance.
         """
         self.gain = None
         if measure:

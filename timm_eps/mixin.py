@@ -14,12 +14,14 @@ __all__ = ["EpsilonMixin"]
 
 
 class EpsilonMixin(nn.Module):
-    """Adds gates, and the keyword ``removed``, to a timm model class that stands behind it::
+    """Adds gates, and the keywords ``removed`` and ``closed``, to a timm model class that stands behind it.
 
-        class GatedResNet(EpsilonMixin, timm.models.ResNet):
+    Example::
+
+        class GatedResNet(timm_eps.EpsilonMixin, timm.models.ResNet):
             pass
 
-        GatedResNet(timm.models.resnet.BasicBlock, (2, 2, 2, 2), num_classes=10)
+        model = GatedResNet(timm.models.resnet.BasicBlock, (2, 2, 2, 2), num_classes=10)
 
     Nothing else of the class changes: its ``forward``, its keys and its weights are timm's. For timm's registered
     architectures there are twins, such as ``timm.create_model('eps_resnet18')``.

@@ -266,7 +266,13 @@ class _Headless(EpsResNetPreTrainedModel):
 
 
 class EpsResNetModel(_Headless, TimmWrapperModel):
-    """ε-ResNet without a classifier: ``last_hidden_state`` (B, C, H, W) and ``pooler_output`` (B, C)."""
+    """ε-ResNet without a classifier: ``last_hidden_state`` (B, C, H, W) and ``pooler_output`` (B, C).
+
+    Example::
+
+        model = timm_eps.EpsResNetModel(timm_eps.EpsResNetConfig(architecture="eps_resnet20"))
+        model(torch.randn(2, 3, 32, 32)).pooler_output.shape  # (2, 64)
+    """
 
 
 class EpsResNetBackbone(BackboneMixin, _Headless):
@@ -275,11 +281,17 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
     ``feature_maps`` are those of the stages that ``config.out_features`` or ``config.out_indices`` name, (B, C, H, W)
     each, by default the last stage's; ``channels`` has their numbers of channels.
 
-    Of a whole model with this backbone in it, prune ``model.backbone``, and remove what is closed before the whole is
-    saved: its file says what is removed, not what is closed.
+    In a larger model, prune ``model.backbone``, and call ``timm_eps.remove_closed(model.backbone)`` before the whole
+    model is saved. Its file lists removed branches, but not closed ones.
 
     Raises:
         ValueError: timm has no ``forward_intermediates`` for the architecture.
+
+    Example::
+
+        config = timm_eps.EpsResNetConfig(architecture="eps_resnet20", out_features=["stage1", "stage3"])
+        backbone = timm_eps.EpsResNetBackbone(config)
+        backbone(torch.randn(2, 3, 32, 32)).feature_maps  # (2, 16, 32, 32) and (2, 64, 8, 8)
     """
 
     has_attentions = False
@@ -336,11 +348,17 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
     alone. The side head is saved in checkpoints of a training that goes on only.
 
     A loss that is computed elsewhere, from the logits, has no side term of its own. In training without ``labels`` the
-    output has ``side_logits`` (B, classes) for it, and a warning comes if they get no gradient::
+    output has ``side_logits`` (B, classes) for it, and a warning comes if they get no gradient.
 
-        outputs = model(pixel_values)
-        loss = criterion(outputs.logits, labels)
-        loss += model.config.side_loss_weight * criterion(outputs.side_logits, labels)
+    Example::
+
+        config = timm_eps.EpsResNetConfig(architecture="eps_resnet20", num_labels=10)
+        model = timm_eps.EpsResNetForImageClassification(config).train()
+        loss = model(images, labels=labels).loss  # with the side loss
+
+        outputs = model(images)  # or a loss of your own
+        loss = F.cross_entropy(outputs.logits, labels)
+        loss += model.config.side_loss_weight * F.cross_entropy(outputs.side_logits, labels)
 
     That is also how a ``compute_loss_func`` of Trainer adds it, of ``outputs, labels, num_items_in_batch``; by
     ``label_smoothing_factor`` there is none.

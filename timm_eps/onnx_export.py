@@ -27,10 +27,13 @@ def export_onnx(model: nn.Module, path: str | os.PathLike) -> None:
 
     The output of a network without a classifier is called ``features``.
 
-    ::
+    Example::
+
+        import onnxruntime
 
         timm_eps.export_onnx(model, "model.onnx")
-        onnxruntime.InferenceSession("model.onnx").run(None, {"pixel_values": images.numpy()})
+        session = onnxruntime.InferenceSession("model.onnx")
+        (logits,) = session.run(None, {"pixel_values": images.numpy()})
 
     Args:
         model: A model with gates, pruned or not; it is unchanged.

@@ -40,58 +40,60 @@ _STATE = {"epoch", "epsilon", "removed", "streaks", "closed", "responses", "impo
 class EpsilonPruner:
     """Makes a network shallower while it trains.
 
-    ::
+    Example::
 
-        pruner = EpsilonPruner(model, optimizer, keep=0.25, warmup_epochs=4, ramp_epochs=8)
-        for epoch in range(epochs):
+        optimizer = torch.optim.SGD(timm_eps.param_groups(model, weight_decay=5e-3), lr=0.1, momentum=0.9)
+        pruner = timm_eps.EpsilonPruner(model, optimizer, keep=0.25, warmup_epochs=1, ramp_epochs=2, patience=1)
+        for epoch in range(6):
             train_one_epoch(model, optimizer)
             removed = pruner.step()
 
-    Weights that are loaded into the model while it has a pruner may lack branches: the model, its optimizers and its
-    followers lose them first. So ``accelerator.register_for_checkpointing(pruner)`` and ``accelerator.load_state``
-    resume a run, and so does Lightning, in whichever order the states are loaded.
+    Weights that are loaded into the model while it has a pruner may lack branches. These branches are first removed
+    from the model, its optimizers and its followers. ``accelerator.register_for_checkpointing(pruner)`` with
+    ``accelerator.load_state`` therefore resumes a run, and so does Lightning, in any order of loading.
 
     Args:
-        model: A model with gates (any ``eps_*`` model); a timm model without them gets them here. Not wrapped, not
-            compiled: wrap or compile after the pruner was made, and hand the pruner the model itself.
-        optimizer: One, or a list of them. Parameters of removed blocks, and their state, are taken out; those of the
-            others stay. timm's ``Lookahead`` and accelerate's wrapper are looked into.
+        model: Model with gates (any ``eps_*`` model). A timm model without gates gets them here. It must not be wrapped
+            or compiled: wrap or compile it after the pruner was made, and give the pruner the model itself.
+        optimizer: Optimizer, or a list of them. Parameters of removed blocks and their state are deleted from it; all
+            others stay. timm's ``Lookahead`` and Accelerate's wrapper are supported.
         epsilon: The paper's threshold, in activation units, one for the whole network. Exclusive with a budget.
         keep: Fraction (float) or number (int) of branches to keep; ε then follows the responses.
-        target_params: In place of ``keep``, fraction (float up to 1) or number of the network's parameters.
-        target_macs: Likewise, of the multiply-adds for one image of the model's input size.
-        target_latency: Likewise, of the milliseconds of a forward pass of 32 such images on the model's device. For
-            another batch size give a ``timm_eps.budget.TargetLatency``.
-        warmup_epochs: Epochs with every gate open first.
-        ramp_epochs: With a budget: epochs from the first closed branch to the full budget.
-        patience: Epochs in a row that a branch must stay closed before it is removed.
-        live_removal: Remove during training. Without it, closed branches stay until :func:`remove_closed` or a save.
-        criterion: With a budget, what branches are ranked by: ``'response'``, the largest of an epoch;
-            ``'importance'``, what the loss would change without them (:meth:`EpsilonGate.measure_importance`);
-            ``'last'``, the last of the network first; or an object of :mod:`timm_eps.criteria`, or one of your own. By
-            importance under ``keep`` each stage keeps its share of the budget, if that is as large as there are
-            stages. By all but the response each branch that is due gets an ε of its own, twice its response. Importance
-            is measured in the epochs after which branches are to close, in no others, over the steps of the optimizer:
-            give the pruner that one.
-        prune_frozen: Whether a branch goes that cannot learn, because none of its parameters needs a gradient. By
-            default it stays, and counts as one of those that the budget keeps.
+        target_params: Instead of ``keep``, fraction (float up to 1) or number of the network's parameters.
+        target_macs: Instead of ``keep``, fraction or number of the multiply-adds for one image of the model's input
+            size.
+        target_latency: Instead of ``keep``, fraction or milliseconds of a forward pass of 32 such images on the model's
+            device. For another batch size pass a ``timm_eps.budget.TargetLatency``.
+        warmup_epochs: Number of epochs at the beginning in which every gate is open.
+        ramp_epochs: With a budget, number of epochs from the first closed branch to the full budget.
+        patience: Number of epochs in a row that a branch must stay closed before it is removed.
+        live_removal: Whether to remove branches during training. Otherwise closed branches stay until
+            :func:`remove_closed` or a save.
+        criterion: With a budget, ranking of the branches: ``'response'``, the largest of an epoch; ``'importance'``,
+            the change of the loss without the branch (:meth:`EpsilonGate.measure_importance`); ``'last'``, the last
+            branches of the network first; an object of :mod:`timm_eps.criteria`, or your own. With importance and ``keep``, each stage keeps its share of the
+            budget, unless the budget has fewer branches than the network has stages. With any criterion except the
+            response, each branch that is due gets its own ε, twice its response. Importance is measured over the steps
+            of the optimizer, only in the epochs after which branches are due: pass that optimizer.
+        prune_frozen: Whether to remove branches that cannot learn, because none of their parameters needs a gradient.
+            By default they stay and count as kept.
         followers: Copies of the model that are updated in place and must have its structure, such as averages of its
-            weights: timm's ``ModelEmaV3``, torch's ``AveragedModel``, or the copy in it. After each step what is closed
-            and removed in the model is so in them.
+            weights: timm's ``ModelEmaV3``, torch's ``AveragedModel``, or the copy in it. After each step they have the
+            same closed and removed branches as the model.
 
     Attributes:
-        epoch (int): Epochs finished.
-        epsilon (float): Threshold of the current epoch; with ``keep`` that of the branches which are due to close.
+        epoch (int): Number of finished epochs.
+        epsilon (float): Threshold of the current epoch; with a budget, that of the branches that are due to close.
         total (int): Number of branches of the unpruned network.
         followers (list): Copies that follow the model; more may be appended.
         history (list[dict]): One record an epoch: ``epoch``, ``epsilon``, ``responses`` (slot to float), ``closed``
-            (list of slots, those shut on every batch) and ``removed`` (those that went after it); where they were
-            measured also ``importances``.
+            (list of slots, those closed on every batch) and ``removed`` (those removed after it); also
+            ``importances`` if they were measured.
 
     Raises:
-        ValueError: Both or neither of ``epsilon`` and ``keep``, a value out of range, a model without residual
-            branches, a wrapped or compiled model, one that does not take the images that it is configured for, an
-            optimizer from which parameters cannot be taken out, or a follower that is no copy of the model.
+        ValueError: Not exactly one of ``epsilon`` and the budgets is given, a value is out of range, the model has no
+            residual branches, is wrapped or compiled, or does not take images of its configured size, parameters
+            cannot be deleted from the optimizer, or a follower is not a copy of the model.
     """
 
     def __init__(
@@ -201,23 +203,23 @@ class EpsilonPruner:
 
     @property
     def wanted(self) -> int:
-        """Number of branches that are to stay in the end; without a budget all of them may."""
+        """Number of branches that the budget keeps; without a budget, all of them."""
         return self.schedule.kept(self.total) if isinstance(self.schedule, BudgetEpsilon) else self.total
 
     @property
     def discarded(self) -> int:
-        """Number of branches that are closed or removed by now."""
+        """Number of branches that are closed or removed so far."""
         return self.total - sum(not gate.closed for gate in gates(self.model).values())
 
     def step(self) -> list[str]:
         """End an epoch: close, remove, and set ε for the next.
 
-        A branch that did not run in training in this epoch, because its block is in evaluation mode, stays as it is. A
-        warning says so if that is true of all of them, and another one if a copy of the model is updated in place, as
-        an average of the weights is, but is not among the followers.
+        A branch that did not run in training mode in this epoch stays as it is. A warning says so if no branch ran. A
+        second warning names a copy of the model that is updated in place, such as an average of the weights, but is not
+        among the followers.
 
-        Under ``torch.distributed`` every process must call this; the decision is taken on the largest response of
-        all of them, so they all take the same one.
+        Under ``torch.distributed`` every process must call this. All processes decide on the largest response of all of
+        them, so they take the same decision.
 
         Returns:
             The slot paths removed now.
@@ -355,13 +357,13 @@ class EpsilonPruner:
         } | ({"budget": self.schedule.state_dict()} if isinstance(self.schedule, CostEpsilon) else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state. The model, if it still has all its blocks, is given the saved structure first.
+        """Load a saved state. A model that still has all its blocks gets the saved structure first.
 
-        Weights may be loaded before this or after it; optimizer state, which fits the smaller structure only, after
-        one of them.
+        Load the weights before or after this. Load the optimizer state after one of them, because it fits the smaller
+        structure only.
 
         Raises:
-            ValueError: The state is of another architecture, or the model has lost blocks that the state still has.
+            ValueError: The state belongs to another architecture, or the model lacks blocks that the state still has.
         """
         if missing := _STATE - state.keys():
             raise ValueError(f"Not the state of an EpsilonPruner: it lacks {sorted(missing)}.")
@@ -386,10 +388,10 @@ class EpsilonPruner:
         self._take_along()
 
     def share_responses(self) -> None:
-        """Under ``torch.distributed``: give every process the largest response of all of them, for each gate.
+        """Under ``torch.distributed``, give every process the largest response of all processes, for each gate.
 
-        :meth:`step` does it; besides, it is to be done before a checkpoint is written within an epoch, which would
-        lose what the others have seen. Every process must call this.
+        :meth:`step` calls this. Call it yourself before saving in mid-epoch; otherwise the other processes' responses
+        are lost. Every process must call it.
         """
         found = gates(self.model)
         if not (found and dist.is_available() and dist.is_initialized()):

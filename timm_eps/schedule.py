@@ -115,14 +115,14 @@ def _check_epochs(name: str, value: int) -> int:
 
 
 class RestartingLR(LRScheduler):
-    """Steps down in factors, and begins anew whenever more blocks are discarded.
+    """Lowers the learning rate in steps, and restarts whenever more blocks are closed or removed.
 
     The paper calls this schedule required on CIFAR and SVHN. The defaults are its CIFAR setting: 0.1 of the learning
     rate after 82 epochs, 0.01 after 123, 0.002 after 300, counted from the start; and after 41, 61 and 150 epochs,
-    counted from the last restart. Call :meth:`step` once an epoch with the number of blocks discarded so far.
+    counted from the last restart. Call :meth:`step` once an epoch with the number of blocks closed or removed so far.
 
     Args:
-        optimizer: Its current learning rates are the highest ones.
+        optimizer: Optimizer whose current learning rates are the highest ones.
         milestones: Epochs at which the next factor applies, before any restart.
         restart_milestones: The same, in epochs after a restart.
         factors: One more than milestones; multiplies the learning rate.
@@ -131,6 +131,16 @@ class RestartingLR(LRScheduler):
         ValueError: The milestones do not increase, or their number does not fit the factors.
 
     Source: section 4.1 of the paper and the authors' cifar10 script.
+
+    Example::
+
+        optimizer = torch.optim.SGD(timm_eps.param_groups(model, weight_decay=2e-4), lr=0.1, momentum=0.9)
+        pruner = timm_eps.EpsilonPruner(model, optimizer, epsilon=2.5, warmup_epochs=150)
+        scheduler = timm_eps.RestartingLR(optimizer)
+        for epoch in range(3):
+            train_one_epoch(model, optimizer)
+            pruner.step()
+            scheduler.step(pruner.discarded)
     """
 
     def __init__(

@@ -64,8 +64,8 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
     """Put an :class:`~timm_eps.EpsilonGate` at the end of every residual branch of a timm model, in place.
 
-    What stands in a stochastic-depth slot stays and runs after the gate. Gates that are there already keep their
-    place and get the new ε.
+    The module in a stochastic-depth slot stays and runs after the gate. Existing gates keep their place and get the new
+    ε.
 
     Args:
         model: A timm model, or a transformers model around one.
@@ -77,6 +77,11 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
     Raises:
         ValueError: No residual branch was found, ε is negative or NaN, the model is wrapped or compiled, or it does
             not take the images that it is configured for.
+
+    Example::
+
+        model = timm.create_model("test_resnet", num_classes=10)
+        slots = timm_eps.add_gates(model)  # ['layer1.0.drop_path', ...]
     """
     check_epsilon(epsilon)
     body = timm_body(model)
@@ -108,9 +113,9 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups under which weight decay can empty a closed branch.
 
-    Decayed are the weights of convolutions and linear layers and, where a branch ends in a norm or a layer scale,
-    that norm's or scale's own parameters: they alone bound its output, whatever the weights before them. No other
-    bias, norm or scale is decayed.
+    The weights of convolutions and linear layers are decayed. If a branch ends in a norm or a layer scale, the
+    parameters of this norm or scale are decayed too, because they alone bound the output. No other bias, norm or scale
+    is decayed.
 
     Args:
         model: A model with gates.
@@ -121,6 +126,10 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: ``weight_decay`` is negative or NaN, or the model has no gates.
+
+    Example::
+
+        optimizer = torch.optim.SGD(timm_eps.param_groups(model, weight_decay=5e-3), lr=0.1, momentum=0.9)
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}.")
@@ -167,13 +176,19 @@ def removed_slots(model: nn.Module) -> list[str]:
 def remove_closed(model: nn.Module) -> list[str]:
     """Remove every branch whose gate is ``closed``, in place, without changing any evaluation output.
 
-    It goes when a probe proves that the model computes the same without it; a block goes when all its branches do.
+    A branch is removed if a probe proves that the model computes the same without it. A block is removed with the last
+    of its branches.
 
     Returns:
         The slot paths removed now.
 
     Raises:
         ValueError: The model has no gates, or is wrapped or compiled.
+
+    Example::
+
+        model.stages[2].blocks[1].drop_path.closed = True
+        timm_eps.remove_closed(model)  # ['stages.2.blocks.1.drop_path']
     """
     check_gated(model)
     return remove(model, closed_slots(model))

@@ -60,39 +60,46 @@ class _Resumed(LoadedStructure):
 class EpsilonCallback(TrainerCallback, ExportableState):
     """Makes the network that a :class:`transformers.Trainer` trains shallower, epoch by epoch.
 
-    ::
+    Example::
 
-        model = EpsResNetForImageClassification(EpsResNetConfig(architecture="eps_resnet110", num_labels=10))
-        callback = EpsilonCallback(keep=0.25, warmup_epochs=4, ramp_epochs=8)
-        trainer = Trainer(model, TrainingArguments("out", weight_decay=5e-3), ..., callbacks=[callback])
+        from transformers import Trainer, TrainingArguments
+
+        config = timm_eps.EpsResNetConfig(architecture="eps_resnet20", num_labels=10)
+        callback = timm_eps.EpsilonCallback(keep=0.5, warmup_epochs=1, ramp_epochs=1, patience=1)
+        trainer = Trainer(
+            timm_eps.EpsResNetForImageClassification(config),
+            TrainingArguments("out", num_train_epochs=3, weight_decay=5e-3),
+            train_dataset=dataset,  # items with pixel_values (C, H, W) and labels
+            callbacks=[callback],
+        )
         trainer.train()
 
-    At the end of each epoch it takes the step of an :class:`~timm_eps.EpsilonPruner`: blocks go, ``model.config`` and
-    the optimizer follow. Checkpoints hold the model as it trains, with closed branches and the side head, and
-    ``trainer.train(resume_from_checkpoint=True)`` goes on from them exactly, whether the model that Trainer was given
-    has all its blocks or was loaded from the checkpoint. After the training ``trainer.save_model()`` writes what the
-    model evaluates to, as everywhere. The gates need ``weight_decay``: set it in the TrainingArguments. Trainer spares
-    biases and some norms from it; of these the callback decays those that bound a branch's response, decoupled from
-    the gradient.
+    At the end of each epoch it calls ``step`` of an :class:`~timm_eps.EpsilonPruner`, which removes blocks;
+    ``model.config`` and the optimizer follow. Checkpoints hold the model as it trains, with closed branches and the
+    side head. ``trainer.train(resume_from_checkpoint=True)`` continues from them exactly, whether the model still has
+    all its blocks or was loaded from the checkpoint. ``trainer.save_model()`` writes the model without closed branches
+    and side head. The gates need ``weight_decay``: set it in the TrainingArguments. Trainer does not decay biases and
+    some norms. The callback decays those of them that bound a branch's response, decoupled from the gradient.
 
-    Under DistributedDataParallel every process takes the same decisions, on the responses of all.
+    Under DistributedDataParallel all processes take the same decisions, on the responses of all of them.
 
     Args:
         epsilon: The paper's threshold. Exclusive with ``keep``.
         keep: Fraction (float) or number (int) of branches to keep.
-        warmup_epochs: Epochs with every gate open first.
-        ramp_epochs: With ``keep``: epochs from the first closed branch to the full budget.
-        patience: Epochs in a row that a branch must stay closed before it is removed.
-        live_removal: Remove during training. Without it closed branches stay until the model is saved.
-        criterion: With a budget, what branches are ranked by: ``'response'``, ``'importance'`` or an object of
+        warmup_epochs: Number of epochs at the beginning in which every gate is open.
+        ramp_epochs: With a budget, number of epochs from the first closed branch to the full budget.
+        patience: Number of epochs in a row that a branch must stay closed before it is removed.
+        live_removal: Whether to remove branches during training. Otherwise closed branches stay until the model is
+            saved.
+        criterion: With a budget, ranking of the branches: ``'response'``, ``'importance'`` or an object of
             :mod:`timm_eps.criteria`, as for the pruner.
-        target_params: In place of ``keep``, fraction or number of the parameters, as for the pruner.
-        target_macs: Likewise, of the multiply-adds for one image.
-        target_latency: Likewise, of the milliseconds of a forward pass.
-        prune_frozen: Whether branches go that cannot learn, because none of their parameters needs a gradient.
+        target_params: Instead of ``keep``, fraction or number of the parameters, as for the pruner.
+        target_macs: Instead of ``keep``, fraction or number of the multiply-adds for one image.
+        target_latency: Instead of ``keep``, fraction or milliseconds of a forward pass.
+        prune_frozen: Whether to remove branches that cannot learn, because none of their parameters needs a gradient.
 
     Attributes:
-        pruner (EpsilonPruner | None): There from the beginning of the training on.
+        pruner (EpsilonPruner | None): The pruner; None before the training begins.
         followers (list): Copies of the model that are updated in place, such as averages of its weights, for the
             pruner.
 
