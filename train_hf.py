@@ -402,11 +402,12 @@ class Training:
             if self.stops_early():
                 break
             dense = "dense, " if self.is_dense or self.args.no_gates else ""
-            name = f"{dense}epoch {epoch + 1}/{self.args.num_train_epochs}{self.time_left()}"
+            name = f"{dense}epoch {epoch + 1}/{self.args.num_train_epochs}"
             with tqdm(
                 total=len(self.batches), initial=self.progress.batch, desc=name, mininterval=0.5,
                 disable=not self.accelerator.is_local_main_process,
             ) as bar:  # fmt: skip
+                bar.set_postfix_str(self.time_left())
                 self.clock = time.perf_counter()
                 with self.queue():
                     self.train_epoch(epoch, bar)
@@ -436,7 +437,7 @@ class Training:
         if not done:
             return ""
         left = progress.seconds / done * (self.args.num_train_epochs * batches - done)
-        return f", {timedelta(seconds=round(left))} left"
+        return f"{timedelta(seconds=round(left))} left in all"
 
     def queue(self) -> AbstractContextManager[None]:
         """Where an epoch is computed."""

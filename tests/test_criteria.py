@@ -162,7 +162,7 @@ def test_what_did_not_run_or_diverged_is_not_ranked():
         ({"target_params": 10}, "target_params=10 cannot be reached"),
         ({"epsilon": 1.0, "criterion": Importance()}, "goes with keep"),
         ({"keep": 3, "criterion": Importance}, r"make one: Importance\(\)"),
-        ({"keep": 3, "criterion": 7}, "criterion must be one of response, importance, got '7'"),
+        ({"keep": 3, "criterion": 7}, "criterion must be one of response, importance, last, got '7'"),
     ],
 )
 def test_budgets_and_criteria_that_cannot_be(budget, told):

@@ -109,9 +109,9 @@ def test_named_columns_decide():
 
 def test_splits_that_number_classes_differently():
     train, validation = (ImageFiles.of(make_dataset(6, classes=tuple(c)), READ) for c in ("abc", "acb"))
-    check_classes(train, train)
+    check_classes(train, validation=train)
     with pytest.raises(ValueError, match=r"the classes \['a', 'b', 'c'\], the validation split \['a', 'c', 'b'\]"):
-        check_classes(train, validation)
+        check_classes(train, validation=validation)
 
 
 def test_a_class_without_training_images():
@@ -119,15 +119,15 @@ def test_a_class_without_training_images():
     rows = make_dataset(6)
     trained = rows.filter(lambda row: row["fine_label"] != 1)
     with pytest.raises(ValueError, match="Class 'b' is in the validation split but has no training image"):
-        check_classes(ImageFiles.of(trained, READ), ImageFiles.of(rows, READ))
-    check_classes(ImageFiles.of(trained, READ), ImageFiles.of(rows, READ), all_trained=False)
+        check_classes(ImageFiles.of(trained, READ), validation=ImageFiles.of(rows, READ))
+    check_classes(ImageFiles.of(trained, READ), validation=ImageFiles.of(rows, READ), all_trained=False)
     train, validation, other = (
         ImageStream.of(rows.to_iterable_dataset(), READ)
         for rows in (trained, rows, make_dataset(6, classes=("a", "c", "b")))
     )
-    check_classes(train, validation)
+    check_classes(train, validation=validation)
     with pytest.raises(ValueError, match="The training split has the classes"):
-        check_classes(train, other)
+        check_classes(train, validation=other)
 
 
 def test_samples_are_drawn():

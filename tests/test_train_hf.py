@@ -131,7 +131,7 @@ def test_config_file_and_flags(tmp_path):
         (["--model_name_or_path", "a", "--architecture", "b"], "--model_name_or_path and --architecture exclude"),
         (["--validation_dir", "a"], "--validation_dir goes with --train_dir"),
         (["--dataset_config_name", "a"], "--dataset_config_name goes with --dataset_name"),
-        (["--num_train_epochs", "0"], "--num_train_epochs: must be at least 1, got 0"),
+        (["--num_train_epochs", "-1"], "--num_train_epochs: must be at least 0, got -1"),
         (["--padding", "-1"], "--padding: must be at least 0, got -1"),
         (["--lr_decay_start", "30"], "--lr_decay_start: must be between 0 and 1, got 30"),
         (["--image_size", "0"], "--image_size: must be at least 4, got 0"),

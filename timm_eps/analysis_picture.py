@@ -52,13 +52,13 @@ def draw_analysis(branches: Sequence[Branch], curve: Sequence[Step], title: str,
         single.set_yscale("symlog", linthresh=max(smallest, 1e-4))
     single.margins(x=0.15)
     single.axhline(0, color="#95a5a6", linewidth=0.8)
-    single.set(xlabel=f"goes with the branch: {unit}, % of the dense network", ylabel="rise of the loss without it")
+    single.set(xlabel=f"saved without the branch: {unit}, % of the dense network", ylabel="rise of the loss without it")
     if known:
         single.legend(fontsize=8, frameon=False)
 
     left = [share(step) for step in curve]
     turns.plot(left, [step.loss for step in curve], marker="o", markersize=3, color="#1b4f72")
-    turns.set(xlabel=f"left: {unit}, % of the dense network", ylabel="loss, one branch more closed at each point")
+    turns.set(xlabel=f"remaining: {unit}, % of the dense network", ylabel="loss, one more branch closed at each point")
     turns.yaxis.label.set_color("#1b4f72")
     turns.invert_xaxis()
     accuracy = turns.twinx()

@@ -72,7 +72,7 @@ class EpsilonPruner:
         criterion: With a budget, ranking of the branches: ``'response'``, the largest of an epoch; ``'importance'``,
             the change of the loss without the branch (:meth:`EpsilonGate.measure_importance`); ``'last'``, the last
             branches of the network first; an object of :mod:`timm_eps.criteria`, or your own. With importance and
-            ``keep``, each stage keeps its share of the budget, unless the budget has fewer branches than the network has
+            ``keep``, each stage keeps its share of the budget, unless the budget has fewer branches than there are
             stages. With any criterion except the response, each branch that is due gets its own ε, twice its response.
             Importance is measured over the steps of the optimizer, only in the epochs after which branches are due:
             pass that optimizer.
