@@ -19,46 +19,32 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
     broadcast_object_list,
     gather_object,
     is_compiled_module,
-    parse_flag_from_env,
     set_seed,
 )
 from huggingface_hub import create_repo
-from PIL.Image import Image
 from safetensors import SafetensorError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import distribute_bn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageClassification, get_scheduler, pipeline
 
 import timm_eps
 from timm_eps import (
-    EpsilonGate,
-    EpsilonPruner,
-    EpsResNetConfig,
-    EpsResNetForImageClassification,
     checkpoints,
     data,
     onnx_export,
@@ -69,9 +55,8 @@ from timm_eps.config_checks import check_slots
 from timm_eps.cuda_graphs import GraphedPasses
 from timm_eps.directory_lock import locked
 from timm_eps.distributed import rewrap
-from timm_eps.failures import NETWORK_ERRORS, WRITE_ERRORS, as_script, one_line, reading_images
+from timm_eps.failures import WRITE_ERRORS, as_script, one_line, reading_images
 from timm_eps.interruption import Interruption, InterruptionError
-from timm_eps.names import is_cifar_network
 from timm_eps.process_state import all_finite, check_random_states, load_own, save_own
 from timm_eps.step_watch import StepWatch
 from timm_eps.surgery import removed_slots
@@ -79,208 +64,19 @@ from timm_eps.sync_batchnorm import synchronize_batchnorm
 from timm_eps.train_arguments import (
     begins_with_weights,
     binding_arguments,
-    hub_id,
-    on_digits,
     parse_arguments,
     used_arguments,
 )
 from timm_eps.training import start
 from timm_eps.training.average import load_average, new_average, save_average
-from timm_eps.training.evaluation import Evaluation
+from timm_eps.training.building import build_model, build_optimizer, build_pruner, build_scheduler
+from timm_eps.training.evaluation import Evaluation, evaluate
+from timm_eps.training.inputs import analysed_batches, note_corrupt, prepare_data
+from timm_eps.training.launching import start_accelerator, start_trackers
 from timm_eps.training.losses import label_mixer, smooth_labels
+from timm_eps.training.publishing import base_model, check_reload, compare, hardware, logits_of, push, versions
 from timm_eps.training_state import Progress, check_like, check_pruner, dump_json, load_state
 
-
-def load_images(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], int | None]:
-    """The splits; how the results and the card name them; how many images an epoch has, None if it is not known."""
-    if on_digits(args):
-        splits: dict[str, Any] = dict(data.load_digits(args.fold))
-        about = {"dataset": "scikit-learn digits", "dataset_id": None, "eval_split": f"fold {args.fold} of 5"}
-        length: int | None = len(splits["train"])
-    else:
-        splits, eval_split, length = data.load_splits(
-            args.dataset_name, args.dataset_config_name, args.train_dir, args.validation_dir, args.train_val_split,
-            args.image_column_name, args.label_column_name, args.seed, args.train_split_name, args.streaming,
-            args.test_dir, args.test_split_name,
-        )  # fmt: skip
-        name = hub_id(args.dataset_name)
-        shown = name or Path(args.dataset_name or args.train_dir).name
-        about = {"dataset": shown, "dataset_id": name, "eval_split": eval_split}
-    if not args.streaming:
-        splits["train"] = data.sample(splits["train"], args.max_train_samples, args.seed)
-        length = len(splits["train"])
-    splits["validation"] = data.sample(splits["validation"], args.max_eval_samples, args.seed)
-    if start.needs_analysis(args):
-        splits["analysed"] = data.sample(splits["train"], start.ANALYSED, args.seed)
-    return splits, about, args.max_train_samples if args.streaming and args.max_train_samples else length
-
-
-def starting_config(args: argparse.Namespace) -> EpsResNetConfig:
-    """The configuration of what the training begins with: the saved model, or the architecture."""
-    if args.model_name_or_path:
-        config = AutoConfig.from_pretrained(args.model_name_or_path)
-        if not isinstance(config, EpsResNetConfig):
-            raise ValueError(f"--model_name_or_path {args.model_name_or_path} is a {config.model_type}, no eps_resnet.")
-    else:
-        if not timm.is_model(args.architecture):
-            raise ValueError(f"--architecture {args.architecture!r} is unknown; timm.list_models('eps_*') lists them.")
-        config = EpsResNetConfig(architecture=args.architecture)
-    if args.with_remote_code and not is_cifar_network(config.architecture):
-        raise ValueError(f"--with_remote_code is for the paper's CIFAR networks, {config.architecture} is none.")
-    if args.per_pixel_mean and not is_cifar_network(config.architecture):
-        raise ValueError(f"--per_pixel_mean is for the paper's CIFAR networks, {config.architecture} is none.")
-    return config
-
-
-def input_of(args: argparse.Namespace, config: EpsResNetConfig, classes: int) -> dict[str, Any]:
-    """timm's description of the input: that of the saved model, or of the architecture at the wanted size."""
-    pretrained_cfg = dict(config.pretrained_cfg)
-    if args.model_name_or_path:
-        if config.num_labels != classes and not args.ignore_mismatched_sizes:
-            raise ValueError(
-                f"The saved model tells {config.num_labels} classes apart, the data set has {classes}; "
-                "--ignore_mismatched_sizes gives it a new classifier."
-            )
-        if args.image_size and (pretrained_cfg.get("fixed_input_size") or config.model_args.get("pixel_mean")):
-            raise ValueError(
-                f"--image_size {args.image_size}: {config.architecture} takes images of one size, "
-                f"{pretrained_cfg['input_size'][-1]}, which its weights depend on."
-            )
-        if args.image_size:
-            pretrained_cfg |= {"input_size": (3, args.image_size, args.image_size), "pool_size": None}
-    elif size := args.image_size or (8 if on_digits(args) and is_cifar_network(config.architecture) else None):
-        pretrained_cfg |= {"input_size": (3, size, size), "pool_size": None}
-    if args.crop_pct:
-        pretrained_cfg["crop_pct"] = args.crop_pct
-    if pretrained_cfg["input_size"][0] != 3:
-        raise ValueError(f"The model reads {pretrained_cfg['input_size'][0]} channels; this script feeds RGB images.")
-    return pretrained_cfg
-
-
-def prepare_images(
-    args: argparse.Namespace,
-    raw: dict[str, Any],
-    columns: tuple[str, str],
-    pretrained_cfg: dict[str, Any],
-    length: int | None,
-) -> dict[str, data.Images]:
-    """The splits as the network reads them: small images decoded into memory, others when they are needed."""
-    if not args.streaming and args.augmentation != "resized_crop":
-        return {name: data.ImageTensors.decode(raw[name], pretrained_cfg, *columns) for name in raw}
-    cropped = {"training": True, "flip": args.flip, "color_jitter": args.color_jitter}
-    read = dict.fromkeys(raw, data.ImageReader.of(pretrained_cfg))
-    if args.augmentation == "resized_crop":
-        read["train"] = data.ImageReader.of(pretrained_cfg, **cropped)
-    if args.streaming:
-        lengths = dict.fromkeys(raw) | {"train": length}
-        return {name: data.ImageStream.of(raw[name], read[name], *columns, lengths[name]) for name in raw}
-    return {name: data.ImageFiles.of(raw[name], read[name], *columns) for name in raw}
-
-
-def normalization(args: argparse.Namespace, train: data.Images) -> dict[str, Any]:
-    """The paper's mean and deviation; they travel with the model. Weights keep those that they were trained with."""
-    if args.model_name_or_path or args.pretrained:
-        return {}
-    if isinstance(train, data.ImageTensors):
-        return {"mean": data.channel_mean(train.images), "std": [128 / 255] * 3}
-    return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-
-
-def prepare_data(
-    args: argparse.Namespace, accelerator: Accelerator
-) -> tuple[dict[str, data.Images], dict[str, Any], dict[str, Any], Callable[[int], list[Image]]]:
-    """The splits; timm's description of the input; what results and card say; and the first pictures to test on."""
-    config = starting_config(args)
-    with accelerator.main_process_first():  # it fills the caches that the others read
-        raw, about, length = load_images(args)
-    columns = data.find_columns(raw["train"].features, args.image_column_name, args.label_column_name)
-    pretrained_cfg = input_of(args, config, raw["train"].features[columns[1]].num_classes)
-    splits = prepare_images(args, raw, columns, pretrained_cfg, length)
-    tested = {name: split for name, split in splits.items() if name != "analysed"}
-    data.check_classes(**tested, all_trained=args.max_train_samples is None)
-    pretrained_cfg |= normalization(args, splits["train"])
-    return splits, pretrained_cfg, about, partial(data.pictures, raw["validation"], columns[0])
-
-
-def build_model(args: argparse.Namespace, pretrained_cfg: dict[str, Any], train: data.Images) -> nn.Module:
-    label_names = train.label_names
-    labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
-    if args.model_name_or_path:
-        return AutoModelForImageClassification.from_pretrained(
-            args.model_name_or_path,
-            side_loss_weight=args.side_loss_weight,
-            ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-            pretrained_cfg=pretrained_cfg,
-            **labels,
-        )
-    model_args = args.model_args or {}
-    if pretrained_cfg.get("fixed_input_size"):
-        model_args = {"img_size": pretrained_cfg["input_size"][1:], **model_args}
-    fields = {"pretrained_cfg": pretrained_cfg, "side_loss_weight": args.side_loss_weight, **labels}
-    if args.pretrained:
-        model = timm.create_model(args.architecture, pretrained=True, num_classes=len(label_names), **model_args)
-        return EpsResNetForImageClassification.from_timm(model, **fields)
-    if args.per_pixel_mean:
-        model_args = {"pixel_mean": list(pretrained_cfg["input_size"][1:]), **model_args}
-    model = EpsResNetForImageClassification(
-        EpsResNetConfig(architecture=args.architecture.partition(".")[0], model_args=model_args, **fields)
-    )
-    if args.per_pixel_mean:
-        mean, std = (torch.tensor(pretrained_cfg[name], dtype=torch.float64).view(-1, 1, 1) for name in ("mean", "std"))
-        model.timm_model.stem.pixel_mean.mean.copy_((data.pixel_mean(train.images) / 255 - mean) / std)
-    return model
-
-
-def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    groups = timm_eps.param_groups(model, args.weight_decay)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.learning_rate)
-    return torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum, nesterov=args.nesterov)
-
-
-def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """Cosine takes a step with the optimizer, the others one an epoch."""
-    if args.lr_scheduler != "cosine":
-        restarts = args.lr_restart_milestones if args.lr_scheduler == "restarting" else args.lr_milestones
-        return timm_eps.RestartingLR(optimizer, args.lr_milestones, restarts, args.lr_factors)
-    warmup = round(WARMUP_SHARE * steps) if args.num_warmup_steps is None else args.num_warmup_steps
-    if warmup and warmup >= steps:
-        raise ValueError(f"--num_warmup_steps {warmup} must be below the {steps} steps of the run.")
-    # With --lr_decay_start 0 the rate falls as soon as the warm-up ends.
-    falling = min(round(steps * (1 - args.lr_decay_start)), steps - warmup)
-    decay = {"num_decay_steps": falling, "decay_type": "cosine"}
-    return get_scheduler("warmup_stable_decay", optimizer, warmup, steps, scheduler_specific_kwargs=decay)
-
-
-def build_pruner(
-    args: argparse.Namespace,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    analysed: start.Batches,
-    followers: Iterable[Any],
-) -> EpsilonPruner:
-    """The pruner of a training in which branches close.
-
-    Args:
-        args: Of the command line.
-        model: The network that is trained.
-        optimizer: Holds its parameters.
-        analysed: Images for a criterion that compares branches.
-        followers: Averages of the weights.
-    """
-    budget = start.budget_of(args)
-    ramp: dict[str, Any] = {}
-    if budget is not None:
-        ramp = {"ramp_epochs": args.ramp_epochs, "criterion": start.ramp_criterion(args, analysed)}
-        ramp[budget.argument] = args.keep if budget.argument == "keep" else budget
-    return EpsilonPruner(
-        model, optimizer, epsilon=args.epsilon, warmup_epochs=args.epsilon_warmup_epochs, patience=args.patience,
-        live_removal=not args.no_live_removal, followers=followers, **ramp,
-    )  # fmt: skip
-
-
-# Of the steps, where a network begins with weights and --num_warmup_steps is not given.
-WARMUP_SHARE = 0.05
 # What a checkpoint holds at the least, whatever its list of files says.
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "training.json")
 
@@ -762,14 +558,14 @@ def begin(
     set_seed(args.seed)
     model = build_model(args, pretrained_cfg, splits["train"]).to(accelerator.device)
     trained, results = model, {}
-    if epochs := dense_epochs(args, model, splits):
+    if epochs := start.dense_epochs(args, splits):
         first = argparse.Namespace(**{**vars(args), "num_train_epochs": epochs, "teacher": None})
         accelerator.print(f"The dense network is fine-tuned first, for {epochs} epochs.")
         training, dense = train(first, accelerator, splits, pretrained_cfg, is_dense=True)
         trained = training.final
         results = {f"dense_{name}": value for name, value in dense.items() if name != "eval_images"}
         accelerator.print(f"It took {dense['train_seconds']:.0f} s; accuracy {dense['eval_accuracy']:.4f}.")
-    elif knows_classes(args, model, splits):
+    elif start.knows_classes(args, splits):
         normalize = data.Normalize(pretrained_cfg).to(accelerator.device)
         found = evaluate(args, accelerator, model, splits["validation"], normalize)
         results = {"start_eval_accuracy": found.accuracy}
@@ -812,174 +608,6 @@ def slots_to_remove(
     slots = broadcast_object_list(chosen)[0]
     accelerator.print(f"Removing {len(slots)} of {len(gates(model))} branches before the training.")
     return slots
-
-
-def knows_classes(args: argparse.Namespace, model: nn.Module, splits: dict[str, data.Images]) -> bool:
-    """Whether the network has a classifier that was saved with it, for the classes of the data set."""
-    if not args.model_name_or_path:
-        return False
-    stored = AutoConfig.from_pretrained(args.model_name_or_path)
-    return stored.num_labels == len(splits["train"].label_names)
-
-
-def dense_epochs(args: argparse.Namespace, model: nn.Module, splits: dict[str, data.Images]) -> int:
-    """For how many epochs the dense network is fine-tuned first."""
-    if not start.needs_trained_classifier(args):
-        return 0
-    if args.dense_epochs is not None:
-        return args.dense_epochs
-    if knows_classes(args, model, splits):
-        return 0
-    if not args.num_train_epochs:
-        raise ValueError("The classifier is new, and --num_train_epochs 0 leaves it so; give --dense_epochs.")
-    return args.num_train_epochs
-
-
-def analysed_batches(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    splits: dict[str, data.Images],
-    pretrained_cfg: dict[str, Any],
-) -> list[tuple[Tensor, Tensor]]:
-    """Training images to compare branches on, normalised, with labels, on the device; none if they are not needed."""
-    if "analysed" not in splits:
-        return []
-    normalize = data.Normalize(pretrained_cfg).to(accelerator.device)
-    batches = data.evaluation_batches(splits["analysed"], 128)
-    found = [(images.to(accelerator.device), labels.to(accelerator.device)) for images, labels, _ in batches]
-    return [(normalize(images), labels) for images, labels in found if len(labels)]
-
-
-@torch.no_grad()
-def evaluate(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    model: nn.Module,
-    images: data.Images,
-    normalize: data.Normalize,
-    known_corrupt: list[str] | None = None,
-) -> Evaluation:
-    """What a network gets right of the images to test on, over all processes."""
-    model.eval()
-    classes = len(images.label_names)
-    count = torch.zeros(2, classes, dtype=torch.int64, device=accelerator.device)  # correct ones, all
-    for batch, labels, corrupt in data.evaluation_batches(
-        images, args.per_device_eval_batch_size, rank=accelerator.process_index, processes=accelerator.num_processes,
-        num_workers=args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
-    ):  # fmt: skip
-        note_corrupt(args, corrupt, "validation", [] if known_corrupt is None else known_corrupt)
-        if len(labels):
-            pixels, labels = (x.to(accelerator.device, non_blocking=True) for x in (batch, labels))
-            right = model(normalize(pixels)).logits.argmax(-1) == labels
-            count += torch.stack([labels[right].bincount(minlength=classes), labels.bincount(minlength=classes)])
-    correct, seen = accelerator.reduce(count).tolist()
-    if not sum(seen):
-        raise ValueError("No image of the validation split can be read.")
-    return Evaluation(correct, seen)
-
-
-def note_corrupt(args: argparse.Namespace, names: list[str], split: str, known: list[str]) -> None:
-    """Add images of a split that cannot be read to those known; raise ValueError unless they are to be skipped."""
-    if names and args.corrupt_images == "error":
-        raise ValueError(f"{names[0]} ({split}) is no image that can be read; --corrupt_images skip leaves it out.")
-    known += sorted({f"{name} ({split})" for name in names}.difference(known))
-
-
-def compare(model: nn.Module, images: Tensor, batch_sizes: Iterable[int] = (1, 128)) -> dict[str, Any]:
-    """Structure, size and speed of the pruned network beside the unpruned one of its architecture."""
-    arguments = dict(model.config.model_args)
-    removed = arguments.pop("removed", [])
-    arguments.pop("closed", None)
-    dense = timm.create_model(model.config.architecture, num_classes=model.config.num_labels, **arguments)
-    dense.to(images.device)
-    total = sum(isinstance(module, EpsilonGate) for module in dense.modules())
-    found = {"blocks_total": total, "blocks_kept": total - len(removed), "removed": removed}
-    pair = {"dense_": dense, "": model.timm_model}
-    for prefix, network in pair.items():
-        found[f"{prefix}params"] = report.count_parameters(network)
-        found[f"{prefix}macs"] = report.count_macs(network, images[:1])
-    for batch_size in batch_sizes:
-        batch = images.repeat(math.ceil(batch_size / len(images)), 1, 1, 1)[:batch_size]
-        for prefix, latency in report.paired_latency(pair, batch).items():
-            found[f"{prefix}latency_batch{batch_size}_seconds"] = latency
-    return found
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, classes) of a batch, and of its images one by one: other kernels run, which round differently."""
-    model.eval()
-    answers = [model(images), *(model(image) for image in images.split(1))]
-    batch, *singles = (getattr(answer, "logits", answer).cpu() for answer in answers)
-    return batch, torch.cat(singles)
-
-
-def check_reload(directory: str, live: tuple[Tensor, Tensor], images: Tensor, pictures: list) -> str:
-    """Load the directory by every loader and compare logits with the live model's. Raises if one differs."""
-    by_timm = timm.create_model(f"local-dir:{directory}", pretrained=True).to(images.device)
-    by_auto = AutoModelForImageClassification.from_pretrained(directory).to(images.device)
-    classify = pipeline("image-classification", model=directory, device=images.device)
-    number_of = by_auto.config.label2id
-    scores = torch.empty_like(live[1])
-    for row, answers in enumerate(classify(pictures, top_k=len(number_of), function_to_apply="none")):
-        for answer in answers:
-            scores[row, number_of[answer["label"]]] = answer["score"]
-    largest = {
-        "timm": difference(logits_of(by_timm, images), live),
-        "AutoModelForImageClassification": difference(logits_of(by_auto, images), live),
-        "pipeline": difference([scores], live[1:]),
-    }
-    if wrong := {name: value for name, value in largest.items() if not value <= 1e-5}:
-        raise RuntimeError(f"The model saved in {directory} computes other logits than the live one: {wrong}.")
-    return ", ".join(f"{name} {'equal' if value == 0 else f'within {value:.1e}'}" for name, value in largest.items())
-
-
-def difference(some: Iterable[Tensor], others: Iterable[Tensor]) -> float:
-    return max((a - b).abs().max().item() for a, b in zip(some, others, strict=True))
-
-
-def start_accelerator(args: argparse.Namespace) -> Accelerator:
-    accelerator = Accelerator(
-        # Without this, processes that torchrun starts where there is no accelerator know nothing of each other.
-        cpu=not torch.accelerator.is_available(),
-        # The loop divides the loss itself: the last steps of an epoch may accumulate fewer batches.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_backend="inductor" if args.compile else None,
-        mixed_precision=args.mixed_precision,
-        # Each process keeps the statistics of its own batches; they are averaged when they are needed.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        log_with=(args.report_to or "all") if args.with_tracking else None,
-        project_dir=args.output_dir,
-    )
-    kinds = [accelerator.distributed_type.value]
-    kinds += [kind for kind in ("FSDP", "DEEPSPEED") if parse_flag_from_env(f"ACCELERATE_USE_{kind}")]  # CPUs ignore it
-    if kinds[-1] not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU"):
-        raise ValueError(
-            f"Blocks cannot be taken out of a model under {kinds[-1]}, which shards or moves "
-            "its parameters; launch with plain data parallelism (--multi_gpu, or torchrun)."
-        )
-    if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", 1))):
-        raise ValueError(f"{started} processes were started, but Accelerate connected {accelerator.num_processes}.")
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("--mixed_precision fp16 needs an accelerator, which is not there; bf16 works on the CPU.")
-    if args.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
-        raise ValueError(
-            f"--cuda_graphs is for one process on an NVIDIA GPU; here are {accelerator.num_processes} on "
-            f"{accelerator.device.type}."
-        )
-    if accelerator.device.type == "cpu":
-        # accelerate launch leaves a process one thread where it finds no accelerator.
-        share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(args.num_threads or max(1, share))
-    return accelerator
-
-
-def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    installed = {str(tracker) for tracker in accelerator.log_with}
-    missing = [name for name in args.report_to or [] if name not in (*installed, "all")]
-    if missing or not installed:
-        raise ValueError(f"--report_to {missing[0] if missing else 'all'}: no such tracker is installed.")
-    accelerator.init_trackers("timm_eps", {name: str(value) for name, value in used_arguments(args).items()})
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -1093,42 +721,8 @@ def dry_run(
         set_seed(args.seed)
         model = build_model(args, pretrained_cfg, splits["train"]).to(accelerator.device).eval()
         batches = analysed_batches(args, accelerator, splits, pretrained_cfg)
-        print(start.describe(args, model, batches, knows_classes(args, model, splits)))
+        print(start.describe(args, model, batches, start.knows_classes(args, splits)))
     return {}
-
-
-def push(args: argparse.Namespace, model: nn.Module, repo_id: str, message: str, saved: dict[str, Any]) -> None:
-    try:
-        commit = timm_eps.push_to_hub(
-            model, repo_id, token=args.hub_token, revision=args.hub_revision, commit_message=message, **saved
-        )
-    except (*NETWORK_ERRORS, RuntimeError) as error:  # huggingface_hub raises the latter when an upload fails
-        raise OSError(
-            f"The push of what is saved in {args.output_dir} to {repo_id} failed: {one_line(error, limit=1000)}. "
-            f"To try again: hf upload {repo_id} {args.output_dir}"
-        ) from error
-    print(f"Pushed to {commit.repo_url} ({commit.oid[:7]}).")
-
-
-def hardware(accelerator: Accelerator) -> str:
-    one = report.hardware(accelerator.device)
-    return one if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes, each {one}"
-
-
-def base_model(args: argparse.Namespace) -> str | None:
-    """Where the weights came from that the training began with, by a name on the Hub."""
-    if args.pretrained:
-        return timm.get_pretrained_cfg(args.architecture).hf_hub_id
-    return hub_id(args.model_name_or_path)
-
-
-def available_cores() -> int:
-    """Cores this process may run on; all of the machine's where the system cannot tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def versions() -> dict[str, str]:
-    return {module.__name__: str(module.__version__) for module in (timm_eps, timm, torch, transformers)}
 
 
 if __name__ == "__main__":

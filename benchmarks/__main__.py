@@ -18,11 +18,11 @@ import sys
 import time
 from pathlib import Path
 
-import train_hf
 from benchmarks import curves, glyphs, plan, results
 from benchmarks.comparisons import COMPARISONS, FEW, ROOT
 from benchmarks.jobs import KEEPS_MEMORY, Job, Runner, Store
 from benchmarks.methods import METHODS
+from timm_eps.training.launching import available_cores
 
 HERE = Path(__file__).parent
 PARTS = ("table", "latency", "sweeps")
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--data", choices=list(COMPARISONS), nargs="+", default=list(COMPARISONS))
     parser.add_argument("--methods", choices=list(METHODS), nargs="+", default=list(METHODS), help="rows of the table")
-    parser.add_argument("--at_once", type=int, default=train_hf.available_cores(), help="processes that train")
+    parser.add_argument("--at_once", type=int, default=available_cores(), help="processes that train")
     parser.add_argument("--threads", type=int, default=1, help="of each of them")
     args = parser.parse_args()
     os.chdir(ROOT)

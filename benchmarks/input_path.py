@@ -23,10 +23,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import train_hf
 from benchmarks.training_speed import begin
 from timm_eps import data, remove_closed, report
 from timm_eps.branches import gates
+from timm_eps.training.launching import available_cores
 
 CIFAR = {"mean": (0.49, 0.48, 0.45), "std": (0.5, 0.5, 0.5)}
 
@@ -87,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cpu":
-        torch.set_num_threads(train_hf.available_cores())
+        torch.set_num_threads(available_cores())
     print(f"{report.hardware(device)}, torch {torch.__version__}")
     for name, augment in {
         "pad, crop, flip": data.PadCropFlip(4, flip=True),

@@ -41,7 +41,7 @@ def dense(tmp_path_factory):
     out = tmp_path_factory.mktemp("fine-tuning") / "dense"
     with pytest.MonkeyPatch.context() as patched:
         train_only(patched)
-        patched.setattr(train_hf, "available_cores", lambda: 1)
+        patched.setattr("timm_eps.training.launching.available_cores", lambda: 1)
         arguments = [
             "--architecture",
             "eps_resnet20",

@@ -66,7 +66,7 @@ def test_branches_are_removed_though_other_sizes_do_not_run(pair, images):
 
 
 def test_trained_saved_and_loaded_by_everyone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_hf, "available_cores", lambda: 1)
+    monkeypatch.setattr("timm_eps.training.launching.available_cores", lambda: 1)
     train_hf.main(
         ["--architecture", "eps_resnet20", "--num_train_epochs", "3", "--max_train_samples", "200", "--keep", "4",
          "--epsilon_warmup_epochs", "1", "--ramp_epochs", "1", "--patience", "1", "--per_pixel_mean",

@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from test_resume import _only_training, train_only  # noqa: F401  the fixture is for all tests here as well
 from test_train_hf import _one_thread, without_times  # noqa: F401
 from timm.layers import BatchNormAct2d
 from torch import nn
+from transformers import AutoModelForImageClassification
 
 import train_hf
 from timm_eps import checkpoints
@@ -125,7 +127,7 @@ def test_what_is_saved_is_what_was_measured(both, name):
     """Over both processes on all images, each once, though neither batch nor half divides their number."""
     out, results = both["out"] / name, both[0][name]["results"]
     assert results["eval_images"] == 45
-    model = train_hf.AutoModelForImageClassification.from_pretrained(out).eval()
+    model = AutoModelForImageClassification.from_pretrained(out).eval()
     raw = train_hf.data.sample(train_hf.data.load_digits(0)["validation"], 45, 0)
     split = train_hf.data.ImageTensors.decode(raw, model.config.pretrained_cfg)
     with torch.no_grad():
@@ -201,8 +203,7 @@ def test_some_synchronised_steps_stay_near_those_of_one_process(both, tmp_path, 
     found = both[0][name]["results"]
     assert found["train_loss_by_epoch"] == pytest.approx(expected["train_loss_by_epoch"], rel=1e-4)
     saved, others = (
-        train_hf.AutoModelForImageClassification.from_pretrained(path).state_dict()
-        for path in (both["out"] / name, tmp_path)
+        AutoModelForImageClassification.from_pretrained(path).state_dict() for path in (both["out"] / name, tmp_path)
     )
     assert saved.keys() == others.keys()
     for key, value in saved.items():
@@ -273,7 +274,7 @@ def test_batch_norm_of_one_process_is_the_plain_one(make):
 
 def test_synchronising_exchanges_nothing_but_the_arithmetic():
     """Parameters and buffers stay the same objects, so optimizers made before and names in files go on fitting."""
-    model = train_hf.timm.create_model("eps_resnet20")
+    model = timm.create_model("eps_resnet20")
     before = [*model.named_parameters(), *model.named_buffers()]
     assert synchronize_batchnorm(model) is model
     after = [*model.named_parameters(), *model.named_buffers()]

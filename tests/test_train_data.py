@@ -35,7 +35,7 @@ def _one_thread(monkeypatch):
     Speed is not what is tested here, and ``datasets`` sleeps for 5 seconds after each stream of parquet.
     """
     threads = torch.get_num_threads()
-    monkeypatch.setattr(train_hf, "available_cores", lambda: 1)
+    monkeypatch.setattr("timm_eps.training.launching.available_cores", lambda: 1)
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
     monkeypatch.setattr(train_hf.report, "paired_latency", lambda networks, images: dict.fromkeys(networks, 1.0))
     yield

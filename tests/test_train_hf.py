@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from conftest import make_dataset
+from timm.data import IMAGENET_DEFAULT_MEAN
 from transformers import AutoModelForImageClassification
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +33,7 @@ SHORT = [
 def _one_thread(monkeypatch):
     """Further processes test on the other cores."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(train_hf, "available_cores", lambda: 1)
+    monkeypatch.setattr("timm_eps.training.launching.available_cores", lambda: 1)
     yield
     torch.set_num_threads(threads)
 
@@ -333,7 +334,7 @@ def test_fixed_epsilon_without_live_removal(tmp_path):
 @pytest.mark.parametrize(("given", "threads"), [([], 2), (["--num_threads", "1"], 1)])
 def test_threads(tmp_path, monkeypatch, given, threads):
     """accelerate launch would leave one thread; the results say how many there were."""
-    monkeypatch.setattr(train_hf, "available_cores", lambda: 2)
+    monkeypatch.setattr("timm_eps.training.launching.available_cores", lambda: 2)
     assert run(tmp_path, "--num_train_epochs", "1", *given)["hardware"].startswith(f"{threads} threads of")
 
 
@@ -476,7 +477,7 @@ def test_large_images_are_read_when_needed(tmp_path):
     assert results["blocks_kept"] == 3
     stored = json.loads((tmp_path / "out/config.json").read_text())["pretrained_cfg"]
     assert stored["crop_pct"] == 0.8
-    assert stored["mean"] == list(train_hf.IMAGENET_DEFAULT_MEAN)
+    assert stored["mean"] == list(IMAGENET_DEFAULT_MEAN)
     assert results["arguments"]["augmentation"] == "resized_crop"
     assert "padding" not in results["arguments"]
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Evaluation"]
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .. import data
+from .inputs import note_corrupt
+
+__all__ = ["Evaluation", "evaluate"]
 
 
 class Evaluation(NamedTuple):
@@ -33,3 +41,31 @@ class Evaluation(NamedTuple):
         """That fraction of each class that has images, by its name."""
         rows = zip(names, self.correct, self.seen, strict=True)
         return {name: correct / seen for name, correct, seen in rows if seen}
+
+
+@torch.no_grad()
+def evaluate(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: nn.Module,
+    images: data.Images,
+    normalize: data.Normalize,
+    known_corrupt: list[str] | None = None,
+) -> Evaluation:
+    """What a network gets right of the images to test on, over all processes."""
+    model.eval()
+    classes = len(images.label_names)
+    count = torch.zeros(2, classes, dtype=torch.int64, device=accelerator.device)  # correct ones, all
+    for batch, labels, corrupt in data.evaluation_batches(
+        images, args.per_device_eval_batch_size, rank=accelerator.process_index, processes=accelerator.num_processes,
+        num_workers=args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
+    ):  # fmt: skip
+        note_corrupt(args, corrupt, "validation", [] if known_corrupt is None else known_corrupt)
+        if len(labels):
+            pixels, labels = (x.to(accelerator.device, non_blocking=True) for x in (batch, labels))
+            right = model(normalize(pixels)).logits.argmax(-1) == labels
+            count += torch.stack([labels[right].bincount(minlength=classes), labels.bincount(minlength=classes)])
+    correct, seen = accelerator.reduce(count).tolist()
+    if not sum(seen):
+        raise ValueError("No image of the validation split can be read.")
+    return Evaluation(correct, seen)

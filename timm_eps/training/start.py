@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from ..analysis import analyze
 from ..analysis_report import Analysis
@@ -22,8 +22,8 @@ from ..ordered import first_within
 from ..surgery import natural_order, removed_slots
 
 __all__ = [
-    "ANALYSED", "Batches", "budget_of", "choose_slots", "describe", "estimate_statistics", "load_teacher",
-    "needs_analysis", "needs_trained_classifier", "ramp_criterion",
+    "ANALYSED", "Batches", "budget_of", "choose_slots", "dense_epochs", "describe", "estimate_statistics",
+    "knows_classes", "load_teacher", "needs_analysis", "needs_trained_classifier", "ramp_criterion",
 ]  # fmt: skip
 
 # Training images on which branches are compared: at a thousand, a rise of the loss of 0.01 is told from none.
@@ -49,6 +49,27 @@ def needs_analysis(args: argparse.Namespace) -> bool:
 def needs_trained_classifier(args: argparse.Namespace) -> bool:
     """Whether the dense network must have learnt the classes before the training begins."""
     return args.teacher == "self" or (args.prune_at, args.criterion) == ("start", "leave_one_out")
+
+
+def knows_classes(args: argparse.Namespace, splits: Mapping[str, Any]) -> bool:
+    """Whether the network has a classifier that was saved with it, for the classes of the data set."""
+    if not args.model_name_or_path:
+        return False
+    stored = AutoConfig.from_pretrained(args.model_name_or_path)
+    return stored.num_labels == len(splits["train"].label_names)
+
+
+def dense_epochs(args: argparse.Namespace, splits: Mapping[str, Any]) -> int:
+    """For how many epochs the dense network is fine-tuned first."""
+    if not needs_trained_classifier(args):
+        return 0
+    if args.dense_epochs is not None:
+        return args.dense_epochs
+    if knows_classes(args, splits):
+        return 0
+    if not args.num_train_epochs:
+        raise ValueError("The classifier is new, and --num_train_epochs 0 leaves it so; give --dense_epochs.")
+    return args.num_train_epochs
 
 
 def ramp_criterion(args: argparse.Namespace, batches: Batches) -> str | Criterion:

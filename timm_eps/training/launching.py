@@ -1,0 +1,63 @@
+"""The processes of a run: Accelerate's, and the trackers that it logs to."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, parse_flag_from_env
+
+from ..train_arguments import used_arguments
+
+__all__ = ["available_cores", "start_accelerator", "start_trackers"]
+
+
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    accelerator = Accelerator(
+        # Without this, processes that torchrun starts where there is no accelerator know nothing of each other.
+        cpu=not torch.accelerator.is_available(),
+        # The loop divides the loss itself: the last steps of an epoch may accumulate fewer batches.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="inductor" if args.compile else None,
+        mixed_precision=args.mixed_precision,
+        # Each process keeps the statistics of its own batches; they are averaged when they are needed.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        log_with=(args.report_to or "all") if args.with_tracking else None,
+        project_dir=args.output_dir,
+    )
+    kinds = [accelerator.distributed_type.value]
+    kinds += [kind for kind in ("FSDP", "DEEPSPEED") if parse_flag_from_env(f"ACCELERATE_USE_{kind}")]  # CPUs ignore it
+    if kinds[-1] not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU"):
+        raise ValueError(
+            f"Blocks cannot be taken out of a model under {kinds[-1]}, which shards or moves "
+            "its parameters; launch with plain data parallelism (--multi_gpu, or torchrun)."
+        )
+    if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", 1))):
+        raise ValueError(f"{started} processes were started, but Accelerate connected {accelerator.num_processes}.")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs an accelerator, which is not there; bf16 works on the CPU.")
+    if args.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+        raise ValueError(
+            f"--cuda_graphs is for one process on an NVIDIA GPU; here are {accelerator.num_processes} on "
+            f"{accelerator.device.type}."
+        )
+    if accelerator.device.type == "cpu":
+        # accelerate launch leaves a process one thread where it finds no accelerator.
+        share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(args.num_threads or max(1, share))
+    return accelerator
+
+
+def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    installed = {str(tracker) for tracker in accelerator.log_with}
+    missing = [name for name in args.report_to or [] if name not in (*installed, "all")]
+    if missing or not installed:
+        raise ValueError(f"--report_to {missing[0] if missing else 'all'}: no such tracker is installed.")
+    accelerator.init_trackers("timm_eps", {name: str(value) for name, value in used_arguments(args).items()})
+
+
+def available_cores() -> int:
+    """Cores this process may run on; all of the machine's where the system cannot tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
