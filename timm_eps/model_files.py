@@ -209,12 +209,17 @@ class TransformersFiles(NamedTuple):
         config.model_args = {key: value for key, value in config.model_args.items() if key != "closed"}
         return {**kwargs, "config": config}
 
-    def check(self, *, replaces_classifier: bool, replaces_side_head: bool) -> None:
+    @property
+    def asks_for_side_head(self) -> bool:
+        """Whether ``config.json`` itself, not the caller, asks for a side head."""
+        stored = self.config.get("side_loss_weight")
+        return bool(stored) and self.described.side_loss_weight == stored
+
+    def check(self, *, replaces_classifier: bool) -> None:
         """Compare the weights with the network that the configuration describes.
 
         Args:
             replaces_classifier: Whether the stored classifier may be missing or differ.
-            replaces_side_head: Whether the weights may lack the side head that ``config.json`` asks for.
 
         Raises:
             ValueError: They do not fit; the message names the tensor.
@@ -239,13 +244,6 @@ class TransformersFiles(NamedTuple):
             adapt=adapt,
             sha256=self.config.get("weights_sha256"),
         )
-        asked, stored = self.described.side_loss_weight, self.config.get("side_loss_weight")
-        has_side_head = any(name.startswith(_SIDE_HEAD) for path in self.weights for name in _names(path))
-        if stored and asked == stored and not (replaces_side_head or has_side_head):
-            raise ValueError(
-                f"config.json has side_loss_weight={stored}, but {WEIGHTS} has no side head. Delete the field; passed "
-                "to from_pretrained it makes a new side head."
-            )
         check_precision(self.config.get("dtype") or self.config.get("torch_dtype"), self.weights)
 
 

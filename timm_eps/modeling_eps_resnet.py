@@ -105,21 +105,21 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
             ValueError: The file does not fit what ``config.json`` says, or holds NaN. transformers alone would give
                 random weights to what is missing, with a warning.
         """
+        gives_side_loss_weight = "side_loss_weight" in kwargs
         kwargs.setdefault("use_safetensors", True)  # other formats can hold code
         stored = None
         if kwargs.get("state_dict") is None and pretrained_model_name_or_path is not None:
             stored = TransformersFiles.of(cls.config_class, pretrained_model_name_or_path, kwargs)
         asked = bool(kwargs.get("ignore_mismatched_sizes")) or (stored is not None and not stored.num_classes)
         if stored is not None:
-            stored.check(
-                replaces_classifier=asked or cls.is_headless,
-                replaces_side_head=cls.is_headless or "side_loss_weight" in kwargs,
-            )
+            stored.check(replaces_classifier=asked or cls.is_headless)
             kwargs = stored.with_open_gates(kwargs)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         if kwargs.get("state_dict") is None:
             _check_blocks(model, info, replaces_classifier=asked)
+        if stored is not None and stored.asks_for_side_head and not (gives_side_loss_weight or cls.is_headless):
+            _check_side_head(info)
         if stored is not None:
             set_closed(model, stored.closed)
             record_structure(model)
@@ -509,6 +509,15 @@ def _check_blocks(model: Any, info: Mapping[str, Iterable[str]], *, replaces_cla
                 f"{len(removed_slots(model))} removed branches: they {verb} {strangers[0]!r} and {len(strangers) - 1} "
                 'more. Keep the list model_args["removed"] with the weights that it was saved with.'
             )
+
+
+def _check_side_head(info: Mapping[str, Iterable[str]]) -> None:
+    """Raise ValueError if loading did not find all of a side head that the file asks for."""
+    if missing := sorted(key for key in info["missing_keys"] if key.startswith("side_head.")):
+        raise ValueError(
+            f"config.json has a side_loss_weight, but the weights lack {missing[0]!r} and {len(missing) - 1} more of "
+            "the side head. Delete the field; passed to from_pretrained it makes a new side head."
+        )
 
 
 AutoConfig.register(EpsResNetConfig.model_type, EpsResNetConfig, exist_ok=True)

@@ -60,3 +60,17 @@ def export_onnx(model: nn.Module, path: str | os.PathLike) -> None:
         dynamo=True,
         verbose=False,
     )
+    _forget_paths(path)
+
+
+def _forget_paths(path: str | os.PathLike) -> None:
+    """Delete what torch notes for debugging: for each operation, the lines of code and their paths on this machine."""
+    import onnx
+
+    model = onnx.load(path)
+    named = [model.graph.input, model.graph.output, model.graph.value_info, model.graph.initializer, model.graph.node]
+    for each in (*named, *(function.node for function in model.functions)):
+        for entry in each:
+            del entry.metadata_props[:]
+            entry.doc_string = ""
+    onnx.save(model, path)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .branches import gates
 from .config_checks import check_config, check_model_args, check_slots
 from .names import base_name, is_cifar_network
-from .weight_checks import WEIGHTS, Layout, check_file, check_layout, layout_of, weight_files
+from .weight_checks import WEIGHTS, Layout, check_file, check_layout, check_precision, layout_of, weight_files
 
 __all__ = [
     "StoredModel",
@@ -199,6 +199,7 @@ class StoredModel(NamedTuple):
             adapt=without_closed,
             sha256=config.get("weights_sha256"),
         )
+        check_precision(config.get("dtype") or config.get("torch_dtype"), files)
         # Weights that say nothing of a gate are of a network in which it was open.
         closed = (config.get("model_args") or {}).get("closed") or ()
         tensors = {f"{slot}{_CLOSED}": torch.ones((), dtype=torch.bool) for slot in closed}

@@ -252,7 +252,7 @@ def replay_removed(model: nn.Module, removed: Iterable[str]) -> None:
     note_copies(body)
     slots = set(check_slots("removed", removed))
     found = gates(body)
-    _check_known(slots, found, body)
+    _check_known(slots, found, body, "removed: ")
     if not slots:
         return
     with carrying_hooks(body, _replaced(body, slots)):
@@ -347,14 +347,14 @@ def check_gated(model: nn.Module) -> None:
         raise ValueError(f"{type(timm_body(model)).__name__} has no gates; call timm_eps.add_gates(model) first.")
 
 
-def _check_known(slots: Iterable[str], found: dict[str, EpsilonGate], body: nn.Module) -> None:
+def _check_known(slots: Iterable[str], found: dict[str, EpsilonGate], body: nn.Module, source: str = "") -> None:
     unknown = sorted(set(slots) - found.keys(), key=natural_order)
     if unknown:
         near = difflib.get_close_matches(unknown[0], found, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"its slots look like {next(iter(found), 'none')!r}."
         raise ValueError(
-            f"{shortened(unknown[0], 100)} is not a gated slot of this {type(body).__name__} with {len(found)} gates; "
-            f"{hint}"
+            f"{source}{shortened(unknown[0], 100)} is not a gated slot of this {type(body).__name__} with {len(found)} "
+            f"gates; {hint}"
         )
 
 

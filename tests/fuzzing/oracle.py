@@ -178,7 +178,8 @@ def _unbound(directory: Path, base: Path, content: bytes) -> list[Fault]:
 @torch.no_grad()
 def _output(model: Any, kind: str, images: torch.Tensor) -> torch.Tensor:
     model.eval()
-    output = model(images, **({"return_dict": True} if hasattr(model, "config") else {}))
+    dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), images.dtype)
+    output = model(images.to(dtype), **({"return_dict": True} if hasattr(model, "config") else {}))
     if kind == "pooled":
         # do_pooling, a field of transformers, leaves it out.
         return output.last_hidden_state if output.pooler_output is None else output.pooler_output

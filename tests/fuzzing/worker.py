@@ -161,6 +161,9 @@ def _attempt(
         if not watch.events:
             _judge_error(result, error, directory, base, roots, oracle)
     elif loaded is not None and loaded.model is not None:
+        # Another configuration may have made another network of the files.
+        if loaded.architecture is not None:
+            size = 8 if loaded.architecture == "eps_resnet20" else 32
         images = torch.linspace(-2, 2, 2 * 3 * size * size).sin().mul(3).reshape(2, 3, size, size)
         faults, output = [], None
         try:
