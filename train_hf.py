@@ -55,7 +55,7 @@ from timm_eps.config_checks import check_slots
 from timm_eps.cuda_graphs import GraphedPasses
 from timm_eps.directory_lock import locked
 from timm_eps.distributed import rewrap
-from timm_eps.failures import WRITE_ERRORS, as_script, one_line, reading_images
+from timm_eps.failures import WRITE_ERRORS, one_line
 from timm_eps.interruption import Interruption, InterruptionError
 from timm_eps.process_state import all_finite, check_random_states, load_own, save_own
 from timm_eps.step_watch import StepWatch
@@ -70,6 +70,7 @@ from timm_eps.train_arguments import (
 from timm_eps.training import start
 from timm_eps.training.average import load_average, new_average, save_average
 from timm_eps.training.building import build_model, build_optimizer, build_pruner, build_scheduler
+from timm_eps.training.ending import as_script, reading_images
 from timm_eps.training.evaluation import Evaluation, evaluate
 from timm_eps.training.inputs import analysed_batches, note_corrupt, prepare_data
 from timm_eps.training.launching import start_accelerator, start_trackers
