@@ -44,29 +44,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import timm_eps
-from timm_eps import (
-    checkpoints,
-    data,
-    onnx_export,
-    report,
-)
-from timm_eps.branches import gates
+from timm_eps import checkpoints, data, onnx_export, report
 from timm_eps.config_checks import check_slots
 from timm_eps.cuda_graphs import GraphedPasses
 from timm_eps.directory_lock import locked
-from timm_eps.distributed import rewrap
 from timm_eps.failures import WRITE_ERRORS, one_line
 from timm_eps.interruption import Interruption, InterruptionError
 from timm_eps.process_state import all_finite, check_random_states, load_own, save_own
 from timm_eps.step_watch import StepWatch
-from timm_eps.surgery import removed_slots
+from timm_eps.surgery.branches import gates
+from timm_eps.surgery.distributed import rewrap
+from timm_eps.surgery.removal import removed_slots
 from timm_eps.sync_batchnorm import synchronize_batchnorm
-from timm_eps.train_arguments import (
-    begins_with_weights,
-    binding_arguments,
-    parse_arguments,
-    used_arguments,
-)
+from timm_eps.train_arguments import begins_with_weights, binding_arguments, parse_arguments, used_arguments
 from timm_eps.training import start
 from timm_eps.training.average import load_average, new_average, save_average
 from timm_eps.training.building import build_model, build_optimizer, build_pruner, build_scheduler

@@ -33,10 +33,10 @@ from torch import nn
 
 import timm_eps
 from benchmarks.tools import STATES, TOOLS, try_tools
-from timm_eps.branches import branch_parameters, evaluating, find_slots, gates, probe_batch, slots_by_block
 from timm_eps.names import twin_name
 from timm_eps.report import count_parameters
-from timm_eps.surgery import closed_slots, removed_slots, same_outputs
+from timm_eps.surgery.branches import branch_parameters, evaluating, find_slots, gates, probe_batch, slots_by_block
+from timm_eps.surgery.removal import closed_slots, removed_slots, same_outputs
 
 ROOT = Path(__file__).parent.parent
 STORE = Path(__file__).with_suffix(".json")

@@ -15,7 +15,7 @@ from benchmarks.comparisons import COMPARISONS, FEW
 from benchmarks.jobs import Store
 from benchmarks.plan import SWEEPS, sweep, table
 from benchmarks.results import by_method, found, pruned_runs
-from timm_eps.branches import gates
+from timm_eps.surgery.branches import gates
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import timm_eps
 from timm_eps import report
-from timm_eps.branches import gates
+from timm_eps.surgery.branches import gates
 
 DEPTHS = (110, 200, 500, 752)
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from timm_eps import report
-from timm_eps.branches import gates
+from timm_eps.surgery.branches import gates
 
 
 def build(args: argparse.Namespace, gated: bool) -> tuple[nn.Module, torch.optim.Optimizer]:

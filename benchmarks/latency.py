@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks import channels
 from benchmarks.jobs import conditions
 from timm_eps import report
-from timm_eps.branches import gates
+from timm_eps.surgery.branches import gates
 
 NATIVE = "native"
 REPARAMETERIZED = "reparameterized"

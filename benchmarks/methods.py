@@ -26,7 +26,7 @@ import train_hf
 from benchmarks import channels
 from benchmarks.structures import evenly
 from timm_eps import report
-from timm_eps.branches import gates
+from timm_eps.surgery.branches import gates
 
 
 @dataclass

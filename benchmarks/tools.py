@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import timm_eps
-from timm_eps.branches import gates, probe_batch, slots_by_block
+from timm_eps.surgery.branches import gates, probe_batch, slots_by_block
 
 STATES = ("open gates", "closed gates", "whole blocks removed", "half blocks removed")
 Tool = Callable[[nn.Module, Tensor], Any]

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import timm_eps  # noqa: E402, F401  registers the models
-from timm_eps.branches import gates  # noqa: E402
+from timm_eps.surgery.branches import gates  # noqa: E402
 
 
 @pytest.fixture

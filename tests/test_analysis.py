@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import timm_eps
 from timm_eps import Analysis, analyze, prune
-from timm_eps.branches import evaluating, gates, probe_batch
 from timm_eps.report import count_macs, count_parameters, paired_latency
+from timm_eps.surgery.branches import evaluating, gates, probe_batch
 
 FAMILIES = {
     "eps_resnet20": {},
@@ -398,7 +398,7 @@ def test_prune_leaves_closed_what_it_cannot_remove(monkeypatch, caplog, images):
     model = tiny_net()
     close(expected := copy.deepcopy(model), SLOTS[1])
     before = expected(images)
-    monkeypatch.setattr("timm_eps.surgery.same_outputs", lambda *_: False)
+    monkeypatch.setattr("timm_eps.surgery.removal.same_outputs", lambda *_: False)
     assert prune(model, [SLOTS[1]]) == []
     assert gates(model)[SLOTS[1]].closed
     assert "stays, closed" in caplog.text

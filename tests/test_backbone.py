@@ -23,9 +23,9 @@ from transformers.utils import logging as hf_logging
 
 import timm_eps
 from timm_eps import EpsResNetConfig, EpsResNetForImageClassification, EpsResNetModel
-from timm_eps.branches import gates
 from timm_eps.modeling_eps_resnet import EpsResNetBackbone
-from timm_eps.surgery import removed_slots
+from timm_eps.surgery.branches import gates
+from timm_eps.surgery.removal import removed_slots
 
 STAGES = ["stem", "stage1", "stage2", "stage3"]
 NETWORKS = {

@@ -21,7 +21,7 @@ from torch import nn
 
 import timm_eps
 from timm_eps import report
-from timm_eps.branches import gates
+from timm_eps.surgery.branches import gates
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from timm_eps.branches import gates
+from timm_eps.surgery.branches import gates
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

@@ -16,10 +16,10 @@ from timm.models import create_feature_extractor
 from torch import Tensor, nn
 
 import timm_eps
-from timm_eps.branches import gates, probe_batch
-from timm_eps.standins import Chain, Passthrough, ZeroBranch
-from timm_eps.surgery import replay_removed, same_outputs
-from timm_eps.tracing import meta_copy, trace
+from timm_eps.surgery.branches import gates, probe_batch
+from timm_eps.surgery.removal import replay_removed, same_outputs
+from timm_eps.surgery.standins import Chain, Passthrough, ZeroBranch
+from timm_eps.surgery.tracing import meta_copy, trace
 
 # One each of what makes removal hard: post- and pre-activation, a learned shortcut, several branches a block, layer
 # scales, windows folded into the batch, one slot for two branches, slots in a sequence or inside a branch, channels
@@ -433,7 +433,7 @@ def test_nothing_is_removed_on_the_meta_device(name):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=3)
     close(model)
-    for call in (timm_eps.remove_closed, lambda model: timm_eps.surgery.remove(model, list(gates(model))[:1])):
+    for call in (timm_eps.remove_closed, lambda model: timm_eps.surgery.removal.remove(model, list(gates(model))[:1])):
         with pytest.raises(ValueError, match=r"on the meta device.*removed="):
             call(model)
     closed = [slot for slot, gate in gates(model).items() if gate.closed]

@@ -15,11 +15,11 @@ from torch import nn
 
 import timm_eps
 from timm_eps import EpsilonPruner
-from timm_eps.branches import gates
 from timm_eps.budget import TargetLatency
 from timm_eps.criteria import Importance, LeaveOneOut, Response, Seen, ranked_by
 from timm_eps.report import count_macs, count_parameters
-from timm_eps.surgery import removed_slots
+from timm_eps.surgery.branches import gates
+from timm_eps.surgery.removal import removed_slots
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification
 
 import timm_eps
 import train_hf
-from timm_eps.branches import gates
+from timm_eps.surgery.branches import gates
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

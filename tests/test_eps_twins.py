@@ -15,8 +15,8 @@ from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
 import timm_eps
 from timm_eps import EpsilonMixin, EpsResNetForImageClassification
-from timm_eps.branches import gates, probe_batch
 from timm_eps.names import base_name, twin_name
+from timm_eps.surgery.branches import gates, probe_batch
 
 TWINS = timm.list_models(module="eps_twins")
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import timm_eps
 from timm_eps import EpsResNetForImageClassification
-from timm_eps.branches import gates, probe_batch, slots_by_block
+from timm_eps.surgery.branches import gates, probe_batch, slots_by_block
 
 STOCK = """
 import sys, torch, timm

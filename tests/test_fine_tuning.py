@@ -15,10 +15,10 @@ from test_train_hf import _one_thread, without_times  # noqa: F401  the fixture 
 
 import timm_eps
 import train_hf
-from timm_eps.branches import gates
 from timm_eps.budget import Keep, TargetLatency, TargetMacs, TargetParams
 from timm_eps.measure import size_of
 from timm_eps.ordered import first_within
+from timm_eps.surgery.branches import gates
 from timm_eps.training import start
 from timm_eps.training.evaluation import Evaluation
 from timm_eps.training.losses import label_mixer, smooth_labels

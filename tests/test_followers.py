@@ -18,9 +18,9 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 import timm_eps
 from timm_eps import EpsilonPruner, EpsResNetForImageClassification
-from timm_eps.branches import gates
-from timm_eps.followers import follow
-from timm_eps.surgery import closed_slots, removed_slots
+from timm_eps.surgery.branches import gates
+from timm_eps.surgery.followers import follow
+from timm_eps.surgery.removal import closed_slots, removed_slots
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 

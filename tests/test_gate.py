@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from timm_eps import EpsilonGate
-from timm_eps.branches import gates
 from timm_eps.gate import epsilon_gate, max_response
+from timm_eps.surgery.branches import gates
 
 LARGE = 1e6
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 
 import timm_eps
 from timm_eps import hub
-from timm_eps.branches import gates
+from timm_eps.surgery.branches import gates
 
 RESULTS = {
     "architecture": "eps_resnet20",

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import timm_eps
 from timm_eps import EpsilonPruner, EpsResNetForImageClassification
-from timm_eps.branches import gates
-from timm_eps.surgery import closed_slots, removed_slots
+from timm_eps.surgery.branches import gates
+from timm_eps.surgery.removal import closed_slots, removed_slots
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 LABELS = torch.arange(4)

@@ -9,8 +9,8 @@ from conftest import SLOTS, tiny_net
 from torch import nn
 
 import timm_eps
-from timm_eps.branches import block_path, gates
-from timm_eps.surgery import replay_removed
+from timm_eps.surgery.branches import block_path, gates
+from timm_eps.surgery.removal import replay_removed
 
 REGISTER = {
     "forward": lambda module, hook: module.register_forward_hook(lambda module, args, output: hook()),

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import timm_eps
 from timm_eps import EpsilonPruner
-from timm_eps.branches import gates
-from timm_eps.optimizers import innermost
+from timm_eps.surgery.branches import gates
+from timm_eps.surgery.optimizers import innermost
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 LABELS = torch.arange(4)

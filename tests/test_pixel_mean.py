@@ -13,8 +13,8 @@ from transformers import AutoModelForImageClassification
 
 import timm_eps
 from timm_eps import data
-from timm_eps.branches import gates
 from timm_eps.eps_resnet import PixelMean
+from timm_eps.surgery.branches import gates
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import timm_eps
 from timm_eps import EpsilonPruner
-from timm_eps.branches import gates, stage_of
 from timm_eps.importance import importance_ranks, shares
+from timm_eps.surgery.branches import gates, stage_of
 
 
 def respond(model: nn.Module, responses: dict[str, float], default: float = 10.0) -> None:

@@ -37,7 +37,7 @@ from transformers import (
 import timm_eps
 from timm_eps import hub as hub_module
 from timm_eps import onnx_export, standalone
-from timm_eps.branches import probe_batch
+from timm_eps.surgery.branches import probe_batch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -14,8 +14,8 @@ from test_hub import RESULTS
 from torch import nn
 
 from timm_eps import report
-from timm_eps.branches import evaluating
 from timm_eps.report import comparison_table, count_macs, count_parameters, draw_blocks, paired_latency
+from timm_eps.surgery.branches import evaluating
 
 
 def test_counts():

@@ -23,9 +23,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 import timm_eps
 from timm_eps import EpsResNetBackbone, EpsResNetConfig, EpsResNetForImageClassification, standalone
-from timm_eps.branches import gates
 from timm_eps.config_checks import check_label_names, check_model_args, shortened
 from timm_eps.model_files import staged
+from timm_eps.surgery.branches import gates
 
 REMOVED = {
     "eps_resnet20": ["stages.1.blocks.1.drop_path"],

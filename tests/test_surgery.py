@@ -12,8 +12,8 @@ from conftest import SLOTS, close, tiny_net
 from torch import nn
 
 import timm_eps
-from timm_eps.branches import find_slots, gates
-from timm_eps.surgery import collapsed_copy, remove, removed_slots
+from timm_eps.surgery.branches import find_slots, gates
+from timm_eps.surgery.removal import collapsed_copy, remove, removed_slots
 
 
 @pytest.mark.parametrize("seed", range(5))

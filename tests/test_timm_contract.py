@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.tools import STATES, TOOLS, try_tools
-from timm_eps.branches import gates
 from timm_eps.names import base_name
+from timm_eps.surgery.branches import gates
 
 NAMES = [name for name in timm.list_models("eps_*") if not timm.models.is_model_in_modules(name, ["eps_resnet"])]
 MAX_PARAMETERS = 8_000_000

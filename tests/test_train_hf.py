@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import timm_eps  # noqa: E402
 import train_hf  # noqa: E402
-from timm_eps.branches import gates  # noqa: E402
+from timm_eps.surgery.branches import gates  # noqa: E402
 
 SHORT = [
     *("--architecture", "eps_resnet20", "--num_train_epochs", "4", "--max_train_samples", "200"),

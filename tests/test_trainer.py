@@ -33,9 +33,9 @@ from transformers.utils import logging as hf_logging
 
 import timm_eps
 from timm_eps import EpsilonCallback, EpsResNetBackbone, EpsResNetConfig, EpsResNetForImageClassification
-from timm_eps.branches import gates
 from timm_eps.criteria import CRITERIA
-from timm_eps.surgery import closed_slots, removed_slots
+from timm_eps.surgery.branches import gates
+from timm_eps.surgery.removal import closed_slots, removed_slots
 
 BUDGET = dict(keep=4, warmup_epochs=1, ramp_epochs=2, patience=2)
 SOON = dict(keep=4, patience=1)
@@ -421,7 +421,7 @@ def from_config() -> EpsResNetForImageClassification:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_biases_that_bound_a_branch_decay_by_the_factor_of_weight_decay(tmp_path, make, optimizer):
     model = make()
-    bounding = timm_eps.surgery.bounding_parameters(model)
+    bounding = timm_eps.surgery.removal.bounding_parameters(model)
     parameters = dict(model.named_parameters())
     biases = {name: parameter for name, parameter in parameters.items() if "bn" in name and name.endswith("bias")}
     last = {name for name, parameter in biases.items() if parameter in bounding}
@@ -449,7 +449,7 @@ def test_biases_that_bound_a_branch_decay_by_the_factor_of_weight_decay(tmp_path
 def test_what_trainer_decays_is_not_decayed_twice(tmp_path):
     """By SGD, whose weight decay differs from the callback's in the last bits only."""
     model = from_timm()
-    bounding = timm_eps.surgery.bounding_parameters(model)
+    bounding = timm_eps.surgery.removal.bounding_parameters(model)
     scales = {n: p for n, p in model.named_parameters() if p in bounding and not n.endswith("bias")}
     assert scales
     with torch.no_grad():

@@ -15,8 +15,8 @@ from travel import FAMILIES, STATES, WAYS, cell, make, table
 
 import timm_eps
 from timm_eps import EpsResNetForImageClassification, add_gates, remove_closed
-from timm_eps.branches import gates
-from timm_eps.surgery import closed_slots, removed_slots
+from timm_eps.surgery.branches import gates
+from timm_eps.surgery.removal import closed_slots, removed_slots
 
 ROOT = Path(__file__).parent.parent
 # The others are slow tests.

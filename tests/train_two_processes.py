@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 import timm_eps
 import train_hf
 from timm_eps import EpsilonPruner
-from timm_eps.branches import gates
 from timm_eps.interruption import InterruptionError
-from timm_eps.surgery import removed_slots
+from timm_eps.surgery.branches import gates
+from timm_eps.surgery.removal import removed_slots
 from timm_eps.sync_batchnorm import synchronize_batchnorm
 
 

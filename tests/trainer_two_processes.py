@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import timm_eps
 from timm_eps import EpsilonPruner
-from timm_eps.branches import gates
-from timm_eps.distributed import wrap_again
-from timm_eps.surgery import removed_slots
+from timm_eps.surgery.branches import gates
+from timm_eps.surgery.distributed import wrap_again
+from timm_eps.surgery.removal import removed_slots
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 LABELS = torch.randint(3, (16,), generator=torch.Generator().manual_seed(4))

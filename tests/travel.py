@@ -31,9 +31,9 @@ from transformers import logging as hf_logging
 
 import timm_eps
 from timm_eps import EpsResNetForImageClassification
-from timm_eps.branches import gates
 from timm_eps.names import base_name, is_cifar_network
-from timm_eps.surgery import remove
+from timm_eps.surgery.branches import gates
+from timm_eps.surgery.removal import remove
 
 __all__ = ["FAMILIES", "STATES", "WAYS", "cell", "make", "table"]
 

@@ -19,7 +19,7 @@ from .modeling_eps_resnet import EpsResNetBackbone, EpsResNetForImageClassificat
 from .onnx_export import export_onnx
 from .pruner import EpsilonPruner
 from .schedule import RestartingLR
-from .surgery import add_gates, param_groups, remove_closed
+from .surgery.removal import add_gates, param_groups, remove_closed
 from .trainer_callback import EpsilonCallback
 
 __version__ = "0.1.0"

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from .branches import gates, input_size, probe_batch, timm_body
 from .budget import Budget, TargetLatency, TargetMacs, check_reachable
-from .distributed import agreed
 from .measure import branch_times, milliseconds, pruned_copy, size_without
 from .schedule import BudgetEpsilon
 from .selection import within_measured
-from .surgery import removed_slots
+from .surgery.branches import gates, input_size, probe_batch, timm_body
+from .surgery.distributed import agreed
+from .surgery.removal import removed_slots
 
 __all__ = ["CostEpsilon"]
 

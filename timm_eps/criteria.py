@@ -24,12 +24,12 @@ from typing import Any, NamedTuple, Protocol
 import torch.nn.functional as F
 from torch import nn
 
-from .branches import gates, stage_of
 from .evaluation import Batch, Loss, evaluate, read_batches
 from .importance import importance_ranks
 from .measure import gated_copy
 from .suffix import scores_without_each
-from .surgery import closed_slots, natural_order
+from .surgery.branches import gates, stage_of
+from .surgery.removal import closed_slots, natural_order
 
 __all__ = [
     "CRITERIA", "Criterion", "Importance", "Last", "LeaveOneOut", "Response", "Seen", "criterion_from", "ranked_by",

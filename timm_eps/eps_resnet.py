@@ -31,8 +31,8 @@ from .config_checks import check_network
 from .gate import EpsilonGate
 from .names import CIFAR_DEPTHS
 from .stored import create_stored, set_closed
-from .surgery import replay_removed
-from .wrapping import guard_saving
+from .surgery.removal import replay_removed
+from .surgery.wrapping import guard_saving
 
 __all__ = ["EpsResNet"]  # register_model adds the entrypoints
 

@@ -30,7 +30,6 @@ from huggingface_hub import (
 from torch import nn
 
 from . import config_checks, standalone, weight_checks
-from .branches import gates, timm_body
 from .config_checks import check_label_names, shortened
 from .configuration_eps_resnet import EpsResNetConfig
 from .eps_resnet import EpsResNet
@@ -40,7 +39,8 @@ from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel
 from .names import is_cifar_network
 from .onnx_export import export_onnx
 from .report import comparison_table, draw_blocks, outcome
-from .surgery import check_gated, closed_slots, natural_order, removed_slots
+from .surgery.branches import gates, timm_body
+from .surgery.removal import check_gated, closed_slots, natural_order, removed_slots
 
 __all__ = ["RESULT_KEYS", "push_to_hub", "render_card", "save_pretrained"]
 

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
-from .branches import stage_of
 from .gate import EpsilonGate
+from .surgery.branches import stage_of
 
 __all__ = ["importance_ranks", "note_step", "sum_gradients"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .stored import set_closed
-from .surgery import add_gates, replay_removed
+from .surgery.removal import add_gates, replay_removed
 
 __all__ = ["EpsilonMixin"]
 

@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from .branches import evaluating, probe_batch
 from .disk import settle, to_disk
 from .stored import closed_in, read_config, stored_layout, without_closed
-from .tracing import tensors
+from .surgery.branches import evaluating, probe_batch
+from .surgery.tracing import tensors
 from .weight_checks import WEIGHTS, Layout, check_file, check_precision, digest, layout_of, weight_files
 
 __all__ = ["TransformersFiles", "bind_weights", "check_outputs", "check_rebuilt", "staged"]

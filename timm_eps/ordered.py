@@ -9,7 +9,7 @@ from torch import nn
 from .budget import Budget, Keep
 from .cost_schedule import CostEpsilon
 from .measure import gated_copy, open_slots
-from .surgery import closed_slots, remove, removed_slots
+from .surgery.removal import closed_slots, remove, removed_slots
 
 __all__ = ["first_within"]
 

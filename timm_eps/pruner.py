@@ -14,21 +14,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .branches import check_input, gates, timm_body
 from .budget import Budget, budget_from
-from .checks import shortened, warn_of_silent, warn_of_undecayed
-from .copies import note_copies
 from .cost_schedule import CostEpsilon
 from .criteria import Criterion, Response, Seen, criterion_from, ranked_by
-from .distributed import agreed
-from .followers import follow, left_behind
-from .frozen import FrozenBranches
 from .gate import EpsilonGate
 from .importance import note_step, sum_gradients
-from .loading import LoadedStructure
-from .optimizers import Optimizers, forget, innermost
 from .schedule import BudgetEpsilon, ConstantEpsilon
-from .surgery import add_gates, remove, removed_slots, replay_removed
+from .surgery.branches import check_input, gates, timm_body
+from .surgery.checks import shortened, warn_of_silent, warn_of_undecayed
+from .surgery.copies import note_copies
+from .surgery.distributed import agreed
+from .surgery.followers import follow, left_behind
+from .surgery.frozen import FrozenBranches
+from .surgery.loading import LoadedStructure
+from .surgery.optimizers import Optimizers, forget, innermost
+from .surgery.removal import add_gates, remove, removed_slots, replay_removed
 
 _logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .branches import evaluating, stage_of
-from .tracing import meta_copy
+from .surgery.branches import evaluating, stage_of
+from .surgery.tracing import meta_copy
 
 __all__ = [
     "class_changes",

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .branches import block_path, gates
 from .evaluation import Batch, Loss, Score, score, to_network
-from .tracing import tensors
+from .surgery.branches import block_path, gates
+from .surgery.tracing import tensors
 
 __all__ = ["SuffixRuns", "scores_without_each"]
 

@@ -20,12 +20,12 @@ from transformers.utils import logging
 
 from .budget import Budget
 from .criteria import Criterion
-from .distributed import on_first_forward, wrap_again
-from .loading import LoadedStructure, keys_of
 from .modeling_eps_resnet import EpsResNetPreTrainedModel
-from .optimizers import Optimizers, forget, innermost
 from .pruner import EpsilonPruner
-from .surgery import bounding_parameters, removed_slots, replay_removed
+from .surgery.distributed import on_first_forward, wrap_again
+from .surgery.loading import LoadedStructure, keys_of
+from .surgery.optimizers import Optimizers, forget, innermost
+from .surgery.removal import bounding_parameters, removed_slots, replay_removed
 
 __all__ = ["EpsilonCallback"]
 

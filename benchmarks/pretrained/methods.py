@@ -29,7 +29,7 @@ from benchmarks.pretrained import images, structures, training
 from benchmarks.pretrained.cases import CASES, Case
 from benchmarks.structures import evenly
 from timm_eps import report
-from timm_eps.branches import gates, stage_of
+from timm_eps.surgery.branches import gates, stage_of
 
 ANALYSED, BATCH = 2_048, 512  # training images on which losses are compared
 SHARES = {"warmup_epochs": 3, "ramp_epochs": 12}  # of 50 periods

@@ -11,8 +11,8 @@ from torch import nn
 from benchmarks import channels
 from benchmarks.pretrained.cases import CASES, Case
 from timm_eps import report
-from timm_eps.branches import gates
 from timm_eps.names import is_cifar_network
+from timm_eps.surgery.branches import gates
 
 
 def without_gates(model: nn.Module) -> nn.Module:

@@ -43,7 +43,7 @@ def build(root: Path, names: Sequence[str] = ()) -> None:
     import torch
 
     import timm_eps
-    from timm_eps.branches import gates
+    from timm_eps.surgery.branches import gates
 
     for number, (name, (architecture, arguments, size, slots)) in enumerate(NETWORKS.items()):
         if names and name not in names:

@@ -17,7 +17,7 @@ from ..configuration_eps_resnet import EpsResNetConfig
 from ..modeling_eps_resnet import EpsResNetForImageClassification
 from ..pruner import EpsilonPruner
 from ..schedule import RestartingLR
-from ..surgery import param_groups
+from ..surgery.removal import param_groups
 from . import start
 
 __all__ = ["build_model", "build_optimizer", "build_pruner", "build_scheduler"]

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from ..analysis import analyze
 from ..analysis_report import Analysis
-from ..branches import timm_body
 from ..budget import BUDGETS, Budget, TargetLatency, check_reachable
 from ..criteria import Criterion, LeaveOneOut
 from ..measure import gated_copy, open_slots
 from ..ordered import first_within
-from ..surgery import natural_order, removed_slots
+from ..surgery.branches import timm_body
+from ..surgery.removal import natural_order, removed_slots
 
 __all__ = [
     "ANALYSED", "Batches", "budget_of", "choose_slots", "dense_epochs", "describe", "estimate_statistics",

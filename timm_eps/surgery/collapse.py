@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..gate import EpsilonGate
 from .branches import gates, probe_batch, slots_by_block, traces_open_and_shut
-from .gate import EpsilonGate
 from .standins import Chain, Passthrough, ZeroBranch
 from .tracing import Call, Trace, meta_copy, random_copy, random_like, shapes, tensors, trace
 

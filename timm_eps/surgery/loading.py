@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .surgery import replay_removed, slots_without_weights
+from .removal import replay_removed, slots_without_weights
 from .tracing import meta_copy
 
 __all__ = ["LoadedStructure", "keys_of"]

@@ -14,7 +14,7 @@ from torch import nn
 
 from .branches import gates, timm_body
 from .copies import note_copies
-from .surgery import add_gates, closed_slots, removed_slots, replay_removed
+from .removal import add_gates, closed_slots, removed_slots, replay_removed
 
 __all__ = ["follow", "left_behind"]
 

@@ -18,7 +18,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from .gate import EpsilonGate
+from ..gate import EpsilonGate
 from .tracing import Call, Trace, fresh, leads_to, meta_copy, shapes, tensors, trace
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .gate import EpsilonGate
+from ..gate import EpsilonGate
 
 __all__ = ["guard_saving", "recorded"]
 

@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..config_checks import check_slots, shortened
+from ..gate import EpsilonGate, check_epsilon
+from ..names import twin_name
 from .branches import (
     UNUSED,
     block_path,
@@ -29,11 +32,8 @@ from .branches import (
     timm_body,
 )
 from .collapse import Plan, plan_collapse
-from .config_checks import check_slots, shortened
 from .copies import note_copies
-from .gate import EpsilonGate, check_epsilon
 from .module_hooks import carrying_hooks
-from .names import twin_name
 from .tracing import tensors
 from .wrapping import guard_saving
 
