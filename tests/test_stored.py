@@ -22,8 +22,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 import timm_eps
-from timm_eps import EpsResNetBackbone, EpsResNetConfig, EpsResNetForImageClassification, standalone
-from timm_eps.config_checks import check_label_names, check_model_args, shortened
+from timm_eps import EpsResNetBackbone, EpsResNetConfig, EpsResNetForImageClassification
+from timm_eps.files import standalone
+from timm_eps.files.config_checks import check_label_names, check_model_args, shortened
 from timm_eps.model_files import staged
 from timm_eps.surgery.branches import gates
 

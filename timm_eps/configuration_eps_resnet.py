@@ -14,7 +14,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import TimmWrapperConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .config_checks import check_config, check_label_names, check_model_args, shortened
+from .files.config_checks import check_config, check_label_names, check_model_args, shortened
 from .names import base_name, is_cifar_network, twin_name
 from .surgery.branches import timm_body
 from .surgery.removal import structure_of
@@ -33,7 +33,7 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
     Args:
         architecture: A timm model name that this package registers, such as ``eps_resnet110`` or ``eps_resnet50``.
         model_args: Keyword arguments of the network; they name its structure and nothing else, see
-            :func:`timm_eps.config_checks.check_model_args`.
+            :func:`timm_eps.files.config_checks.check_model_args`.
         pretrained_cfg: timm's description of weights and input (input size, mean, std, ...). By default that of
             the architecture.
         side_loss_weight: Weight of the side head's cross-entropy in the training loss. 0 leaves the side head out. By

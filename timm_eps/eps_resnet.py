@@ -27,10 +27,10 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from .config_checks import check_network
+from .files.config_checks import check_network
+from .files.stored import create_stored, set_closed
 from .gate import EpsilonGate
 from .names import CIFAR_DEPTHS
-from .stored import create_stored, set_closed
 from .surgery.removal import replay_removed
 from .surgery.wrapping import guard_saving
 

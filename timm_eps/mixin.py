@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .stored import set_closed
+from .files.stored import set_closed
 from .surgery.removal import add_gates, replay_removed
 
 __all__ = ["EpsilonMixin"]

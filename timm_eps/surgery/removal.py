@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..config_checks import check_slots, shortened
+from ..files.config_checks import check_slots, shortened
 from ..gate import EpsilonGate, check_epsilon
 from ..names import twin_name
 from .branches import (
