@@ -126,7 +126,7 @@ def test_features_that_are_not_to_be_had(asked):
 
 
 def test_architecture_that_cannot_be_a_backbone(monkeypatch):
-    monkeypatch.delattr(timm_eps.eps_resnet.EpsResNet, "forward_intermediates")
+    monkeypatch.delattr(timm_eps.models.eps_resnet.EpsResNet, "forward_intermediates")
     with pytest.raises(ValueError, match="cannot be a backbone"):
         EpsResNetBackbone(config_of())
 

@@ -183,7 +183,7 @@ def test_bad_input(model, tmp_path):
     with pytest.raises(ValueError, match=r"ResNet has no gates; call timm_eps\.add_gates\(model\) first"):
         timm_eps.save_pretrained(timm.create_model("resnet18"), tmp_path)
     with pytest.raises(ValueError, match="EpsResNet cannot be built again from a name"):
-        timm_eps.save_pretrained(timm_eps.eps_resnet.EpsResNet([1, 1, 1]), tmp_path)
+        timm_eps.save_pretrained(timm_eps.models.eps_resnet.EpsResNet([1, 1, 1]), tmp_path)
     with pytest.raises(ValueError, match="results lacks architecture, arguments"):
         timm_eps.save_pretrained(model, tmp_path, results={"eval_accuracy": 0.9})
     with pytest.raises(ValueError, match="Got a compiled model"):

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 import timm_eps
 from timm_eps import data
-from timm_eps.eps_resnet import PixelMean
+from timm_eps.models.eps_resnet import PixelMean
 from timm_eps.surgery.branches import gates
 
 ROOT = Path(__file__).parent.parent

@@ -365,7 +365,7 @@ def test_a_wrong_token_creates_nothing(hub, repo_id):
     ("model", "arguments", "message"),
     [
         (lambda: timm.create_model("test_resnet"), {}, r"has no gates; call timm_eps\.add_gates\(model\) first"),
-        (lambda: timm_eps.eps_resnet.EpsResNet([1, 1, 1]), {}, "cannot be built again from a name"),
+        (lambda: timm_eps.models.eps_resnet.EpsResNet([1, 1, 1]), {}, "cannot be built again from a name"),
         (lambda: torch.compile(tiny_net()), {}, "Got a compiled model"),
         (tiny_net, {"label_names": ["a"]}, "label_names must have one name for each of the 10 classes, got 1"),
         (tiny_net, {"results": {"eval_accuracy": 0.9}}, "results lacks architecture, arguments"),

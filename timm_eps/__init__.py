@@ -3,8 +3,6 @@
 Importing the package registers ``eps_resnet*`` with timm and the ``EpsResNet`` classes with transformers.
 """
 
-from . import eps_resnet as _eps_resnet  # noqa: F401  registers the timm models
-from . import eps_twins as _eps_twins  # noqa: F401
 from .analysis import analyze
 from .analysis_report import Analysis
 from .configuration_eps_resnet import EpsResNetConfig
@@ -14,8 +12,10 @@ from .distillation import Distillation
 from .export import export_timm
 from .gate import EpsilonGate
 from .hub import push_to_hub, save_pretrained
-from .mixin import EpsilonMixin
 from .modeling_eps_resnet import EpsResNetBackbone, EpsResNetForImageClassification, EpsResNetModel
+from .models import eps_resnet as _eps_resnet  # noqa: F401  registers the timm models
+from .models import eps_twins as _eps_twins  # noqa: F401
+from .models.mixin import EpsilonMixin
 from .onnx_export import export_onnx
 from .pruner import EpsilonPruner
 from .schedule import RestartingLR

@@ -37,10 +37,10 @@ from transformers.utils import logging
 
 from .configuration_eps_resnet import EpsResNetConfig
 from .distillation import Distillation
-from .eps_resnet import init_weights
 from .files.stored import set_closed
 from .files.weight_checks import check_numbers
 from .model_files import TransformersFiles, bind_weights, check_outputs, check_rebuilt, staged
+from .models.eps_resnet import init_weights
 from .side_supervision import Tap, half_depth, new_side_head
 from .surgery.branches import gates, timm_body
 from .surgery.removal import add_gates, closed_slots, collapsed_copy, record_structure, removed_slots

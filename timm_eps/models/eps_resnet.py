@@ -27,12 +27,12 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from .files.config_checks import check_network
-from .files.stored import create_stored, set_closed
-from .gate import EpsilonGate
-from .names import CIFAR_DEPTHS
-from .surgery.removal import replay_removed
-from .surgery.wrapping import guard_saving
+from ..files.config_checks import check_network
+from ..files.stored import create_stored, set_closed
+from ..gate import EpsilonGate
+from ..names import CIFAR_DEPTHS
+from ..surgery.removal import replay_removed
+from ..surgery.wrapping import guard_saving
 
 __all__ = ["EpsResNet"]  # register_model adds the entrypoints
 

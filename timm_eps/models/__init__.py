@@ -1,0 +1,1 @@
+"""The paper's CIFAR networks and the gated twins of timm's architectures."""
