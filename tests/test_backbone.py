@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 
 import timm_eps
 from timm_eps import EpsResNetConfig, EpsResNetForImageClassification, EpsResNetModel
-from timm_eps.modeling_eps_resnet import EpsResNetBackbone
+from timm_eps.hf.modeling_eps_resnet import EpsResNetBackbone
 from timm_eps.surgery.branches import gates
 from timm_eps.surgery.removal import removed_slots
 

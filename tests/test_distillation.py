@@ -18,7 +18,7 @@ from transformers.utils import logging as hf_logging
 
 import timm_eps
 from timm_eps import Distillation, EpsResNetConfig, EpsResNetForImageClassification
-from timm_eps.distillation import distillation_loss
+from timm_eps.hf.distillation import distillation_loss
 
 LABELS = torch.tensor([0, 1, 2, 3])
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 import timm_eps
 from timm_eps import EpsResNetConfig, EpsResNetForImageClassification, EpsResNetModel
-from timm_eps.side_supervision import half_depth
+from timm_eps.hf.side_supervision import half_depth
 from timm_eps.surgery.branches import gates
 
 

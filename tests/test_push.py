@@ -120,7 +120,7 @@ images = case["images"]
 with torch.no_grad():
     assert torch.equal(timm.create_model("hf-hub:me/first", pretrained=True).eval()(images), case["logits"])
     model = AutoModelForImageClassification.from_pretrained("me/first")
-    assert type(model).__module__ == "timm_eps.modeling_eps_resnet"
+    assert type(model).__module__ == "timm_eps.hf.modeling_eps_resnet"
     assert torch.equal(model(images).logits, case["logits"])
     assert torch.equal(AutoModel.from_pretrained("me/first")(images).pooler_output, case["pooled"])
     assert torch.equal(AutoBackbone.from_pretrained("me/first")(images).feature_maps[0], case["stage"])

@@ -243,7 +243,7 @@ def test_timm_eps_reads_what_was_saved_again(place):
     with torch.no_grad():
         assert torch.equal(by_timm(images), expected["logits"])
         assert torch.equal(by_auto(images).logits, expected["logits"])
-    assert type(by_auto).__module__ == "timm_eps.modeling_eps_resnet"
+    assert type(by_auto).__module__ == "timm_eps.hf.modeling_eps_resnet"
     assert by_auto.config.id2label == dict(enumerate(LABELS))
     tuned = timm.create_model(f"local-dir:{place / 'tuned'}", pretrained=True)
     assert (tuned.num_classes, tuned.removed) == (3, by_timm.removed)
@@ -251,7 +251,7 @@ def test_timm_eps_reads_what_was_saved_again(place):
 
 def test_timm_eps_goes_before_the_code_beside_a_model(place):
     model = AutoModelForImageClassification.from_pretrained(place / "pruned", **REMOTE)
-    assert type(model).__module__ == "timm_eps.modeling_eps_resnet"
+    assert type(model).__module__ == "timm_eps.hf.modeling_eps_resnet"
 
 
 if __name__ == "__main__":

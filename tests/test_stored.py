@@ -25,7 +25,7 @@ import timm_eps
 from timm_eps import EpsResNetBackbone, EpsResNetConfig, EpsResNetForImageClassification
 from timm_eps.files import standalone
 from timm_eps.files.config_checks import check_label_names, check_model_args, shortened
-from timm_eps.model_files import staged
+from timm_eps.hf.model_files import staged
 from timm_eps.surgery.branches import gates
 
 REMOVED = {

@@ -31,7 +31,7 @@ from transformers import pipeline
 from transformers.models.auto import modeling_auto
 
 from timm_eps import EpsResNetConfig, EpsResNetForImageClassification, EpsResNetModel
-from timm_eps.modeling_eps_resnet import EpsResNetBackbone, EpsResNetPreTrainedModel
+from timm_eps.hf.modeling_eps_resnet import EpsResNetBackbone, EpsResNetPreTrainedModel
 
 SOURCE = os.environ.get("TIMM_EPS_TRANSFORMERS_TESTS")
 if not SOURCE:

@@ -5,14 +5,15 @@ Importing the package registers ``eps_resnet*`` with timm and the ``EpsResNet`` 
 
 from .analysis import analyze
 from .analysis_report import Analysis
-from .configuration_eps_resnet import EpsResNetConfig
 from .criteria import Importance, LeaveOneOut, Response
 from .cutting import prune
-from .distillation import Distillation
 from .export import export_timm
 from .gate import EpsilonGate
+from .hf.configuration_eps_resnet import EpsResNetConfig
+from .hf.distillation import Distillation
+from .hf.modeling_eps_resnet import EpsResNetBackbone, EpsResNetForImageClassification, EpsResNetModel
+from .hf.trainer_callback import EpsilonCallback
 from .hub import push_to_hub, save_pretrained
-from .modeling_eps_resnet import EpsResNetBackbone, EpsResNetForImageClassification, EpsResNetModel
 from .models import eps_resnet as _eps_resnet  # noqa: F401  registers the timm models
 from .models import eps_twins as _eps_twins  # noqa: F401
 from .models.mixin import EpsilonMixin
@@ -20,7 +21,6 @@ from .onnx_export import export_onnx
 from .pruner import EpsilonPruner
 from .schedule import RestartingLR
 from .surgery.removal import add_gates, param_groups, remove_closed
-from .trainer_callback import EpsilonCallback
 
 __version__ = "0.1.0"
 

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TimmWrapperConfig
 
-from .configuration_eps_resnet import EpsResNetConfig
-from .model_files import staged
-from .modeling_eps_resnet import unshared
+from .hf.configuration_eps_resnet import EpsResNetConfig
+from .hf.model_files import staged
+from .hf.modeling_eps_resnet import unshared
 from .names import base_name, is_cifar_network
 from .surgery.branches import block_path, evaluating, gates, probe_batch, timm_body
 from .surgery.removal import check_gated, collapsed_copy, natural_order, removed_slots, same_outputs

@@ -29,12 +29,12 @@ from huggingface_hub import (
 )
 from torch import nn
 
-from .configuration_eps_resnet import EpsResNetConfig
 from .files import config_checks, standalone, weight_checks
 from .files.config_checks import check_label_names, shortened
+from .hf.configuration_eps_resnet import EpsResNetConfig
+from .hf.model_files import staged
+from .hf.modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel, EpsResNetPreTrainedModel
 from .hub_commit import NOTHING, asking, commit_files
-from .model_files import staged
-from .modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel, EpsResNetPreTrainedModel
 from .models.eps_resnet import EpsResNet
 from .names import is_cifar_network
 from .onnx_export import export_onnx

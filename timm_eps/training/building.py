@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForImageClassification, get_scheduler
 
 from .. import data
-from ..configuration_eps_resnet import EpsResNetConfig
-from ..modeling_eps_resnet import EpsResNetForImageClassification
+from ..hf.configuration_eps_resnet import EpsResNetConfig
+from ..hf.modeling_eps_resnet import EpsResNetForImageClassification
 from ..pruner import EpsilonPruner
 from ..schedule import RestartingLR
 from ..surgery.removal import param_groups

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from .. import data
-from ..configuration_eps_resnet import EpsResNetConfig
+from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..names import is_cifar_network
 from ..train_arguments import hub_id, on_digits
 from . import start

@@ -14,10 +14,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import TimmWrapperConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .files.config_checks import check_config, check_label_names, check_model_args, shortened
-from .names import base_name, is_cifar_network, twin_name
-from .surgery.branches import timm_body
-from .surgery.removal import structure_of
+from ..files.config_checks import check_config, check_label_names, check_model_args, shortened
+from ..names import base_name, is_cifar_network, twin_name
+from ..surgery.branches import timm_body
+from ..surgery.removal import structure_of
 
 __all__ = ["EpsResNetConfig"]
 

@@ -35,16 +35,16 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..files.stored import set_closed
+from ..files.weight_checks import check_numbers
+from ..models.eps_resnet import init_weights
+from ..surgery.branches import gates, timm_body
+from ..surgery.removal import add_gates, closed_slots, collapsed_copy, record_structure, removed_slots
+from ..surgery.wrapping import recorded
 from .configuration_eps_resnet import EpsResNetConfig
 from .distillation import Distillation
-from .files.stored import set_closed
-from .files.weight_checks import check_numbers
 from .model_files import TransformersFiles, bind_weights, check_outputs, check_rebuilt, staged
-from .models.eps_resnet import init_weights
 from .side_supervision import Tap, half_depth, new_side_head
-from .surgery.branches import gates, timm_body
-from .surgery.removal import add_gates, closed_slots, collapsed_copy, record_structure, removed_slots
-from .surgery.wrapping import recorded
 
 __all__ = [
     "EpsResNetBackbone",

@@ -9,10 +9,10 @@ from timm.layers import BatchNormAct2d, ClassifierHead
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .models.eps_resnet import EpsResNet
-from .surgery.branches import block_path, gates, probe_batch
-from .surgery.removal import natural_order, removed_slots
-from .surgery.tracing import meta_copy
+from ..models.eps_resnet import EpsResNet
+from ..surgery.branches import block_path, gates, probe_batch
+from ..surgery.removal import natural_order, removed_slots
+from ..surgery.tracing import meta_copy
 
 __all__ = ["Tap", "half_depth", "new_side_head"]
 

@@ -18,14 +18,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from .budget import Budget
-from .criteria import Criterion
+from ..budget import Budget
+from ..criteria import Criterion
+from ..pruner import EpsilonPruner
+from ..surgery.distributed import on_first_forward, wrap_again
+from ..surgery.loading import LoadedStructure, keys_of
+from ..surgery.optimizers import Optimizers, forget, innermost
+from ..surgery.removal import bounding_parameters, removed_slots, replay_removed
 from .modeling_eps_resnet import EpsResNetPreTrainedModel
-from .pruner import EpsilonPruner
-from .surgery.distributed import on_first_forward, wrap_again
-from .surgery.loading import LoadedStructure, keys_of
-from .surgery.optimizers import Optimizers, forget, innermost
-from .surgery.removal import bounding_parameters, removed_slots, replay_removed
 
 __all__ = ["EpsilonCallback"]
 

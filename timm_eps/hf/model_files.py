@@ -16,11 +16,11 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from .files.disk import settle, to_disk
-from .files.stored import closed_in, read_config, stored_layout, without_closed
-from .files.weight_checks import WEIGHTS, Layout, check_file, check_precision, digest, layout_of, weight_files
-from .surgery.branches import evaluating, probe_batch
-from .surgery.tracing import tensors
+from ..files.disk import settle, to_disk
+from ..files.stored import closed_in, read_config, stored_layout, without_closed
+from ..files.weight_checks import WEIGHTS, Layout, check_file, check_precision, digest, layout_of, weight_files
+from ..surgery.branches import evaluating, probe_batch
+from ..surgery.tracing import tensors
 
 __all__ = ["TransformersFiles", "bind_weights", "check_outputs", "check_rebuilt", "staged"]
 

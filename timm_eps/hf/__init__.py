@@ -1,0 +1,1 @@
+"""Classes for transformers: configuration, models, side supervision, distillation and the callback of Trainer."""
