@@ -99,7 +99,7 @@ def test_a_latency_is_corrected_by_what_is_left(monkeypatch):
 
     def times(body, batch, repeats=0):
         assert len(batch) == 3
-        return timm_eps.measure.BranchTimes(10.0, 1.0, dict.fromkeys(SLOTS, 1.0))
+        return timm_eps.analysis.measure.BranchTimes(10.0, 1.0, dict.fromkeys(SLOTS, 1.0))
 
     def milliseconds(nets, batch, repeats=0):
         return {"none": 1.0, "pruned": 10 - 0.5 * (9 - len(gates(nets["pruned"])))}

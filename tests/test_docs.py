@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import timm_eps
-from timm_eps import measure
+from timm_eps.analysis import measure
 
 ROOT = Path(__file__).parent.parent
 CODE = ["README.md", "docs/start.md", "docs/concepts.md", "docs/shrink.md", "docs/ship.md", "docs/train.md"]

@@ -15,9 +15,9 @@ from test_train_hf import _one_thread, without_times  # noqa: F401  the fixture 
 
 import timm_eps
 import train_hf
+from timm_eps.analysis.measure import size_of
+from timm_eps.analysis.ordered import first_within
 from timm_eps.budget import Keep, TargetLatency, TargetMacs, TargetParams
-from timm_eps.measure import size_of
-from timm_eps.ordered import first_within
 from timm_eps.surgery.branches import gates
 from timm_eps.training import start
 from timm_eps.training.evaluation import Evaluation

@@ -3,10 +3,10 @@
 Importing the package registers ``eps_resnet*`` with timm and the ``EpsResNet`` classes with transformers.
 """
 
-from .analysis import analyze
-from .analysis_report import Analysis
+from .analysis.analyze import analyze
+from .analysis.cutting import prune
+from .analysis.report import Analysis
 from .criteria import Importance, LeaveOneOut, Response
-from .cutting import prune
 from .export import export_timm
 from .gate import EpsilonGate
 from .hf.configuration_eps_resnet import EpsResNetConfig

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from .analysis.measure import branch_times, milliseconds, pruned_copy, size_without
+from .analysis.selection import within_measured
 from .budget import Budget, TargetLatency, TargetMacs, check_reachable
-from .measure import branch_times, milliseconds, pruned_copy, size_without
 from .schedule import BudgetEpsilon
-from .selection import within_measured
 from .surgery.branches import gates, input_size, probe_batch, timm_body
 from .surgery.distributed import agreed
 from .surgery.removal import removed_slots
@@ -110,7 +110,7 @@ class _Sizes:
 
     Args:
         body: The timm model.
-        which: Position in a :class:`timm_eps.measure.Size`.
+        which: Position in a :class:`timm_eps.analysis.measure.Size`.
     """
 
     def __init__(self, body: nn.Module, which: int) -> None:

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple, Protocol
 import torch.nn.functional as F
 from torch import nn
 
-from .evaluation import Batch, Loss, evaluate, read_batches
+from .analysis.evaluation import Batch, Loss, evaluate, read_batches
+from .analysis.measure import gated_copy
+from .analysis.suffix import scores_without_each
 from .importance import importance_ranks
-from .measure import gated_copy
-from .suffix import scores_without_each
 from .surgery.branches import gates, stage_of
 from .surgery.removal import closed_slots, natural_order
 

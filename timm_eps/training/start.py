@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from ..analysis import analyze
-from ..analysis_report import Analysis
+from ..analysis.analyze import analyze
+from ..analysis.measure import gated_copy, open_slots
+from ..analysis.ordered import first_within
+from ..analysis.report import Analysis
 from ..budget import BUDGETS, Budget, TargetLatency, check_reachable
 from ..criteria import Criterion, LeaveOneOut
-from ..measure import gated_copy, open_slots
-from ..ordered import first_within
 from ..surgery.branches import timm_body
 from ..surgery.removal import natural_order, removed_slots
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from .budget import Budget, Keep, TargetLatency, TargetMacs, check_reachable
+from ..budget import Budget, Keep, TargetLatency, TargetMacs, check_reachable
 from .live_network import LiveNetwork
 from .selection import least_loss, within_measured, without_superfluous
 from .worth import Branch, Step

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .analysis_picture import draw_analysis
-from .budget import TargetLatency, budget_from
+from ..budget import TargetLatency, budget_from
 from .choosing import choose
 from .live_network import LiveNetwork
+from .picture import draw_analysis
 from .worth import Branch, Step
 
 __all__ = ["Analysis"]

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .surgery.branches import gates
-from .surgery.removal import add_gates, check_known, remove, removed_slots
+from ..surgery.branches import gates
+from ..surgery.removal import add_gates, check_known, remove, removed_slots
 
 __all__ = ["prune"]
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..surgery.branches import block_path, gates
+from ..surgery.tracing import tensors
 from .evaluation import Batch, Loss, Score, score, to_network
-from .surgery.branches import block_path, gates
-from .surgery.tracing import tensors
 
 __all__ = ["SuffixRuns", "scores_without_each"]
 

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .analysis_report import Analysis
+from ..gate import max_response
+from ..report import hardware
+from ..surgery.branches import gates
+from ..surgery.removal import closed_slots, remove
 from .evaluation import Batch, Loss, Score, evaluate, read_batches
-from .gate import max_response
 from .live_network import LiveNetwork, batch_of
 from .measure import BranchTimes, Size, branch_times, gated_copy, open_slots, pruned_copy, size_of, size_without
-from .report import hardware
+from .report import Analysis
 from .suffix import scores_without_each
-from .surgery.branches import gates
-from .surgery.removal import closed_slots, remove
 from .worth import Branch, Step
 
 __all__ = ["analyze"]

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .report import count_macs, count_parameters, paired_latency
-from .surgery.branches import evaluating, gates, slots_by_block, timm_body
-from .surgery.collapse import plan_collapse
-from .surgery.removal import add_gates, natural_order, remove, removed_slots
-from .surgery.tracing import meta_copy, shared_copy
+from ..report import count_macs, count_parameters, paired_latency
+from ..surgery.branches import evaluating, gates, slots_by_block, timm_body
+from ..surgery.collapse import plan_collapse
+from ..surgery.removal import add_gates, natural_order, remove, removed_slots
+from ..surgery.tracing import meta_copy, shared_copy
 
 __all__ = [
     "REPEATS",

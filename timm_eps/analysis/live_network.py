@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ..surgery.branches import gates
+from ..surgery.removal import closed_slots
 from .evaluation import Batch, Loss, evaluate, to_network
 from .measure import REPEATS, Size, gated_copy, milliseconds, open_slots, pruned_copy, repeats_for, size_without
-from .surgery.branches import gates
-from .surgery.removal import closed_slots
 
 __all__ = ["LiveNetwork", "batch_of"]
 

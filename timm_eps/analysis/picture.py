@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from .surgery.branches import stage_of
+from ..surgery.branches import stage_of
 from .worth import Branch, Step
 
 __all__ = ["draw_analysis"]
