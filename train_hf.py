@@ -44,11 +44,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import timm_eps
-from timm_eps import checkpoints, data, onnx_export, report
+from timm_eps import checkpoints, data, report
 from timm_eps.cuda_graphs import GraphedPasses
 from timm_eps.directory_lock import locked
-from timm_eps.failures import WRITE_ERRORS, one_line
 from timm_eps.files.config_checks import check_slots
+from timm_eps.hub import onnx_export
+from timm_eps.hub.failures import WRITE_ERRORS, one_line
 from timm_eps.interruption import Interruption, InterruptionError
 from timm_eps.process_state import all_finite, check_random_states, load_own, save_own
 from timm_eps.step_watch import StepWatch

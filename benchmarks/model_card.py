@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_hf  # noqa: E402
-from timm_eps.hub import render_card  # noqa: E402
+from timm_eps.hub.saving import render_card  # noqa: E402
 
 NAME = "eps_resnet110-digits"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from timm_eps.failures import HTTP_ERRORS, one_line
+from timm_eps.hub.failures import HTTP_ERRORS, one_line
 from timm_eps.interruption import InterruptionError
 from timm_eps.training.ending import as_script, reading_images
 from timm_eps.training_state import dump_json, load_json

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification
 
 import timm_eps
-from timm_eps import hub
+from timm_eps.hub import saving as hub
 from timm_eps.surgery.branches import gates
 
 RESULTS = {

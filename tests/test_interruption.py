@@ -36,7 +36,7 @@ from test_resume import (  # noqa: F401  the fixtures are for all tests here as 
 import train_hf
 from timm_eps import checkpoints
 from timm_eps.directory_lock import LOCK
-from timm_eps.failures import one_line
+from timm_eps.hub.failures import one_line
 from timm_eps.interruption import Interruption, InterruptionError
 
 ROOT = Path(__file__).parent.parent

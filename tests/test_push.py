@@ -35,9 +35,9 @@ from transformers import (
 )
 
 import timm_eps
-from timm_eps import hub as hub_module
-from timm_eps import onnx_export
 from timm_eps.files import standalone
+from timm_eps.hub import onnx_export
+from timm_eps.hub import saving as hub_module
 from timm_eps.surgery.branches import probe_batch
 
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,7 @@ from huggingface_hub.utils import _http
 from loopback_hub import FAULTS
 
 import timm_eps
-from timm_eps import hub as hub_module
+from timm_eps.hub import saving as hub_module
 
 # The requests of a push to a repository that is there, to a branch, in their order.
 REQUESTS = (

@@ -7,17 +7,17 @@ from .analysis.analyze import analyze
 from .analysis.cutting import prune
 from .analysis.report import Analysis
 from .criteria import Importance, LeaveOneOut, Response
-from .export import export_timm
 from .gate import EpsilonGate
 from .hf.configuration_eps_resnet import EpsResNetConfig
 from .hf.distillation import Distillation
 from .hf.modeling_eps_resnet import EpsResNetBackbone, EpsResNetForImageClassification, EpsResNetModel
 from .hf.trainer_callback import EpsilonCallback
-from .hub import push_to_hub, save_pretrained
+from .hub.export import export_timm
+from .hub.onnx_export import export_onnx
+from .hub.saving import push_to_hub, save_pretrained
 from .models import eps_resnet as _eps_resnet  # noqa: F401  registers the timm models
 from .models import eps_twins as _eps_twins  # noqa: F401
 from .models.mixin import EpsilonMixin
-from .onnx_export import export_onnx
 from .pruner import EpsilonPruner
 from .schedule import RestartingLR
 from .surgery.removal import add_gates, param_groups, remove_closed

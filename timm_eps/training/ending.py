@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..failures import NETWORK_ERRORS, one_line
+from ..hub.failures import NETWORK_ERRORS, one_line
 from ..interruption import InterruptionError, sigterm_as_exception
 
 __all__ = ["as_script", "reading_images"]

@@ -17,9 +17,9 @@ from transformers import AutoModelForImageClassification, pipeline
 import timm_eps
 
 from .. import report
-from ..failures import NETWORK_ERRORS, one_line
 from ..gate import EpsilonGate
-from ..hub import push_to_hub
+from ..hub.failures import NETWORK_ERRORS, one_line
+from ..hub.saving import push_to_hub
 from ..train_arguments import hub_id
 
 __all__ = ["base_model", "check_reload", "compare", "hardware", "logits_of", "push", "versions"]

@@ -29,18 +29,18 @@ from huggingface_hub import (
 )
 from torch import nn
 
-from .files import config_checks, standalone, weight_checks
-from .files.config_checks import check_label_names, shortened
-from .hf.configuration_eps_resnet import EpsResNetConfig
-from .hf.model_files import staged
-from .hf.modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel, EpsResNetPreTrainedModel
-from .hub_commit import NOTHING, asking, commit_files
-from .models.eps_resnet import EpsResNet
-from .names import is_cifar_network
+from ..files import config_checks, standalone, weight_checks
+from ..files.config_checks import check_label_names, shortened
+from ..hf.configuration_eps_resnet import EpsResNetConfig
+from ..hf.model_files import staged
+from ..hf.modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel, EpsResNetPreTrainedModel
+from ..models.eps_resnet import EpsResNet
+from ..names import is_cifar_network
+from ..report import comparison_table, draw_blocks, outcome
+from ..surgery.branches import gates, timm_body
+from ..surgery.removal import check_gated, closed_slots, natural_order, removed_slots
+from .commit import NOTHING, asking, commit_files
 from .onnx_export import export_onnx
-from .report import comparison_table, draw_blocks, outcome
-from .surgery.branches import gates, timm_body
-from .surgery.removal import check_gated, closed_slots, natural_order, removed_slots
 
 __all__ = ["RESULT_KEYS", "push_to_hub", "render_card", "save_pretrained"]
 
@@ -277,7 +277,9 @@ def render_card(
     results = results or {}
     base_model = results.get("base_model") or base_model
     if results and (missing := [key for key in RESULT_KEYS if key not in results]):
-        raise ValueError(f"results lacks {', '.join(missing)}; timm_eps.hub.RESULT_KEYS lists what a card states.")
+        raise ValueError(
+            f"results lacks {', '.join(missing)}; timm_eps.hub.saving.RESULT_KEYS lists what a card states."
+        )
     task = "image-classification" if classifies else "image-feature-extraction"
     data = ModelCardData(
         license=results.get("license", "apache-2.0"),

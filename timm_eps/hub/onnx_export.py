@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .models.eps_resnet import make_shortcuts_convolutions
-from .surgery.branches import probe_batch, timm_body
-from .surgery.removal import check_gated, collapsed_copy
+from ..models.eps_resnet import make_shortcuts_convolutions
+from ..surgery.branches import probe_batch, timm_body
+from ..surgery.removal import check_gated, collapsed_copy
 
 __all__ = ["check_installed", "export_onnx"]
 

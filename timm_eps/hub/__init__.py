@@ -1,0 +1,1 @@
+"""Directories and repositories with a model, its card and its pictures, and networks for other runtimes."""
