@@ -44,30 +44,30 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import timm_eps
-from timm_eps import checkpoints, data, report
-from timm_eps.cuda_graphs import GraphedPasses
-from timm_eps.directory_lock import locked
+from timm_eps import report
 from timm_eps.files.config_checks import check_slots
 from timm_eps.hub import onnx_export
 from timm_eps.hub.failures import WRITE_ERRORS, one_line
-from timm_eps.interruption import Interruption, InterruptionError
-from timm_eps.process_state import all_finite, check_random_states, load_own, save_own
-from timm_eps.step_watch import StepWatch
 from timm_eps.surgery.branches import gates
 from timm_eps.surgery.distributed import rewrap
 from timm_eps.surgery.removal import removed_slots
-from timm_eps.sync_batchnorm import synchronize_batchnorm
-from timm_eps.train_arguments import begins_with_weights, binding_arguments, parse_arguments, used_arguments
-from timm_eps.training import start
+from timm_eps.training import checkpoints, data, start
+from timm_eps.training.arguments import begins_with_weights, binding_arguments, parse_arguments, used_arguments
 from timm_eps.training.average import load_average, new_average, save_average
 from timm_eps.training.building import build_model, build_optimizer, build_pruner, build_scheduler
+from timm_eps.training.cuda_graphs import GraphedPasses
+from timm_eps.training.directory_lock import locked
 from timm_eps.training.ending import as_script, reading_images
 from timm_eps.training.evaluation import Evaluation, evaluate
 from timm_eps.training.inputs import analysed_batches, note_corrupt, prepare_data
+from timm_eps.training.interruption import Interruption, InterruptionError
 from timm_eps.training.launching import start_accelerator, start_trackers
 from timm_eps.training.losses import label_mixer, smooth_labels
+from timm_eps.training.process_state import all_finite, check_random_states, load_own, save_own
+from timm_eps.training.progress import Progress, check_like, check_pruner, dump_json, load_state
 from timm_eps.training.publishing import base_model, check_reload, compare, hardware, logits_of, push, versions
-from timm_eps.training_state import Progress, check_like, check_pruner, dump_json, load_state
+from timm_eps.training.step_watch import StepWatch
+from timm_eps.training.sync_batchnorm import synchronize_batchnorm
 
 # What a checkpoint holds at the least, whatever its list of files says.
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "training.json")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks import glyphs
-from timm_eps.train_arguments import parse_arguments
+from timm_eps.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 # Seeds and folds. Over the five folds each image of the digits is tested once; a few come first.

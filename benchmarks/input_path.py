@@ -24,8 +24,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.training_speed import begin
-from timm_eps import data, remove_closed, report
+from timm_eps import remove_closed, report
 from timm_eps.surgery.branches import gates
+from timm_eps.training import data
 from timm_eps.training.launching import available_cores
 
 CIFAR = {"mean": (0.49, 0.48, 0.45), "std": (0.5, 0.5, 0.5)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.comparisons import COMPARISONS, FEW
 from benchmarks.jobs import Job
 from benchmarks.methods import METHODS
-from timm_eps.train_arguments import used_arguments
+from timm_eps.training.arguments import used_arguments
 
 # What the quick mode leaves out of the table takes more than two thirds of its time.
 SLOW = (

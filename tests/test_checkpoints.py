@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_eps.checkpoints import (
+from timm_eps.training.checkpoints import (
     MANIFEST,
     all_checkpoints,
     clear_unfinished,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from timm_eps import cuda_graphs
-from timm_eps.cuda_graphs import WARMUP, GraphedPasses
+from timm_eps.training import cuda_graphs
+from timm_eps.training.cuda_graphs import WARMUP, GraphedPasses
 
 
 class Played:

@@ -7,7 +7,7 @@ import timm
 import torch
 from conftest import make_dataset
 
-from timm_eps.data import Distort, Draws, ImageTensors, Normalize, PadCropFlip, channel_mean
+from timm_eps.training.data import Distort, Draws, ImageTensors, Normalize, PadCropFlip, channel_mean
 
 SIZE = {"input_size": (3, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0}
 

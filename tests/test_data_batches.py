@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import encoded, make_dataset
 
-from timm_eps.data import (
+from timm_eps.training.data import (
     ImageFiles,
     ImageReader,
     ImageStream,

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from timm_eps.data import ImageFiles, ImageReader, ImageStream, ImageTensors, open_image, pictures
+from timm_eps.training.data import ImageFiles, ImageReader, ImageStream, ImageTensors, open_image, pictures
 
 SIZE = {"input_size": (3, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0}
 ALL = (ImageTensors, ImageFiles, ImageStream)

@@ -12,7 +12,7 @@ import pytest
 from conftest import encoded, make_dataset, write_splits
 from PIL import Image
 
-from timm_eps.data import (
+from timm_eps.training.data import (
     ImageFiles,
     ImageReader,
     ImageStream,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from timm_eps.directory_lock import LOCK, locked
+from timm_eps.training.directory_lock import LOCK, locked
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="there are no such locks")
-MODULE = Path(__file__).parent.parent / "timm_eps/directory_lock.py"
+MODULE = Path(__file__).parent.parent / "timm_eps/training/directory_lock.py"
 # Without the package, whose import takes seconds.
 HOLD = f"""
 import importlib.util, os, sys

@@ -12,9 +12,9 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from timm_eps.hub.failures import HTTP_ERRORS, one_line
-from timm_eps.interruption import InterruptionError
 from timm_eps.training.ending import as_script, reading_images
-from timm_eps.training_state import dump_json, load_json
+from timm_eps.training.interruption import InterruptionError
+from timm_eps.training.progress import dump_json, load_json
 
 INF, NAN = float("inf"), float("nan")
 

@@ -34,10 +34,10 @@ from test_resume import (  # noqa: F401  the fixtures are for all tests here as 
 )
 
 import train_hf
-from timm_eps import checkpoints
-from timm_eps.directory_lock import LOCK
 from timm_eps.hub.failures import one_line
-from timm_eps.interruption import Interruption, InterruptionError
+from timm_eps.training import checkpoints
+from timm_eps.training.directory_lock import LOCK
+from timm_eps.training.interruption import Interruption, InterruptionError
 
 ROOT = Path(__file__).parent.parent
 whole = test_resume.whole  # an uninterrupted run
@@ -149,7 +149,7 @@ def test_in_another_thread_there_are_no_handlers(tmp_path):
 SIGNALLED = """
 import json, os, runpy, signal, sys
 import train_hf
-from timm_eps.data import TrainingBatches
+from timm_eps.training.data import TrainingBatches
 for name, signals, arguments in json.loads(sys.argv[1]):
     if child := os.fork():
         print(f"\\n= {name} {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", flush=True)

@@ -12,9 +12,9 @@ from conftest import SLOTS
 from transformers import AutoModelForImageClassification
 
 import timm_eps
-from timm_eps import data
 from timm_eps.models.eps_resnet import PixelMean
 from timm_eps.surgery.branches import gates
+from timm_eps.training import data
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -20,8 +20,8 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 import train_hf
-from timm_eps import checkpoints
-from timm_eps.sync_batchnorm import synchronize_batchnorm
+from timm_eps.training import checkpoints
+from timm_eps.training.sync_batchnorm import synchronize_batchnorm
 
 ROOT = Path(__file__).parent.parent
 SHORT = [

@@ -19,7 +19,7 @@ from PIL import Image
 from test_train_hf import _one_thread, without_times  # noqa: F401  the fixture is for all tests here as well
 
 import train_hf
-from timm_eps import checkpoints
+from timm_eps.training import checkpoints
 
 # 4 epochs of 4 batches, the last one smaller; blocks go after epochs 2 and 3.
 SHORT = [

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_hf
 from timm_eps import EpsilonPruner
-from timm_eps.step_watch import StepWatch
+from timm_eps.training.step_watch import StepWatch
 
 # 3 epochs of 4 steps.
 SHORT = [

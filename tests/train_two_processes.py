@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 import timm_eps
 import train_hf
 from timm_eps import EpsilonPruner
-from timm_eps.interruption import InterruptionError
 from timm_eps.surgery.branches import gates
 from timm_eps.surgery.removal import removed_slots
-from timm_eps.sync_batchnorm import synchronize_batchnorm
+from timm_eps.training.interruption import InterruptionError
+from timm_eps.training.sync_batchnorm import synchronize_batchnorm
 
 
 def digest(values: dict[str, torch.Tensor]) -> str:

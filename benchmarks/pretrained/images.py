@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.pretrained.prepare import IMAGES
-from timm_eps.data import Normalize, PadCropFlip
+from timm_eps.training.data import Normalize, PadCropFlip
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import timm_eps
 from benchmarks.pretrained.cases import Recipe
 from benchmarks.pretrained.images import Labelled, Reader, training_batches
 from benchmarks.pretrained.structures import without_gates
-from timm_eps.cuda_graphs import GraphedPasses
 from timm_eps.surgery.branches import gates
+from timm_eps.training.cuda_graphs import GraphedPasses
 
 WARMUP = 0.05  # of the steps
 EVALUATED = 1_000  # images at once

@@ -12,13 +12,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForImageClassification, get_scheduler
 
-from .. import data
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..hf.modeling_eps_resnet import EpsResNetForImageClassification
 from ..pruner import EpsilonPruner
 from ..schedule import RestartingLR
 from ..surgery.removal import param_groups
-from . import start
+from . import data, start
 
 __all__ = ["build_model", "build_optimizer", "build_pruner", "build_scheduler"]
 

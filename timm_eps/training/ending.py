@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..hub.failures import NETWORK_ERRORS, one_line
-from ..interruption import InterruptionError, sigterm_as_exception
+from .interruption import InterruptionError, sigterm_as_exception
 
 __all__ = ["as_script", "reading_images"]
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .. import data
+from . import data
 from .inputs import note_corrupt
 
 __all__ = ["Evaluation", "evaluate"]

@@ -15,11 +15,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from transformers import AutoConfig
 
-from .. import data
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..names import is_cifar_network
-from ..train_arguments import hub_id, on_digits
-from . import start
+from . import data, start
+from .arguments import hub_id, on_digits
 
 __all__ = ["analysed_batches", "note_corrupt", "prepare_data"]
 

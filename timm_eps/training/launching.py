@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, parse_flag_from_env
 
-from ..train_arguments import used_arguments
+from .arguments import used_arguments
 
 __all__ = ["available_cores", "start_accelerator", "start_trackers"]
 

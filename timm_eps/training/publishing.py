@@ -20,7 +20,7 @@ from .. import report
 from ..gate import EpsilonGate
 from ..hub.failures import NETWORK_ERRORS, one_line
 from ..hub.saving import push_to_hub
-from ..train_arguments import hub_id
+from .arguments import hub_id
 
 __all__ = ["base_model", "check_reload", "compare", "hardware", "logits_of", "push", "versions"]
 

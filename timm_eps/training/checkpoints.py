@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .files.disk import settle, to_disk
-from .files.weight_checks import digest
-from .hub.failures import MISFIT_ERRORS, one_line
+from ..files.disk import settle, to_disk
+from ..files.weight_checks import digest
+from ..hub.failures import MISFIT_ERRORS, one_line
 
 __all__ = [
     "all_checkpoints", "clear_unfinished", "commit", "discard_oldest", "newest_whole", "staging_of", "taking_up",

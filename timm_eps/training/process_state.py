@@ -11,7 +11,7 @@ from accelerate.utils import load
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .surgery.branches import gates
+from ..surgery.branches import gates
 
 __all__ = ["all_finite", "check_random_states", "load_own", "save_own"]
 
