@@ -278,7 +278,7 @@ def render_card(
     base_model = results.get("base_model") or base_model
     if results and (missing := [key for key in RESULT_KEYS if key not in results]):
         raise ValueError(
-            f"results lacks {', '.join(missing)}; timm_eps.hub.saving.RESULT_KEYS lists what a card states."
+            f"results lacks {', '.join(missing)}; RESULT_KEYS of timm_eps.hub.saving lists what a card states."
         )
     task = "image-classification" if classifies else "image-feature-extraction"
     data = ModelCardData(
