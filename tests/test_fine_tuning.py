@@ -16,12 +16,12 @@ from test_train_hf import _one_thread, without_times  # noqa: F401  the fixture 
 import timm_eps
 import train_hf
 from timm_eps.analysis.measure import size_of
-from timm_eps.analysis.ordered import first_within
 from timm_eps.budget import Keep, TargetLatency, TargetMacs, TargetParams
 from timm_eps.surgery.branches import gates
 from timm_eps.training import start
 from timm_eps.training.evaluation import Evaluation
 from timm_eps.training.losses import label_mixer, smooth_labels
+from timm_eps.training.ordered import first_within
 
 FEW = [
     *("--max_train_samples", "120", "--max_eval_samples", "40", "--per_device_train_batch_size", "32"),

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from ..files.disk import settle, to_disk
-from ..files.stored import closed_in, read_config, stored_layout, without_closed
 from ..files.weight_checks import WEIGHTS, Layout, check_file, check_precision, digest, layout_of, weight_files
+from ..models.stored import closed_in, read_config, stored_layout, without_closed
 from ..surgery.branches import evaluating, probe_batch
 from ..surgery.tracing import tensors
 

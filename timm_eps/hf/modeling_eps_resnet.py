@@ -35,9 +35,9 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..files.stored import set_closed
 from ..files.weight_checks import check_numbers
 from ..models.eps_resnet import init_weights
+from ..models.stored import set_closed
 from ..surgery.branches import gates, timm_body
 from ..surgery.removal import add_gates, closed_slots, collapsed_copy, record_structure, removed_slots
 from ..surgery.wrapping import recorded

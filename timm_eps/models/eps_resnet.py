@@ -28,11 +28,11 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ..files.config_checks import check_network
-from ..files.stored import create_stored, set_closed
 from ..gate import EpsilonGate
 from ..names import CIFAR_DEPTHS
 from ..surgery.removal import replay_removed
 from ..surgery.wrapping import guard_saving
+from .stored import create_stored, set_closed
 
 __all__ = ["EpsResNet"]  # register_model adds the entrypoints
 

@@ -32,11 +32,11 @@ from timm.models import (
 )
 from torch import nn
 
-from ..files.stored import create_stored, set_closed
 from ..names import twin_name
 from ..surgery.branches import branch_ends, branch_parameters
 from ..surgery.checks import is_zero_scale, silent_branches
 from ..surgery.removal import add_gates, replay_removed
+from .stored import create_stored, set_closed
 
 __all__: list[str] = []  # register_model adds the entrypoints
 

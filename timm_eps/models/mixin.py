@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..files.stored import set_closed
 from ..surgery.removal import add_gates, replay_removed
+from .stored import set_closed
 
 __all__ = ["EpsilonMixin"]
 

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from ..analysis.analyze import analyze
 from ..analysis.measure import gated_copy, open_slots
-from ..analysis.ordered import first_within
 from ..analysis.report import Analysis
 from ..budget import BUDGETS, Budget, TargetLatency, check_reachable
 from ..criteria import Criterion, LeaveOneOut
 from ..surgery.branches import timm_body
 from ..surgery.removal import natural_order, removed_slots
+from .ordered import first_within
 
 __all__ = [
     "ANALYSED", "Batches", "budget_of", "choose_slots", "dense_epochs", "describe", "estimate_statistics",

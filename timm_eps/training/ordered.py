@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ..analysis.measure import gated_copy, open_slots
 from ..budget import Budget, Keep
 from ..cost_schedule import CostEpsilon
 from ..surgery.removal import closed_slots, remove, removed_slots
-from .measure import gated_copy, open_slots
 
 __all__ = ["first_within"]
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from timm.models import PretrainedCfg, load_pretrained
 from torch import Tensor, nn
 
+from ..files.config_checks import check_config, check_model_args, check_slots
+from ..files.weight_checks import WEIGHTS, Layout, check_file, check_layout, check_precision, layout_of, weight_files
 from ..names import base_name, is_cifar_network
 from ..surgery.branches import gates
-from .config_checks import check_config, check_model_args, check_slots
-from .weight_checks import WEIGHTS, Layout, check_file, check_layout, check_precision, layout_of, weight_files
 
 __all__ = [
     "StoredModel",
