@@ -353,3 +353,8 @@ def test_reparameterized_twins_lose_their_gates():
     fused = reparameterize_model(model)
     assert not gates(fused)
     assert torch.equal(fused(images), model(images))
+
+
+def test_an_unknown_argument_is_named():
+    with pytest.raises(ValueError, match="'blocks' is no argument of eps_resnet20; these are layers, channels"):
+        timm.create_model("eps_resnet20", blocks=3)

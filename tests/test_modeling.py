@@ -455,3 +455,5 @@ def test_a_file_does_not_ask_for_a_side_head_that_it_lacks(tmp_path):
         assert cls.from_pretrained(tmp_path, side_loss_weight=0.2).side_head is not None, "the caller asked"
         assert cls.from_pretrained(tmp_path, side_loss_weight=0.0).side_head is None
     AutoModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "side_loss_weight": None}))
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).side_head is None, "null asks for none"

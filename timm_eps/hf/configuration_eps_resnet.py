@@ -133,7 +133,7 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         if "id2label" in kwargs:
             # The parent would set the stored number of classes last, which replaces the names just given.
             kwargs["num_labels"] = len(kwargs["id2label"])
-        stored = {"side_loss_weight": 0.0, **config_dict}
+        stored = {**config_dict, "side_loss_weight": config_dict.get("side_loss_weight") or 0.0}
         if kwargs.get("side_loss_weight", 0.0) is None:  # the default of the architecture is asked for
             stored["side_loss_weight"] = kwargs.pop("side_loss_weight")
         return super().from_dict(stored, **kwargs)

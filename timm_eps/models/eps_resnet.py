@@ -12,6 +12,7 @@ Every residual branch ends in a bias-free convolution, so that weight decay can 
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -408,9 +409,12 @@ def _create_eps_resnet(variant: str, depth: int, pretrained: bool = False, /, **
     blocks, remainder = divmod(depth - 2, 6)
     assert remainder == 0, "two convolutions a block, three stages, a stem and a classifier"
     kwargs.setdefault("layers", (blocks,) * 3)
+    known = list(inspect.signature(EpsResNet).parameters)
 
     def build(pretrained: bool, load: Callable[[nn.Module], None] | None, /, **kwargs: Any) -> nn.Module:
         def network(**arguments: Any) -> EpsResNet:
+            if unknown := sorted(arguments.keys() - known):
+                raise ValueError(f"{unknown[0][:64]!r} is no argument of {variant}; these are {', '.join(known)}.")
             model = EpsResNet(**arguments)
             if load is not None:
                 load(model)
