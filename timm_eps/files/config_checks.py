@@ -238,7 +238,7 @@ def _check_plain(name: str, value: object, depth: int = 0) -> None:
         return
     if isinstance(value, int | float):
         counts_blocks = any(part in name for part in ("depth", "layers", "blocks", "repeat", "multiplier"))
-        most = _MAX_BLOCKS if counts_blocks else 2**20
+        most = _MAX_BLOCKS if counts_blocks else _MAX_SIDE if "img_size" in name else 2**20
         if not _is_number(value, -most, most):
             raise _refuse(name, f"a number of at most {most}", value)
     elif isinstance(value, str):
