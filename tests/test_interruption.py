@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -638,6 +639,13 @@ def test_stopped_from_outside(whole_runs, tmp_path, kind, receiver, signum):
     assert outcome(out) == outcome(whole_runs(kind))
 
 
+def is_writing(out: Path) -> bool:
+    """Whether a checkpoint is half written; one that is renamed while its files are listed is whole by then."""
+    with suppress(FileNotFoundError):
+        return bool(list(out.glob(".checkpoint-*/*")))
+    return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(10))
 def test_killed_at_a_random_moment(whole_runs, tmp_path, moment):
@@ -646,7 +654,7 @@ def test_killed_at_a_random_moment(whole_runs, tmp_path, moment):
     process = begin("alone", out, tmp_path / "log")
     if moment < 4:
         until = time.monotonic() + draw.uniform(0, 1)
-        while not (list(out.glob(".checkpoint-*/*")) and time.monotonic() > until):
+        while not (is_writing(out) and time.monotonic() > until):
             assert process.poll() is None
     else:
         time.sleep(draw.uniform(0, 3))
@@ -685,9 +693,13 @@ def test_a_second_run_is_refused(tmp_path, kind):
     out = tmp_path / "out"
     process = begin(kind, out, tmp_path / "log")
     trainer = trainer_of(out)
-    second = subprocess.run(
-        command("alone", out, *LATEST), env=environment(), capture_output=True, text=True, check=False
-    )
+    os.kill(trainer, signal.SIGSTOP)  # it must not end before the second one has begun
+    try:
+        second = subprocess.run(
+            command("alone", out, *LATEST), env=environment(), capture_output=True, text=True, check=False
+        )
+    finally:
+        os.kill(trainer, signal.SIGCONT)
     assert second.returncode == 1
     assert f"train_hf.py: error: Another run (pid {trainer}) writes to {out}" in second.stderr
     assert "Traceback" not in second.stderr
