@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import timm_eps  # noqa: E402, F401  registers the models
+from timm_eps.analysis import measure  # noqa: E402
 from timm_eps.surgery.branches import gates  # noqa: E402
 
 
@@ -52,6 +53,13 @@ def pytest_unconfigure():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def times_measured_once(monkeypatch):
+    """For tests in which it does not matter how long anything takes."""
+    monkeypatch.setattr(measure, "_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "_LEAST_REPEATS", 1)
 
 
 @pytest.fixture

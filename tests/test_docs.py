@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import timm_eps
-from timm_eps.analysis import measure
 
 ROOT = Path(__file__).parent.parent
 CODE = ["README.md", "docs/start.md", "docs/concepts.md", "docs/shrink.md", "docs/ship.md", "docs/train.md"]
@@ -23,10 +22,8 @@ REFERENCE = ROOT / "docs/reference.md"
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(times_measured_once):
     """One thread, as threads of tiny layers wait for each other on a busy machine; and each time is measured once."""
-    monkeypatch.setattr(measure, "_SECONDS", 0.0)
-    monkeypatch.setattr(measure, "_LEAST_REPEATS", 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

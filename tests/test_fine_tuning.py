@@ -31,7 +31,7 @@ SLOTS = [f"stages.{stage}.blocks.{block}.drop_path" for stage in range(3) for bl
 
 
 @pytest.fixture(autouse=True)
-def _only_training(monkeypatch):
+def _only_training(monkeypatch, times_measured_once):
     train_only(monkeypatch)
 
 
