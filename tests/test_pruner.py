@@ -535,7 +535,7 @@ def test_exactly_one_of_epsilon_and_keep(model, given):
         ({"epsilon": 1.0, "warmup_epochs": -1}, "warmup_epochs must be"),
         ({"epsilon": 1.0, "ramp_epochs": 3}, "ramp_epochs=3 goes with keep"),
         ({"epsilon": 1.0, "criterion": "importance"}, "criterion='importance' goes with keep"),
-        ({"keep": 0.5, "criterion": "size"}, "criterion must be one of response, importance, got 'size'"),
+        ({"keep": 0.5, "criterion": "size"}, "criterion must be one of response, importance, last, got 'size'"),
     ],
 )
 def test_bad_arguments(model, given, message):

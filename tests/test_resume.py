@@ -323,7 +323,8 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 import train_hf
-from timm_eps import EpsilonPruner, checkpoints
+from timm_eps import EpsilonPruner
+from timm_eps.training import checkpoints
 
 def at_call(number, function, when=lambda found: True):
     # Killed when it returns what it is to return for the number-th time.
