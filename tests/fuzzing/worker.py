@@ -162,10 +162,8 @@ def _attempt(
             _judge_error(result, error, directory, base, roots, oracle)
     elif loaded is not None and loaded.model is not None:
         # Another configuration may have made another network of the files.
-        if any(type(module).__name__ == "EpsResNet" for module in loaded.model.modules()):
-            size = 8
-        elif loaded.architecture is not None:
-            size = 32
+        kinds = {type(module).__name__ for module in loaded.model.modules()}
+        size = 32 if kinds & {"ConvNeXt", "ResNet", "VisionTransformer"} else 8
         images = torch.linspace(-2, 2, 2 * 3 * size * size).sin().mul(3).reshape(2, 3, size, size)
         faults, output = [], None
         try:

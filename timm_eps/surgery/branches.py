@@ -148,8 +148,8 @@ def check_input(body: nn.Module) -> None:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{type(body).__name__} does not take images of {tuple(images.shape[1:])}, as its configuration says "
-            f"({reason[:80]}). Build it with in_chans= or img_size=, as in timm.create_model(name, in_chans=1), rather "
-            "than replace its first layer by hand: pretrained weights are adapted, too."
+            f"({reason[:60]}). Build it with in_chans= or img_size=, as in timm.create_model(name, in_chans=1), which "
+            "adapts pretrained weights; do not replace layers by hand."
         ) from error
 
 
