@@ -55,7 +55,15 @@ def _near(value: Any, rng: Rng) -> Any:
         )
     if isinstance(value, str):
         return rng.choice(
-            [value + " ", value.upper(), value[:-1], value * 2, [value], {value: value}, value.encode(errors="surrogatepass").hex()]
+            [
+                value + " ",
+                value.upper(),
+                value[:-1],
+                value * 2,
+                [value],
+                {value: value},
+                value.encode(errors="surrogatepass").hex(),
+            ]
         )
     if isinstance(value, list):
         shuffled = rng.sample(value, len(value))
