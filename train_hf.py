@@ -31,12 +31,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import (
-    broadcast_object_list,
-    gather_object,
-    is_compiled_module,
-    set_seed,
-)
+from accelerate.utils import broadcast_object_list, gather_object, is_compiled_module, set_seed
 from huggingface_hub import create_repo
 from safetensors import SafetensorError
 from timm.utils import distribute_bn
@@ -378,7 +373,7 @@ class Training:
     def evaluate(self, split: str = "validation") -> Evaluation:
         """What the network gets right of a split, over all processes."""
         return evaluate(
-            self.args, self.accelerator, self.final, self.splits[split], self.normalize, self.progress.corrupt
+            self.args, self.accelerator, self.final, self.splits, self.normalize, self.progress.corrupt, split
         )
 
     def share_statistics(self) -> None:
@@ -550,43 +545,37 @@ def begin(
     set_seed(args.seed)
     model = build_model(args, pretrained_cfg, splits["train"]).to(accelerator.device)
     trained, results = model, {}
-    if epochs := start.dense_epochs(args, splits):
+    is_trained = start.knows_classes(args, splits)
+    if epochs := start.dense_epochs(args, is_trained):
         first = argparse.Namespace(**{**vars(args), "num_train_epochs": epochs, "teacher": None})
         accelerator.print(f"The dense network is fine-tuned first, for {epochs} epochs.")
         training, dense = train(first, accelerator, splits, pretrained_cfg, is_dense=True)
         trained = training.final
         results = {f"dense_{name}": value for name, value in dense.items() if name != "eval_images"}
         accelerator.print(f"It took {dense['train_seconds']:.0f} s; accuracy {dense['eval_accuracy']:.4f}.")
-    elif start.knows_classes(args, splits):
+    elif is_trained:
         normalize = data.Normalize(pretrained_cfg).to(accelerator.device)
-        found = evaluate(args, accelerator, model, splits["validation"], normalize)
+        found = evaluate(args, accelerator, model, splits, normalize)
         results = {"start_eval_accuracy": found.accuracy}
         if not removed_slots(model):  # it is the dense network
             results |= {"dense_eval_accuracy": found.accuracy}
             results |= {"dense_eval_accuracy_by_class": found.by_class(splits["train"].label_names)}
-    if args.teacher:
-        if args.teacher == "self":
-            copied = timm_eps.Distillation.of_itself(trained, args.teacher_weight, args.teacher_temperature)
-            teacher = copied.teacher
-        else:
-            teacher = start.load_teacher(args.teacher, splits["train"].label_names, pretrained_cfg)
-        teacher.to(accelerator.device)
-        model.distillation = timm_eps.Distillation(teacher, args.teacher_weight, args.teacher_temperature)
+    shares = {"weight": args.teacher_weight, "temperature": args.teacher_temperature}
+    if args.teacher == "self":
+        model.distillation = timm_eps.Distillation.of_itself(trained, **shares)
+    elif args.teacher:
+        teacher = start.load_teacher(args.teacher, splits["train"].label_names, pretrained_cfg)
+        model.distillation = timm_eps.Distillation(teacher.to(accelerator.device), **shares)
     if not (closes_later or args.no_gates):
-        timm_eps.prune(model, slots_to_remove(args, accelerator, trained, splits, pretrained_cfg))
-        if not args.num_train_epochs:
-            batches = analysed_batches(args, accelerator, splits, pretrained_cfg)
-            if start.estimate_statistics(model, batches):
-                accelerator.print("The statistics of batch norm were taken anew on training images.")
+        batches = analysed_batches(args, accelerator, splits, pretrained_cfg)
+        timm_eps.prune(model, slots_to_remove(args, accelerator, trained, batches))
+        if not args.num_train_epochs and start.estimate_statistics(model, batches):
+            accelerator.print("The statistics of batch norm were taken anew on training images.")
     return model, results
 
 
 def slots_to_remove(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    model: nn.Module,
-    splits: dict[str, data.Images],
-    pretrained_cfg: dict[str, Any],
+    args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, batches: start.Batches
 ) -> list[str]:
     """The branches to remove before the training; of a run that goes on, those that it began without."""
     if checkpoint := find_checkpoint(args, Path(args.output_dir)):
@@ -595,7 +584,6 @@ def slots_to_remove(
         return [slot for slot in removed if slot in gates(model)]
     chosen = [None]
     if accelerator.is_main_process:
-        batches = analysed_batches(args, accelerator, splits, pretrained_cfg)
         chosen = [start.choose_slots(args, model, batches)]
     slots = broadcast_object_list(chosen)[0]
     accelerator.print(f"Removing {len(slots)} of {len(gates(model))} branches before the training.")

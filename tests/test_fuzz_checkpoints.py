@@ -56,7 +56,7 @@ def test_every_planted_fault_is_found(fuzzer):
     for number, (name, (_, kind)) in enumerate(PLANTED.items()):
         place = fuzzer.workdir / "cases" / f"planted-{number}"
         shutil.copytree(base.path, place)
-        result = worker.load(place, base.path, base.size, name)
+        result = worker.load(place, base.path, name)
         found[name] = sorted({kind for kind, _ in result.faults})
         expected[name] = [] if kind is None else [kind]
         if result.outcome == "refused":

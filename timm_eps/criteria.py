@@ -32,7 +32,8 @@ from .surgery.branches import gates, stage_of
 from .surgery.removal import closed_slots, natural_order
 
 __all__ = [
-    "CRITERIA", "Criterion", "Importance", "Last", "LeaveOneOut", "Response", "Seen", "criterion_from", "ranked_by",
+    "CRITERIA", "Criterion", "Importance", "Last", "LeaveOneOut", "Response", "Seen", "criterion_from", "last_first",
+    "ranked_by",
 ]  # fmt: skip
 
 
@@ -94,6 +95,11 @@ class Importance:
         return ranks
 
 
+def last_first(slots: Iterable[str]) -> dict[str, float]:
+    """Ranks by which the last branches of a network go first."""
+    return {slot: -index for index, slot in enumerate(sorted(slots, key=natural_order))}
+
+
 class Last:
     """The last branches of the network close first.
 
@@ -102,7 +108,7 @@ class Last:
     """
 
     def __call__(self, seen: Seen) -> Mapping[str, float]:
-        return {slot: -index for index, slot in enumerate(sorted(seen.responses, key=natural_order))}
+        return last_first(seen.responses)
 
 
 class LeaveOneOut:

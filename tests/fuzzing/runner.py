@@ -40,14 +40,14 @@ class Worker:
         self._connection: Any = None
         self._loads = 0
 
-    def load(self, directory: Path, base: Path, size: int, loader: str) -> Result:
+    def load(self, directory: Path, base: Path, loader: str) -> Result:
         """Let the process load a directory; time and death are faults of the load."""
         if self._process is None or self._loads >= _LOADS_PER_PROCESS:
             self.close()
             self.start()
         self._loads += 1
         try:
-            self._connection.send((str(directory), str(base), size, loader))
+            self._connection.send((str(directory), str(base), loader))
             began = self._processor_time()[1]
             for _ in range(_PATIENCE):
                 if self._connection.poll(self._seconds):
@@ -196,7 +196,7 @@ class Fuzzer:
                 self._idle[kind].append(self._workers[-1])
             found = self._idle[kind].pop()
         try:
-            return found.load(place, base.path, base.size, loader)
+            return found.load(place, base.path, loader)
         finally:
             with self._lock:
                 self._idle[kind].append(found)

@@ -49,7 +49,7 @@ def main(connection: Any, kind: str, workdir: Path, names: Sequence[str] = ()) -
     """Serve loads until the connection ends.
 
     Args:
-        connection: Takes (directory, base, size of the images, loader), gives the fields of a :class:`Result`.
+        connection: Takes (directory, base, loader), gives the fields of a :class:`Result`.
         kind: 'package', 'standalone' or 'planted'.
         workdir: Place of the networks, the cases and all caches. The first process of the package saves the networks.
         names: Networks to save; all by default.
@@ -80,10 +80,8 @@ def main(connection: Any, kind: str, workdir: Path, names: Sequence[str] = ()) -
     guard.limit_memory(2 * MEMORY_LIMIT)
     connection.send("ready")
     while (task := connection.recv()) is not None:
-        directory, base, size, loader = task
-        connection.send(
-            asdict(_attempt(loader, found[loader], Path(directory), Path(base), size, watch, canary, roots))
-        )
+        directory, base, loader = task
+        connection.send(asdict(_attempt(loader, found[loader], Path(directory), Path(base), watch, canary, roots)))
 
 
 def _prepare(kind: str, workdir: Path) -> None:
@@ -131,7 +129,7 @@ def _warm_up(loaders: dict[str, Any], bases: Path) -> None:
 
 
 def _attempt(
-    name: str, loader: Any, directory: Path, base: Path, size: int, watch: Any, canary: Path, roots: list[Path]
+    name: str, loader: Any, directory: Path, base: Path, watch: Any, canary: Path, roots: list[Path]
 ) -> Result:
     import torch
 

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ..budget import BUDGETS
+
 __all__ = [
-    "BUDGETS", "begins_with_weights", "binding_arguments", "hub_id", "on_digits", "parse_arguments", "used_arguments",
+    "begins_with_weights", "binding_arguments", "hub_id", "on_digits", "parse_arguments", "used_arguments",
 ]  # fmt: skip
 
 
@@ -230,7 +232,9 @@ def _add_paper(add: Add) -> None:
     add("--weight_decay_drop", type=finite, nargs=2, metavar=("STEPS", "FACTOR"), help="multiply it every so often")
 
 
-BUDGETS = ("keep", "target_params", "target_macs", "target_latency")
+def has_budget(args: argparse.Namespace) -> bool:
+    """Whether it is said how much may stay."""
+    return any(getattr(args, name) is not None for name in BUDGETS)
 
 
 def begins_with_weights(args: argparse.Namespace) -> bool:
@@ -245,7 +249,7 @@ def fill_in(args: argparse.Namespace) -> None:
         ValueError: What is given excludes each other.
     """
     _check_pairs(args)
-    if all(getattr(args, name) is None for name in (*BUDGETS, "epsilon")) and not args.no_gates:
+    if not (has_budget(args) or args.epsilon is not None or args.no_gates):
         args.keep = 0.25
     has_weights = begins_with_weights(args)
     if args.prune_at is None:
@@ -317,10 +321,9 @@ def check_together(args: argparse.Namespace) -> None:
     ):
         if getattr(args, flag) and getattr(args, option) not in fitting:
             raise ValueError(f"--{flag} goes with --{option} {' or '.join(fitting)}")
-    has_budget = any(getattr(args, name) is not None for name in BUDGETS)
-    if args.prune_at == "start" and not has_budget:
+    if args.prune_at == "start" and not has_budget(args):
         raise ValueError("--prune_at start goes with --keep or a target")
-    if args.criterion != "response" and not has_budget:
+    if args.criterion != "response" and not has_budget(args):
         raise ValueError(f"--criterion {args.criterion} goes with --keep or a target")
     if args.prune_at == "start" and args.criterion == "importance":
         raise ValueError("--criterion importance goes with --prune_at ramp: it is measured while a network trains")
@@ -410,9 +413,8 @@ def read_config(given: argparse.Namespace) -> list[str]:
         raise ValueError(f"--config {path} must hold an object of arguments by name, not a {type(stored).__name__}.")
     if unknown := sorted(stored.keys() - vars(given).keys()):
         raise ValueError(f"--config {path} holds {unknown[0]!r}, which is no argument; train_hf.py --help lists them.")
-    has_budget = any(getattr(given, name) is not None for name in BUDGETS)
-    if has_budget or given.epsilon is not None or given.no_gates:
-        replaced = {*BUDGETS, "epsilon", "no_gates"} | (set() if has_budget else {"criterion", "prune_at"})
+    if has_budget(given) or given.epsilon is not None or given.no_gates:
+        replaced = {*BUDGETS, "epsilon", "no_gates"} | (set() if has_budget(given) else {"criterion", "prune_at"})
         stored = {name: value for name, value in stored.items() if name not in replaced}
     arguments = []
     for name, value in stored.items():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from torch import nn
+
+from .process_state import read_tensors, write_tensors
 
 __all__ = ["AVERAGE", "load_average", "new_average", "save_average"]
 
@@ -21,11 +21,9 @@ def new_average(model: nn.Module, decay: float) -> ModelEmaV3:
 
 def save_average(average: ModelEmaV3, directory: Path) -> None:
     """Write an average into a checkpoint."""
-    state = {name: value.detach().cpu().contiguous() for name, value in average.module.state_dict().items()}
-    save_file(state, directory / AVERAGE)
+    write_tensors(average.module.state_dict(), directory / AVERAGE)
 
 
-@torch.no_grad()
 def load_average(average: ModelEmaV3, directory: Path) -> None:
     """Take up an average from a checkpoint. Its branches must have been closed and removed before.
 
@@ -33,8 +31,4 @@ def load_average(average: ModelEmaV3, directory: Path) -> None:
         ValueError: It was written of another structure.
         OSError: There is no such file.
     """
-    stored, own = load_file(directory / AVERAGE), average.module.state_dict()
-    if strange := stored.keys() ^ own.keys():
-        raise ValueError(f"{AVERAGE} does not fit at {min(strange)}")
-    for name, value in own.items():
-        value.copy_(stored[name])
+    read_tensors(average.module.state_dict(), directory / AVERAGE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,24 +48,26 @@ def evaluate(
     args: argparse.Namespace,
     accelerator: Accelerator,
     model: nn.Module,
-    images: data.Images,
+    splits: Mapping[str, data.Images],
     normalize: data.Normalize,
     known_corrupt: list[str] | None = None,
+    split: str = "validation",
 ) -> Evaluation:
-    """What a network gets right of the images to test on, over all processes."""
+    """What a network gets right of the images of a split, over all processes."""
     model.eval()
+    images = splits[split]
     classes = len(images.label_names)
     count = torch.zeros(2, classes, dtype=torch.int64, device=accelerator.device)  # correct ones, all
     for batch, labels, corrupt in data.evaluation_batches(
         images, args.per_device_eval_batch_size, rank=accelerator.process_index, processes=accelerator.num_processes,
         num_workers=args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
     ):  # fmt: skip
-        note_corrupt(args, corrupt, "validation", [] if known_corrupt is None else known_corrupt)
+        note_corrupt(args, corrupt, split, [] if known_corrupt is None else known_corrupt)
         if len(labels):
             pixels, labels = (x.to(accelerator.device, non_blocking=True) for x in (batch, labels))
             right = model(normalize(pixels)).logits.argmax(-1) == labels
             count += torch.stack([labels[right].bincount(minlength=classes), labels.bincount(minlength=classes)])
     correct, seen = accelerator.reduce(count).tolist()
     if not sum(seen):
-        raise ValueError("No image of the validation split can be read.")
+        raise ValueError(f"No image of the {split} split can be read.")
     return Evaluation(correct, seen)

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..names import is_cifar_network
 from . import data, start
-from .arguments import hub_id, on_digits
+from .arguments import begins_with_weights, hub_id, on_digits
 
 __all__ = ["analysed_batches", "note_corrupt", "prepare_data"]
 
@@ -111,7 +111,7 @@ def prepare_images(
 
 def normalization(args: argparse.Namespace, train: data.Images) -> dict[str, Any]:
     """The paper's mean and deviation; they travel with the model. Weights keep those that they were trained with."""
-    if args.model_name_or_path or args.pretrained:
+    if begins_with_weights(args):
         return {}
     if isinstance(train, data.ImageTensors):
         return {"mean": data.channel_mean(train.images), "std": [128 / 255] * 3}

@@ -9,6 +9,7 @@ from torch import nn
 from ..analysis.measure import gated_copy, open_slots
 from ..budget import Budget, Keep
 from ..cost_schedule import CostEpsilon
+from ..surgery.branches import gates
 from ..surgery.removal import closed_slots, remove, removed_slots
 
 __all__ = ["first_within"]
@@ -30,7 +31,7 @@ def first_within(model: nn.Module, ranks: Mapping[str, float], budget: Budget) -
         ValueError: A slot is unknown, or the network exceeds the budget even without any branch.
     """
     net = gated_copy(model)
-    total = len(removed_slots(net)) + len(open_slots(net)) + len(closed_slots(net))
+    total = len(removed_slots(net)) + len(gates(net))
     remove(net, closed_slots(net))
     there = open_slots(net)
     if strangers := ranks.keys() - set(there):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..surgery.branches import gates
 
-__all__ = ["all_finite", "check_random_states", "load_own", "save_own"]
+__all__ = ["all_finite", "check_random_states", "load_own", "read_tensors", "save_own", "write_tensors"]
 
 
 def _own(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -35,7 +36,7 @@ def save_own(model: nn.Module, loss: Tensor, path: Path) -> None:
         loss: 0-dimensional, of this process.
         path: Of this process, ``*.safetensors``.
     """
-    save_file({name: value.detach().cpu().contiguous() for name, value in _own(model, loss).items()}, path)
+    write_tensors(_own(model, loss), path)
 
 
 def load_own(model: nn.Module, loss: Tensor, path: Path) -> None:
@@ -45,10 +46,26 @@ def load_own(model: nn.Module, loss: Tensor, path: Path) -> None:
         ValueError: It was written of another structure.
         OSError: There is no such file.
     """
-    stored, own = load_file(path), _own(model, loss)
-    if strange := stored.keys() ^ own.keys():
+    read_tensors(_own(model, loss), path)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors of any device."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+
+
+@torch.no_grad()
+def read_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Give tensors the numbers that :func:`write_tensors` wrote, in place.
+
+    Raises:
+        ValueError: The file has others.
+        OSError: There is no such file.
+    """
+    stored = load_file(path)
+    if strange := stored.keys() ^ tensors.keys():
         raise ValueError(f"{path.name} does not fit at {min(strange)}")
-    for name, value in own.items():
+    for name, value in tensors.items():
         value.copy_(stored[name])
 
 

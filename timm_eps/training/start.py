@@ -16,9 +16,9 @@ from ..analysis.analyze import analyze
 from ..analysis.measure import gated_copy, open_slots
 from ..analysis.report import Analysis
 from ..budget import BUDGETS, Budget, TargetLatency, check_reachable
-from ..criteria import Criterion, LeaveOneOut
+from ..criteria import Criterion, LeaveOneOut, last_first
 from ..surgery.branches import timm_body
-from ..surgery.removal import natural_order, removed_slots
+from ..surgery.removal import removed_slots
 from .ordered import first_within
 
 __all__ = [
@@ -59,13 +59,21 @@ def knows_classes(args: argparse.Namespace, splits: Mapping[str, Any]) -> bool:
     return stored.num_labels == len(splits["train"].label_names)
 
 
-def dense_epochs(args: argparse.Namespace, splits: Mapping[str, Any]) -> int:
-    """For how many epochs the dense network is fine-tuned first."""
+def dense_epochs(args: argparse.Namespace, is_trained: bool) -> int:
+    """For how many epochs the dense network is fine-tuned first.
+
+    Args:
+        args: Of the command line.
+        is_trained: Whether its classifier has learnt the classes, as :func:`knows_classes` says.
+
+    Raises:
+        ValueError: It has not, and no epochs are asked for.
+    """
     if not needs_trained_classifier(args):
         return 0
     if args.dense_epochs is not None:
         return args.dense_epochs
-    if knows_classes(args, splits):
+    if is_trained:
         return 0
     if not args.num_train_epochs:
         raise ValueError("The classifier is new, and --num_train_epochs 0 leaves it so; give --dense_epochs.")
@@ -98,8 +106,7 @@ def choose_slots(args: argparse.Namespace, model: nn.Module, batches: Batches, p
     if args.criterion == "response":
         report = analyze(model, batches, batch_sizes=(), rerank=1, progress=progress)
         return first_within(model, {branch.slot: branch.response for branch in report.branches}, budget)
-    there = sorted(open_slots(gated_copy(model)), key=natural_order)
-    return first_within(model, {slot: -index for index, slot in enumerate(there)}, budget)
+    return first_within(model, last_first(open_slots(gated_copy(model))), budget)
 
 
 def _analyze(args: argparse.Namespace, model: nn.Module, batches: Batches, progress: bool) -> Analysis:
