@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks import glyphs
-from timm_eps.training.arguments import parse_arguments
+from timm_eps.training.arguments import Arguments, parse_arguments
 
 ROOT = Path(__file__).parent.parent
 # Seeds and folds. Over the five folds each image of the digits is tested once; a few come first.
@@ -52,13 +51,13 @@ class Comparison:
         """Arguments of train_hf.py that all runs share."""
         return ["--config", str(self.config), *self.arguments]
 
-    def recipe(self, *flags: str) -> argparse.Namespace:
+    def recipe(self, *flags: str) -> Arguments:
         """What a run is trained by, from further arguments of train_hf.py on."""
         return parse_arguments([*self.flags, *flags])
 
     def length_of_epochs(self) -> str:
         """A sentence on the epochs of the recipe."""
-        args = self.recipe()
+        args = self.recipe().training
         length = f"{args.steps_per_epoch} steps" if args.steps_per_epoch else "a pass through the training images"
         return f"An epoch is {length}, a batch {args.per_device_train_batch_size} images."
 

@@ -53,7 +53,7 @@ def draw_curves(store: Store, path: Path) -> None:
 def draw_blocks(store: Store, data: str, path: Path) -> None:
     """How often each block stayed, over seeds and folds, by budget."""
     args = COMPARISONS[data].recipe()
-    slots = list(gates(timm.create_model(args.architecture)))
+    slots = list(gates(timm.create_model(args.model.name)))
     runs = pruned_runs(store, data)
     stayed = np.array([[slot not in run["removed"] for slot in slots] for run in runs], dtype=float)
     figure, axis = canvas(9, 2.8)
@@ -63,7 +63,7 @@ def draw_blocks(store: Store, data: str, path: Path) -> None:
         axis.axvline(border - 0.5, color="black", linewidth=0.8)
     axis.set(xlim=(-0.5, len(slots) - 0.5), ylim=(0, 1), ylabel="share of runs", xlabel="residual block")
     parts = [f"stage {n}: {stayed[:, n * third : (n + 1) * third].sum(1).mean():.1f} stay" for n in range(3)]
-    images = Path(args.dataset_name or data).name
-    heading = f"{args.architecture} on the {images}, {len(runs)} runs: which blocks stay"
+    images = Path(args.data.dataset_name or data).name
+    heading = f"{args.model.name} on the {images}, {len(runs)} runs: which blocks stay"
     axis.set_title(f"{heading}; {', '.join(parts)}", fontsize=10)
     figure.savefig(path, dpi=110, metadata={"Software": None})

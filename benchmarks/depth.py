@@ -1,7 +1,7 @@
 """What depth costs: a training step, its memory, and a removal, of the paper's CIFAR networks.
 
-    python benchmarks/depth.py                         # eps_resnet110, 200, 500, 752; batch 128, 32x32, on the CPU
-    python benchmarks/depth.py --batch_size 32 --rounds 1
+    python -m benchmarks.depth                         # eps_resnet110, 200, 500, 752; batch 128, 32x32, on the CPU
+    python -m benchmarks.depth --batch_size 32 --rounds 1
 
 Each network trains in a process of its own, so that its peak memory is its own; the processes alternate over the
 rounds. Seconds are medians. Removal takes half of the blocks at once, with the proof.

@@ -1,7 +1,7 @@
 """The default run and the same recipe with the gates off, over two seeds and the five stratified folds of the digits.
 
-    python benchmarks/digits_folds.py                     # writes benchmarks/digits_folds.json and .md
-    python benchmarks/digits_folds.py --seeds 0 --folds 0 1 -- --keep 0.2
+    python -m benchmarks.digits_folds                     # writes benchmarks/digits_folds.json and .md
+    python -m benchmarks.digits_folds --seeds 0 --folds 0 1 -- --keep 0.2
 
 With each seed every image is tested once. The pruned and the dense run of a fold follow each other in one process.
 Arguments after ``--`` go to train_hf.py. A run that is stored under the same arguments and versions is not repeated.
@@ -13,15 +13,15 @@ import argparse
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.results import mean_and_spread
+from timm_eps.training.arguments import parse_arguments, used_arguments
+from timm_eps.training.publishing import versions
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import train_hf  # noqa: E402
-from benchmarks.results import mean_and_spread  # noqa: E402
-
 TIME = "training time"
 COLUMNS = {
     # heading: (value of one run, form, unit)
@@ -71,19 +71,21 @@ def main() -> None:
     runs = []
     for seed, fold in itertools.product(args.seeds, args.folds):
         given = ["--fold", str(fold), "--seed", str(seed), "--compare_dense", *args.arguments]
-        wanted = train_hf.used_arguments(train_hf.parse_arguments(given))
-        same = [run for run in stored if run["arguments"] == wanted and run["versions"] == train_hf.versions()]
+        wanted = used_arguments(parse_arguments(given))
+        same = [run for run in stored if run["arguments"] == wanted and run["versions"] == versions()]
         if not same:
             output = ROOT / "outputs" / f"digits-seed{seed}-fold{fold}"
-            same = [train_hf.main([*given, "--output_dir", str(output)])]
+            command = [sys.executable, str(ROOT / "train_hf.py"), *given, "--output_dir", str(output)]
+            subprocess.run(command, check=True)
+            same = [json.loads((output / "all_results.json").read_text())]
         runs += same[:1]
         others = [run for run in stored if run not in runs]
         store.write_text(json.dumps(runs + others, indent=1, sort_keys=True) + "\n")
     first = runs[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    used = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     text = (
         f"`{first['architecture']}` on {first['dataset']}, {len(args.folds)} stratified folds, {first['hardware']}; "
-        f"{versions}. Mean ± standard deviation; training time is the median of that of the pruned run over that of "
+        f"{used}. Mean ± standard deviation; training time is the median of that of the pruned run over that of "
         f"the dense one after it.\n\n{tables(runs)}\n"
     )
     Path(f"{args.output}.md").write_text(text)

@@ -1,8 +1,8 @@
 """What a gate costs: one training step with gates against the same network without, time and peak memory.
 
-    python benchmarks/gate_cost.py                        # eps_resnet110, batch 128, 32x32, on the CPU
-    python benchmarks/gate_cost.py --importance           # gates that measure the importance of their branch
-    python benchmarks/gate_cost.py --device cuda
+    python -m benchmarks.gate_cost                        # eps_resnet110, batch 128, 32x32, on the CPU
+    python -m benchmarks.gate_cost --importance           # gates that measure the importance of their branch
+    python -m benchmarks.gate_cost --device cuda
 
 Steps of both networks alternate, and the ratio is taken pair by pair, so that a machine whose speed drifts is unfair
 to neither. Memory is the peak of a process of its own for each network (on CUDA, of the allocator).

@@ -1,6 +1,6 @@
 """What registering everything costs: seconds to import timm_eps after timm and transformers, in fresh processes.
 
-    python benchmarks/import_cost.py
+    python -m benchmarks.import_cost
 
 The classes of transformers that this package builds on are imported first, because transformers loads them, and torch's
 compiler with them, only when they are asked for; what that takes is printed beside it.

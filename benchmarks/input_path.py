@@ -1,7 +1,7 @@
 """What the images cost: how many a second come out augmented and normalised, and their share of a training step.
 
-    python benchmarks/input_path.py                 # 50,000 random 32x32 images; then the default run of train_hf.py
-    python benchmarks/input_path.py --device cuda
+    python -m benchmarks.input_path                 # 50,000 random 32x32 images; then the default run of train_hf.py
+    python -m benchmarks.input_path --device cuda
 
 The first figure is of the input path alone, with nothing else to do. The share is of steps as train_hf.py takes them,
 each divided into reading a batch, and forward, backward and optimizer; medians of the dense network's steps, and of the
@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import train_hf
 from benchmarks.training_speed import begin
 from timm_eps import remove_closed, report
 from timm_eps.surgery.branches import gates
@@ -70,11 +67,11 @@ def share_of_step(keep: float, epochs: int) -> tuple[float, float]:
             start = time.perf_counter()
             if (batch := next(batches, None)) is None:
                 break
-            images = training.read(batch[0])
+            images, labels = training.read(batch[0], batch[1])
             synchronize(images.device)
             read = time.perf_counter()
-            training.passes(images, training.there(batch[1]))
-            training.take_step()
+            train_hf.forward_backward(training, images, labels)
+            train_hf.take_step(training)
             synchronize(images.device)
             reading.append(read - start)
             whole.append(time.perf_counter() - start)

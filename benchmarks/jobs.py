@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-import train_hf
 from benchmarks.comparisons import COMPARISONS, ROOT
 from benchmarks.methods import METHODS
+from timm_eps.training.publishing import versions
 
 # glibc hands activations of some MiB back to the system after each layer and gets them anew, page by page. That takes a
 # fifth to a quarter of the time of a large batch and varies from process to process. Who measures speed keeps them.
@@ -169,4 +169,4 @@ def conditions() -> dict[str, Any]:
     written = [f":!benchmarks/{name}" for name in ("results.json", "RESULTS.md", "*.png")]
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     commit = git("rev-parse", "--short", "HEAD") or "unknown"
-    return {"commit": f"{commit}-dirty" if changed else commit, "versions": train_hf.versions()}
+    return {"commit": f"{commit}-dirty" if changed else commit, "versions": versions()}

@@ -6,7 +6,6 @@ that begin with the dense network take it, trained, from the run of the same see
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -22,11 +21,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 import timm_eps
-import train_hf
 from benchmarks import channels
 from benchmarks.structures import evenly
 from timm_eps import report
 from timm_eps.surgery.branches import gates
+from timm_eps.training.arguments import Arguments, parse_arguments
+from timm_eps.training.inputs import ImageData
+from timm_eps.training.launching import start_accelerator
+from train_hf import train
 
 
 @dataclass
@@ -48,33 +50,32 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.args = self.arguments()
-        self.accelerator = train_hf.start_accelerator(self.args)
-        self.splits, self.pretrained_cfg, _, _ = train_hf.prepare_data(self.args, self.accelerator)
+        self.accelerator = start_accelerator(self.args)
+        self.data = ImageData.load(self.args, self.accelerator)
 
-    def arguments(self, *flags: str) -> argparse.Namespace:
-        return train_hf.parse_arguments([*self.flags, *flags, "--output_dir", str(self.directory)])
+    def arguments(self, *flags: str) -> Arguments:
+        return parse_arguments([*self.flags, *flags, "--output_dir", str(self.directory)])
 
     def fit(self, *flags: str, model: nn.Module | None = None) -> nn.Module:
         """Train by the recipe, from a network on if one is given. Returns what is left of it."""
         args = self.arguments(*flags)
-        training, results = train_hf.train(args, self.accelerator, self.splits, self.pretrained_cfg, model=model)
-        self.epochs += args.num_train_epochs
+        run, results = train(args, self.accelerator, self.data, model=model)
+        self.epochs += args.training.num_train_epochs
         self.train_seconds += results["train_seconds"]
         self.accuracy = results["eval_accuracy"]
-        timm_eps.remove_closed(training.model)
-        return training.model
+        timm_eps.remove_closed(run.model)
+        return run.model
 
     def images(self, count: int) -> Tensor:
         """The first images to test on, as the network reads them."""
-        images = train_hf.data.Normalize(self.pretrained_cfg)(self.splits["validation"].first(count))
-        return images.to(self.accelerator.device)
+        return self.data.sample(count, self.accelerator.device)
 
     def load(self, method: str) -> nn.Module:
         """The network of an earlier run, whose cost is added to this one's."""
         self.epochs += self.result(method)["epochs"]
         self.train_seconds += self.result(method)["train_seconds"]
-        weight = self.args.side_loss_weight
-        set_seed(self.args.seed)  # the side head is not saved, so it begins anew
+        weight = self.args.paper.side_loss_weight
+        set_seed(self.args.training.seed)  # the side head is not saved, so it begins anew
         return AutoModelForImageClassification.from_pretrained(self.earlier[method], side_loss_weight=weight)
 
     def result(self, method: str) -> dict[str, Any]:
@@ -86,12 +87,14 @@ class Bench:
 
     def longer(self) -> tuple[str, str]:
         """As many epochs as cost the dense training's multiply-adds, if the recipe's blocks go when the ramp ends."""
-        whole = self.args.epsilon_warmup_epochs + self.args.ramp_epochs
-        return "--num_train_epochs", str(whole + round((self.args.num_train_epochs - whole) * self.macs_ratio()))
+        whole = self.args.pruning.epsilon_warmup_epochs + self.args.pruning.ramp_epochs
+        return "--num_train_epochs", str(
+            whole + round((self.args.training.num_train_epochs - whole) * self.macs_ratio())
+        )
 
     def slots(self) -> list[str]:
         """All branches of the unpruned network."""
-        return list(gates(timm.create_model(self.args.architecture)))
+        return list(gates(timm.create_model(self.args.model.name)))
 
 
 def dense(bench: Bench) -> nn.Module:
@@ -125,7 +128,7 @@ def scratch(bench: Bench) -> nn.Module:
 
 def with_dense_compute(bench: Bench, method: str) -> nn.Module:
     """A method's structure from scratch, in as many epochs as cost the multiply-adds of the dense training."""
-    epochs = round(bench.args.num_train_epochs * bench.macs_ratio(method))
+    epochs = round(bench.args.training.num_train_epochs * bench.macs_ratio(method))
     return from_scratch(bench, bench.result(method)["removed"], "--num_train_epochs", str(epochs))
 
 
@@ -144,7 +147,7 @@ def shallow_with_dense_compute(bench: Bench) -> nn.Module:
 def random_blocks(bench: Bench) -> nn.Module:
     model = bench.load("dense")
     count = len(bench.result("budget")["removed"])
-    timm_eps.prune(model, random.Random(bench.args.seed).sample(bench.slots(), count))
+    timm_eps.prune(model, random.Random(bench.args.training.seed).sample(bench.slots(), count))
     return bench.fit("--no_gates", model=model)
 
 
@@ -160,7 +163,7 @@ def stochastic_depth(bench: Bench) -> nn.Module:
 
 def finetuned(bench: Bench) -> nn.Module:
     """What Torch-Pruning gets too: a trained network, and as many epochs again. It hardly needs to warm up."""
-    few = bench.args.num_train_epochs // 15
+    few = bench.args.training.num_train_epochs // 15
     return bench.fit("--epsilon_warmup_epochs", str(few), model=bench.load("dense"))
 
 
@@ -173,7 +176,7 @@ def torch_pruning_to_size(bench: Bench) -> nn.Module:
 def torch_pruning_to_latency(bench: Bench) -> nn.Module:
     model, batch = bench.load("dense"), bench.images(128)
     found = {"num_classes": model.config.num_labels, "removed": bench.result("budget")["removed"]}
-    fast = timm.create_model(bench.args.architecture, **found).to(model.device)
+    fast = timm.create_model(bench.args.model.name, **found).to(model.device)
 
     def is_as_fast(net: nn.Module) -> bool:
         latency = report.paired_latency({"fast": fast, "net": net}, batch)

@@ -89,4 +89,6 @@ def setting(flags: tuple[str, ...], seed: int, fold: int) -> Job:
     recipe = COMPARISONS["digits"].recipe
     changed = recipe(*flags)
     is_default = used_arguments(changed) == used_arguments(recipe())
-    return Job("digits", "budget" if changed.epsilon is None else "fixed", seed, fold, () if is_default else flags)
+    return Job(
+        "digits", "budget" if changed.paper.epsilon is None else "fixed", seed, fold, () if is_default else flags
+    )

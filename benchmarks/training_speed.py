@@ -1,7 +1,7 @@
 """How many steps a second train_hf.py takes: gates off, on, and measuring importance; on a GPU also as CUDA graphs.
 
-    accelerate launch --mixed_precision bf16 benchmarks/training_speed.py -- --channels_last
-    python benchmarks/training_speed.py --rounds 3 --steps 2 -- --architecture eps_resnet20
+    python -m benchmarks.training_speed -- --mixed_precision bf16 --channels_last
+    python -m benchmarks.training_speed --rounds 3 --steps 2 -- --architecture eps_resnet20
 
 eps_resnet110, batch 128, the digits at 32x32; arguments after ``--`` go to train_hf.py. No gate closes. The trainings
 take turns, some steps each, so that a machine whose speed drifts is unfair to none; medians over the rounds, and of
@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import train_hf
+from timm_eps.training.arguments import parse_arguments
+from timm_eps.training.inputs import ImageData
+from timm_eps.training.launching import start_accelerator
+from timm_eps.training.publishing import hardware
+from timm_eps.training.run import Run
 
 GATES = {
     "gates off": ["--no_gates"],
@@ -31,21 +32,20 @@ GATES = {
 }
 
 
-def begin(directory: str, *flags: str) -> train_hf.Training:
+def begin(directory: str, *flags: str) -> Run:
     """A training before its first step."""
-    args = train_hf.parse_arguments(["--output_dir", directory, *flags])
-    accelerator = train_hf.start_accelerator(args)
-    splits, pretrained_cfg, _, _ = train_hf.prepare_data(args, accelerator)
-    return train_hf.Training(args, accelerator, splits, pretrained_cfg, Path(directory), not args.no_gates)
+    args = parse_arguments(["--output_dir", directory, *flags])
+    accelerator = start_accelerator(args)
+    return train_hf.prepare(args, accelerator, ImageData.load(args, accelerator))
 
 
-def seconds_of_epoch(training: train_hf.Training, number: int) -> float:
+def seconds_of_epoch(training: Run, number: int) -> float:
     """Of reading and training, without what ends an epoch."""
     training.progress.batch = 0
     training.loss.item()  # waits for the device
     start = time.perf_counter()
     with training.queue():
-        training.train_epoch(number, tqdm(disable=True))
+        train_hf.train_epoch(training, number, tqdm(disable=True))
     training.loss.item()
     return time.perf_counter() - start
 
@@ -71,7 +71,7 @@ def main() -> None:
                 if turn:  # the first round warms up
                     seconds[name].append(found)
     first, *_ = trainings.values()
-    print(f"{train_hf.hardware(first.accelerator)}, torch {torch.__version__}, {first.accelerator.mixed_precision}")
+    print(f"{hardware(first.accelerator)}, torch {torch.__version__}, {first.accelerator.mixed_precision}")
     for name, found in seconds.items():
         ratios = [own / plain for own, plain in zip(found, seconds["gates off"], strict=True)]
         print(

@@ -6,10 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-import train_hf
 from benchmarks.jobs import conditions
 from benchmarks.methods import METHODS, Bench, measured
 from timm_eps import report
+from timm_eps.training.publishing import hardware
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     before = report.peak_memory(device)
     model = METHODS[task["method"]].make(bench)
     result = {"train_bytes": report.peak_memory(device) - before, **measured(bench, model), **conditions()}
-    result["hardware"] = train_hf.hardware(bench.accelerator)
+    result["hardware"] = hardware(bench.accelerator)
     whole = directory / "result.json.part"
     whole.write_text(json.dumps(result, indent=1))
     whole.rename(directory / "result.json")

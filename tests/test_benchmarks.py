@@ -6,7 +6,6 @@ import functools
 import json
 import shutil
 import subprocess
-import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -21,15 +20,13 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 import timm_eps
+from benchmarks import __main__ as main
+from benchmarks import channels, curves, glyphs, jobs, latency, methods, plan, results
+from benchmarks.comparisons import COMPARISONS, FEW
 from timm_eps import report
 from timm_eps.surgery.branches import gates
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import __main__ as main  # noqa: E402
-from benchmarks import channels, curves, glyphs, jobs, latency, methods, plan, results  # noqa: E402
-from benchmarks.comparisons import COMPARISONS, FEW  # noqa: E402
 
 # The fonts that come with matplotlib are on every machine that runs the tests.
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -241,8 +238,8 @@ def test_sweeps_change_the_recipe():
     for values in plan.SWEEPS.values():
         for flags in values.values():
             args = recipe(*flags)
-            side = args.side_loss_weight if args.side_loss_weight is not None else 0.1
-            same = vars(args) == vars(default) | {"side_loss_weight": args.side_loss_weight} and side == 0.1
+            side = args.paper.side_loss_weight
+            same = args.flat() == default.flat() | {"side_loss_weight": side} and side in (0.1, None)
             assert same == (plan.setting(flags, 0, 0).flags == ()), flags
     assert plan.SWEEPS["side_loss_weight"]["0.1"] == ()
     assert timm_eps.EpsResNetConfig(architecture="eps_resnet110").side_loss_weight == 0.1

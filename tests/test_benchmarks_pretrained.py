@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import statistics
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,12 +16,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from timm_eps.surgery.branches import gates
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from benchmarks.pretrained import cases, images, latency, methods, plan, prepare, run, structures, tables, training
 from benchmarks.pretrained.methods import Job
+from timm_eps.surgery.branches import gates
 
 CPU = torch.device("cpu")
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageClassification
 import timm_eps
 import train_hf
 from timm_eps.surgery.branches import gates
+from timm_eps.training.inputs import ImageData
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -79,14 +80,13 @@ def test_no_step_waits_for_the_gpu(tmp_path):
     arguments = [*SHORT, "--keep", "3", "--criterion", "importance", "--epsilon_warmup_epochs", "0"]
     args = train_hf.parse_arguments([*arguments, "--channels_last", "--flip", "--output_dir", str(tmp_path)])
     accelerator = train_hf.start_accelerator(args)
-    splits, pretrained_cfg, _, _ = train_hf.prepare_data(args, accelerator)
-    training = train_hf.Training(args, accelerator, splits, pretrained_cfg, tmp_path, with_gates=True)
+    training = train_hf.prepare(args, accelerator, ImageData.load(args, accelerator))
     training.network.train()
     for number, (images, labels, _) in enumerate(training.batches.epoch(0)):
         torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one makes what the others use
         try:
-            training.loss += training.passes(training.read(images), training.there(labels))
-            training.take_step()
+            training.loss += train_hf.forward_backward(training, *training.read(images, labels))
+            train_hf.take_step(training)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert number > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -60,7 +61,7 @@ def run(dense, out, *arguments: str) -> dict:
 
 
 def parse(*arguments: str):
-    return train_hf.parse_arguments(list(arguments))
+    return SimpleNamespace(**train_hf.parse_arguments(list(arguments)).flat())
 
 
 def test_defaults_of_a_network_that_begins_with_weights(dense):
@@ -294,8 +295,13 @@ def test_a_checkpoint_without_its_average_is_refused(dense, tmp_path):
 
 def test_the_average_is_what_is_tested_and_saved(dense, tmp_path, monkeypatch):
     trainings = []
-    run_it = train_hf.Training.run
-    monkeypatch.setattr(train_hf.Training, "run", lambda self: (trainings.append(self), run_it(self))[1])
+    prepare = train_hf.prepare
+
+    def note(*args, **begun):
+        trainings.append(prepare(*args, **begun))
+        return trainings[-1]
+
+    monkeypatch.setattr(train_hf, "prepare", note)
     results = run(dense, tmp_path / "out", *EXTRAS["averaged"], "--num_train_epochs", "5", "--patience", "1")
     (training,) = trainings
     average = training.average.module.timm_model.state_dict()

@@ -14,7 +14,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 EVERY = list(requirements())
-TOOLS = {"hatchling", "mypy", "pre-commit", "ruff"}  # not in the environment of the tests
+# Not in the environment of the tests.
+TOOLS = {"furo", "hatchling", "mypy", "myst-parser", "pre-commit", "ruff", "sphinx"}
 KNOWN = {canonicalize_name(requirement.name) for requirement in EVERY}
 PROVIDERS = packages_distributions()
 CODE = [path for place in ("timm_eps", "tests", "benchmarks") for path in (ROOT / place).rglob("*.py")]

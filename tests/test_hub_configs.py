@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import datasets
@@ -15,11 +14,12 @@ from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import train_hf
+from timm_eps.names import base_name
+from timm_eps.training.arguments import used_arguments
+from timm_eps.training.inputs import ImageData
 
-import train_hf  # noqa: E402
-from timm_eps.names import base_name  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 CONFIGS = sorted(path.name for path in (ROOT / "hub_configs").glob("*.json"))
 # Data set, its configuration, columns with classes, splits, side in pixels: as the Hub describes them.
@@ -65,20 +65,20 @@ def parse(name: str, *flags: str):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_is_a_published_pair(name):
     """<architecture>.<data set>.json, and nothing in it that is not used."""
-    args = parse(name)
+    args = parse(name).flat()
     architecture, dataset, _ = name.split(".", 2)
-    assert args.architecture.partition(".")[0] == architecture
-    assert dataset.partition("-epsilon")[0] == (args.dataset_name or "digits").rpartition("/")[2]
-    assert args.output_dir == f"outputs/{name.removesuffix('.json')}".replace(f"{architecture}.", f"{architecture}-")
+    assert args["architecture"].partition(".")[0] == architecture
+    assert dataset.partition("-epsilon")[0] == (args["dataset_name"] or "digits").rpartition("/")[2]
+    assert args["output_dir"] == f"outputs/{name.removesuffix('.json')}".replace(f"{architecture}.", f"{architecture}-")
     stored = json.loads((ROOT / "hub_configs" / name).read_text())
-    unused = stored.keys() - train_hf.used_arguments(args).keys() - {"license", "output_dir"}
-    defaults = vars(train_hf.parse_arguments([]))
+    unused = stored.keys() - used_arguments(parse(name)).keys() - {"license", "output_dir"}
+    defaults = train_hf.parse_arguments([]).flat()
     assert not {key for key in unused if stored[key] not in (0, defaults[key])}
     assert timm.is_model(architecture)
 
 
 def test_the_papers_runs_are_there():
-    pairs = {(name.split(".")[0], name.split(".")[1].partition("-")[0], parse(name).epsilon) for name in CONFIGS}
+    pairs = {(name.split(".")[0], name.split(".")[1].partition("-")[0], parse(name).paper.epsilon) for name in CONFIGS}
     for depth in (110, 200, 500, 752):
         assert {(f"eps_resnet{depth}", "cifar10", 2.5), (f"eps_resnet{depth}", "cifar100", 2.5)} <= pairs
     for depth in (110, 200, 302):
@@ -93,15 +93,15 @@ def test_takes_a_step(name, published, tmp_path):
         name, *("--max_train_samples", "4", "--max_eval_samples", "2", "--num_train_epochs", "1"),
         *("--per_device_train_batch_size", "4", "--num_warmup_steps", "0", "--dataloader_num_workers", "0"),
         *("--num_threads", "1"),
-        *(() if (size := parse(name).image_size) is None or size < 200 else ("--image_size", "64")),
+        *(() if (size := parse(name).data.image_size) is None or size < 200 else ("--image_size", "64")),
     )  # fmt: skip
-    if args.pretrained:
-        put_weights(args.architecture, tmp_path)
+    if args.model.pretrained:
+        put_weights(args.model.name, tmp_path)
     accelerator = train_hf.start_accelerator(args)
-    splits, pretrained_cfg, about, _ = train_hf.prepare_data(args, accelerator)
-    training, results = train_hf.train(args, accelerator, splits, pretrained_cfg)
-    assert about["dataset_id"] == args.dataset_name
-    assert training.model.config.num_labels == len(splits["train"].label_names)
+    images = ImageData.load(args, accelerator)
+    training, results = train_hf.train(args, accelerator, images)
+    assert images.about["dataset_id"] == args.data.dataset_name
+    assert training.model.config.num_labels == len(images.label_names)
     assert training.pruner.epoch == 1
     assert 0 <= results["eval_accuracy"] <= 1
     assert all(torch.isfinite(parameter).all() for parameter in training.model.parameters())

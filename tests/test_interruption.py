@@ -34,11 +34,13 @@ from test_resume import (  # noqa: F401  the fixtures are for all tests here as 
     stopped_at,
 )
 
+import timm_eps
 import train_hf
 from timm_eps.hub.failures import one_line
-from timm_eps.training import checkpoints
+from timm_eps.training import checkpoints, publishing, run_checkpoints
 from timm_eps.training.directory_lock import LOCK
 from timm_eps.training.interruption import Interruption, InterruptionError
+from timm_eps.training.run import CHECKPOINT_FILES, Run
 
 ROOT = Path(__file__).parent.parent
 whole = test_resume.whole  # an uninterrupted run
@@ -47,14 +49,14 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 def at_step(monkeypatch, number: int, action) -> None:
     """Do something at the end of a step of the optimizer, counted from 1 in this process."""
-    take_step, calls = train_hf.Training.take_step, iter(range(1, 10**6))
+    take_step, calls = train_hf.take_step, iter(range(1, 10**6))
 
-    def take_step_and_act(self):
-        take_step(self)
+    def take_step_and_act(training):
+        take_step(training)
         if next(calls) == number:
-            action(self)
+            action(training)
 
-    monkeypatch.setattr(train_hf.Training, "take_step", take_step_and_act)
+    monkeypatch.setattr(train_hf, "take_step", take_step_and_act)
 
 
 def send(signum: int):
@@ -89,15 +91,15 @@ def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_from_there(whole, tmp_p
 
 
 def test_told_while_it_evaluates(whole, tmp_path, monkeypatch):
-    evaluate, out = train_hf.Training.evaluate, tmp_path / "out"
+    evaluate, out, calls = train_hf.evaluate, tmp_path / "out", iter(range(1, 10**6))
 
-    def evaluate_and_be_told(self):
-        if self.progress.epoch == 1:
-            send(signal.SIGTERM)(self)
-        return evaluate(self)
+    def evaluate_and_be_told(*args):
+        if next(calls) == 2:  # after the second epoch
+            send(signal.SIGTERM)(None)
+        return evaluate(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_hf.Training, "evaluate", evaluate_and_be_told)
+        patched.setattr(train_hf, "evaluate", evaluate_and_be_told)
         with pytest.raises(InterruptionError, match="after step 8; go on"):
             run(out, *EVERY_3)
     assert names(out) == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
@@ -221,7 +223,7 @@ def spoil_weights(value: float):
 
 def check_all_good(out: Path) -> None:
     for path in checkpoints.all_checkpoints(out):
-        assert checkpoints.why_torn(path, train_hf.CHECKPOINT_FILES) is None
+        assert checkpoints.why_torn(path, CHECKPOINT_FILES) is None
         for name, value in load_file(path / "model.safetensors").items():
             assert value.isfinite().all(), (path, name)
 
@@ -273,7 +275,7 @@ def test_infinite_responses_are_written_as_json_and_come_back(tmp_path, monkeypa
     """A branch that diverged leaves a response without end, though the loss may be finite."""
 
     def respond(training) -> None:
-        first, second, *_ = train_hf.gates(training.model).values()
+        first, second, *_ = timm_eps.gates(training.model).values()
         first.response.fill_(float("inf"))
         second.response.fill_(float("nan"))
 
@@ -299,7 +301,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         (train_hf.Accelerator, "save_state", FULL),
         (train_hf.Accelerator, "save_state", RuntimeError("[enforce fail at inline_container.cc] . file write failed")),
         (train_hf.Accelerator, "save_state", safetensors.SafetensorError("I/O error: No space left on device")),
-        (train_hf, "dump_json", FULL),
+        (run_checkpoints, "dump_json", FULL),
         (checkpoints, "digest", FULL),
         (checkpoints, "settle", FULL),
         (Path, "rename", FULL),
@@ -323,7 +325,7 @@ def test_a_full_disk(whole, tmp_path, monkeypatch, where, name, error):
         at_step(patched, 9, fill)
         patched.setattr(where, name, write)
         # What was good is looked at again for the message.
-        patched.setattr(train_hf.Training, "remedy", lambda self: f"There are {names(out)}.")
+        patched.setattr(Run, "remedy", lambda self: f"There are {names(out)}.")
         with pytest.raises(OSError, match="The checkpoint of step 9 could not be written to ") as failed:
             run(out, *EVERY_3, "--checkpoints_total_limit", "1")
     assert one_line(error)[:20] in str(failed.value)
@@ -340,7 +342,7 @@ def test_a_full_disk_at_the_end(whole, tmp_path, monkeypatch, error):
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_hf.timm_eps, "save_pretrained", fail)
+        patched.setattr(publishing, "save_pretrained", fail)
         with pytest.raises(OSError, match=r"could not be saved in .*No space left.*Go on with .*checkpoint-16\."):
             run(tmp_path / "out", *EVERY_3)
     run(tmp_path / "out", *EVERY_3, *LATEST)
@@ -429,7 +431,7 @@ def change(checkpoint: Path, name: str, content: bytes | None) -> None:
     manifest.write_text(json.dumps(hashes))
 
 
-@pytest.mark.parametrize("name", train_hf.CHECKPOINT_FILES)
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
 def test_a_shorter_list_of_files_is_no_whole_one(whole, name, caplog):
     out = stopped_at(whole, "checkpoint-9", name=f"shorter-{name}")
     change(out / "checkpoint-9", name, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,12 @@ from conftest import SLOTS
 from transformers import AutoModelForImageClassification
 
 import timm_eps
+import train_hf
 from timm_eps.models.eps_resnet import PixelMean
 from timm_eps.surgery.branches import gates
 from timm_eps.training import data
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import train_hf  # noqa: E402
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 import train_hf
-from timm_eps.training import checkpoints
+from timm_eps.training import checkpoints, data
 from timm_eps.training.sync_batchnorm import synchronize_batchnorm
 
 ROOT = Path(__file__).parent.parent
@@ -128,10 +128,10 @@ def test_what_is_saved_is_what_was_measured(both, name):
     out, results = both["out"] / name, both[0][name]["results"]
     assert results["eval_images"] == 45
     model = AutoModelForImageClassification.from_pretrained(out).eval()
-    raw = train_hf.data.sample(train_hf.data.load_digits(0)["validation"], 45, 0)
-    split = train_hf.data.ImageTensors.decode(raw, model.config.pretrained_cfg)
+    raw = data.sample(data.load_digits(0)["validation"], 45, 0)
+    split = data.ImageTensors.decode(raw, model.config.pretrained_cfg)
     with torch.no_grad():
-        logits = model(train_hf.data.Normalize(model.config.pretrained_cfg)(split.images)).logits
+        logits = model(data.Normalize(model.config.pretrained_cfg)(split.images)).logits
     assert results["eval_accuracy"] == (logits.argmax(-1) == split.labels).sum().item() / 45
     assert name != "learned" or results["eval_accuracy"] > 0.4, "or it would show little"
     assert json.loads((out / "all_results.json").read_text())["num_processes"] == 2
@@ -181,14 +181,14 @@ def test_one_step_is_the_mean_over_the_halves(both, tmp_path, monkeypatch):
     """Each process normalises by its own batch where the layers are not synchronised."""
     losses = []
 
-    def halves(self, epoch, bar):
-        [(images, labels, _)] = self.batches.epoch(epoch)
-        model = self.network.train()
-        for half, answers in zip(self.read(images).chunk(2), labels.chunk(2), strict=True):
+    def halves(run, epoch, bar):
+        [(images, labels, _)] = run.batches.epoch(epoch)
+        model = run.network.train()
+        for half, answers in zip(*(each.chunk(2) for each in run.read(images, labels)), strict=True):
             losses.append(copy.deepcopy(model)(half, labels=answers).loss.item())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_hf.Training, "train_epoch", halves)
+    monkeypatch.setattr(train_hf, "train_epoch", halves)
     with pytest.raises(KeyboardInterrupt):
         alone(tmp_path, *ONE_STEP, *batch(64))
     assert both[0]["one step"]["results"]["train_loss_by_epoch"] == [pytest.approx(sum(losses) / 2, abs=1e-6)]

@@ -35,15 +35,13 @@ from transformers import (
 )
 
 import timm_eps
+import train_hf
 from timm_eps.files import standalone
 from timm_eps.hub import onnx_export
 from timm_eps.hub import saving as hub_module
 from timm_eps.surgery.branches import probe_batch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import train_hf  # noqa: E402
 
 ALWAYS = {".gitattributes", "README.md", "blocks.png", "config.json", "model.safetensors"}
 REMOTE_CODE = {"modeling_eps_resnet.py", "config_checks.py", "weight_checks.py"}

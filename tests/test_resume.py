@@ -19,7 +19,7 @@ from PIL import Image
 from test_train_hf import _one_thread, without_times  # noqa: F401  the fixture is for all tests here as well
 
 import train_hf
-from timm_eps.training import checkpoints
+from timm_eps.training import checkpoints, run_checkpoints
 
 # 4 epochs of 4 batches, the last one smaller; blocks go after epochs 2 and 3.
 SHORT = [
@@ -33,7 +33,7 @@ LATEST = ["--resume_from_checkpoint"]
 
 def train_only(patched: pytest.MonkeyPatch) -> None:
     """What comes after the training has tests of its own, and takes longer than these trainings."""
-    patched.setattr(train_hf, "check_reload", lambda *_: "not tried")
+    patched.setattr(train_hf.publishing, "check_reload", lambda *_: "not tried")
     patched.setattr(train_hf.report, "paired_latency", lambda pair, *_: dict.fromkeys(pair, 1.0))
 
 
@@ -304,14 +304,14 @@ def test_dense_checkpoints_of_a_run_before_are_found_before_the_training(tmp_pat
 @pytest.mark.parametrize("limit", [1, 3])
 def test_only_the_last_ones_are_kept(whole, tmp_path, limit, monkeypatch):
     most = 0
-    save = train_hf.Training.save
+    save = run_checkpoints.save
 
-    def save_and_count(self):
+    def save_and_count(training):
         nonlocal most
-        save(self)
-        most = max(most, len(names(self.directory)))
+        save(training)
+        most = max(most, len(names(training.directory)))
 
-    monkeypatch.setattr(train_hf.Training, "save", save_and_count)
+    monkeypatch.setattr(run_checkpoints, "save", save_and_count)
     run(tmp_path, *EVERY_3, "--checkpoints_total_limit", str(limit))
     assert names(tmp_path) == names(whole)[-limit:]
     assert most == limit
@@ -345,7 +345,7 @@ def before_call(number, function):
         return function(*args, **kwargs)
     return call
 
-train_hf.check_reload = lambda *_: "not tried"
+train_hf.publishing.check_reload = lambda *_: "not tried"
 train_hf.report.paired_latency = lambda pair, *_: dict.fromkeys(pair, 1.0)
 for moment, arguments in json.loads(sys.argv[1]):
     if child := os.fork():  # one start of torch for all
@@ -358,7 +358,7 @@ for moment, arguments in json.loads(sys.argv[1]):
     elif moment == "after a removal":
         EpsilonPruner.step = at_call(1, EpsilonPruner.step, when=bool)
     elif moment == "in an epoch":
-        train_hf.Training.take_step = at_call(11, train_hf.Training.take_step)
+        train_hf.take_step = at_call(11, train_hf.take_step)
     train_hf.main(arguments)
     sys.exit()
 """

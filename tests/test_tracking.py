@@ -129,14 +129,14 @@ def counted(out: Path, monkeypatch, epochs: int, batches: int, *arguments: str) 
                 found[name] = found.get(name, 0) + 1
             return function(*args, **(kwargs or {}))
 
-    train_epoch = train_hf.Training.train_epoch
+    train_epoch = train_hf.train_epoch
 
-    def watched(self, *args):
+    def watched(*args):
         with Counting():
-            train_epoch(self, *args)
+            train_epoch(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_hf.Training, "train_epoch", watched)
+        patched.setattr(train_hf, "train_epoch", watched)
         # On a CPU the loss of a step is there when it is looked at; on a GPU it is copied without waiting.
         patched.setattr(StepWatch, "_is_finite", lambda self, loss: True)
         run(out, "--num_train_epochs", str(epochs), "--max_train_samples", str(32 * batches), *arguments)

@@ -16,10 +16,9 @@ from conftest import encoded, make_dataset, write_splits
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import train_hf
 
-import train_hf  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 SHORT = [
     *("--architecture", "eps_resnet20", "--num_train_epochs", "1", "--epsilon_warmup_epochs", "0"),
@@ -133,7 +132,7 @@ def check(directory: Path, layout: str, train: int, test: int) -> None:
     assert results["eval_split"] == ("validation" if make is photographs else "test")
     assert len(results["eval_accuracy_by_epoch"]) == 1
     assert 0 <= results["eval_accuracy"] <= 1
-    assert results["arguments"].get("augmentation", "crop") == train_hf.parse_arguments(further).augmentation
+    assert results["arguments"].get("augmentation", "crop") == train_hf.parse_arguments(further).data.augmentation
     names = {
         cifar10: list(CIFAR10), svhn: list("0123456789"), strings: ["birman", "korat", "siamese"],
         photographs: ["cat", "dog"],

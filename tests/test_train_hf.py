@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -16,12 +17,12 @@ from conftest import make_dataset
 from timm.data import IMAGENET_DEFAULT_MEAN
 from transformers import AutoModelForImageClassification
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import timm_eps
+import train_hf
+from timm_eps.surgery.branches import gates
+from timm_eps.training import build
 
-import timm_eps  # noqa: E402
-import train_hf  # noqa: E402
-from timm_eps.surgery.branches import gates  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 SHORT = [
     *("--architecture", "eps_resnet20", "--num_train_epochs", "4", "--max_train_samples", "200"),
@@ -90,7 +91,7 @@ def test_compare_dense_is_the_same_recipe_without_gates(tmp_path):
 
 def test_gates_that_are_off_look_at_nothing(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(train_hf.Training, "end_epoch", lambda self: seen.append(self.model))
+    monkeypatch.setattr(train_hf, "end_epoch", lambda training: seen.append(training.model))
     with pytest.raises(IndexError):  # no epoch has ended
         run(tmp_path, "--no_gates", "--num_train_epochs", "1")
     (model,) = seen
@@ -103,18 +104,22 @@ def test_the_final_network_alone_is_tested_on_request(tmp_path):
     assert once["eval_accuracy"] == often["eval_accuracy"] == often["eval_accuracy_by_epoch"][-1]
 
 
+def parse(argv: list[str]) -> SimpleNamespace:
+    """All arguments by name."""
+    return SimpleNamespace(**train_hf.parse_arguments(argv).flat())
+
+
 def test_config_file_and_flags(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"keep": 5, "criterion": "importance", "num_train_epochs": 7, "seed": 3}))
-    parse = train_hf.parse_arguments
-    args = train_hf.parse_arguments(["--config", str(config), "--num_train_epochs", "2"])
+    args = parse(["--config", str(config), "--num_train_epochs", "2"])
     assert (args.keep, args.num_train_epochs, args.seed) == (5, 2, 3)
-    args = train_hf.parse_arguments(["--config", str(config), "--epsilon", "2.5"])
+    args = parse(["--config", str(config), "--epsilon", "2.5"])
     given = args.keep, args.epsilon, args.criterion
     assert given == (None, 2.5, "response"), "a flag wins over the file, also over its opposite there"
-    args = train_hf.parse_arguments(["--config", str(config), "--no_gates"])
+    args = parse(["--config", str(config), "--no_gates"])
     assert (args.keep, args.epsilon, args.no_gates) == (None, None, True)
-    args = train_hf.parse_arguments([])
+    args = parse([])
     assert (args.keep, args.epsilon) == (0.25, None)
     assert args.output_dir == str(Path("outputs/eps_resnet110-digits"))
     assert parse(["--dataset_name", "uoft-cs/cifar10"]).output_dir == str(Path("outputs/eps_resnet110-cifar10"))
@@ -171,8 +176,7 @@ def test_flags_that_make_no_sense(arguments, message, capsys):
 
 
 def test_how_often_and_where_from(tmp_path):
-    parse = train_hf.parse_arguments
-    args = train_hf.parse_arguments([])
+    args = parse([])
     assert (args.checkpointing_steps, args.resume_from_checkpoint, args.with_tracking) == (None, None, False)
     assert parse(["--checkpointing_steps", "7"]).checkpointing_steps == 7
     assert parse(["--checkpointing_steps", "epoch"]).checkpointing_steps == "epoch"
@@ -181,7 +185,7 @@ def test_how_often_and_where_from(tmp_path):
     assert parse(["--with_tracking", "--report_to", "tensorboard", "wandb"]).report_to == ["tensorboard", "wandb"]
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"checkpointing_steps": 7, "resume_from_checkpoint": "latest", "sync_batchnorm": True}))
-    args = train_hf.parse_arguments(["--config", str(path)])
+    args = parse(["--config", str(path)])
     assert (args.checkpointing_steps, args.resume_from_checkpoint, args.sync_batchnorm) == (7, "latest", True)
 
 
@@ -199,13 +203,13 @@ def test_values_in_a_config_are_checked_like_flags(stored, tmp_path, capsys):
 def test_lists_and_switches_in_a_config(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"lr_milestones": [1, 2, 3], "flip": True, "no_gates": False, "fold": None}))
-    args = train_hf.parse_arguments(["--config", str(path)])
+    args = parse(["--config", str(path)])
     assert (args.lr_milestones, args.flip, args.no_gates, args.fold) == ([1, 2, 3], True, False, 0)
 
 
 def test_the_stored_config_is_the_default():
     stored = train_hf.parse_arguments(["--config", str(ROOT / "hub_configs/eps_resnet110.digits.json")])
-    assert {**vars(stored), "config": None} == vars(train_hf.parse_arguments([]))
+    assert {**stored.flat(), "config": None} == train_hf.parse_arguments([]).flat()
 
 
 @pytest.mark.parametrize(
@@ -508,13 +512,11 @@ def test_code_for_a_twin_is_refused_before_training(tmp_path):
 
 @pytest.mark.parametrize("epochs", [2, 3, 5, 10, 14, 15, 60])
 def test_warm_up_and_ramp_fit_into_a_short_run(epochs):
-    args = train_hf.parse_arguments(["--keep", "0.5", "--num_train_epochs", str(epochs)])
+    args = parse(["--keep", "0.5", "--num_train_epochs", str(epochs)])
     assert 1 <= args.epsilon_warmup_epochs < args.epsilon_warmup_epochs + args.ramp_epochs <= max(epochs, 2)
     if epochs >= 15:
         assert (args.epsilon_warmup_epochs, args.ramp_epochs) == (4, 8)
-    given = train_hf.parse_arguments(
-        ["--num_train_epochs", str(epochs), "--epsilon_warmup_epochs", "7", "--ramp_epochs", "9"]
-    )
+    given = parse(["--num_train_epochs", str(epochs), "--epsilon_warmup_epochs", "7", "--ramp_epochs", "9"])
     assert (given.epsilon_warmup_epochs, given.ramp_epochs) == (7, 9)
 
 
@@ -573,11 +575,11 @@ def test_a_network_of_one_size_refuses_another_one(tmp_path):
 
 @pytest.mark.parametrize(("start", "warmup", "falls_from"), [(0.0, 3, 3), (0.0, 0, 0), (0.5, 3, 5), (0.2, 4, 4)])
 def test_the_rate_falls_after_the_warm_up(start, warmup, falls_from):
-    args = train_hf.parse_arguments(
-        ["--lr_decay_start", str(start), "--num_warmup_steps", str(warmup), "--learning_rate", "1"]
+    args = train_hf.parse_arguments([]).changed(
+        lr_decay_start=start, num_warmup_steps=warmup, learning_rate=1.0, num_train_epochs=1
     )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = train_hf.build_scheduler(args, optimizer, 10)
+    scheduler = build.scheduler(args.training, args.paper, optimizer, batches=10)
     rates = []
     for _ in range(10):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -36,14 +36,14 @@ def digest(values: dict[str, torch.Tensor]) -> str:
 
 def stopped(arguments: list[str], rank: int) -> str:
     """A run of which one process is told to stop at step 12; what each of them says."""
-    take_step = train_hf.Training.take_step
+    take_step = train_hf.take_step
 
-    def and_be_told(self):
-        take_step(self)
-        if dist.get_rank() == rank and self.progress.step == 12:
+    def and_be_told(run):
+        take_step(run)
+        if dist.get_rank() == rank and run.progress.step == 12:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with mock.patch.object(train_hf.Training, "take_step", and_be_told):
+    with mock.patch.object(train_hf, "take_step", and_be_told):
         try:
             train_hf.main(arguments)
         except InterruptionError as error:
@@ -54,27 +54,27 @@ def stopped(arguments: list[str], rank: int) -> str:
 def train(arguments: list[str], kill_rank: int | None = None) -> dict:
     """A run, and what this process has at its end: before the main one goes on to measure and save alone."""
     seen: dict = {"synchronised": []}
-    run, end_epoch, step = train_hf.Training.run, train_hf.Training.end_epoch, EpsilonPruner.step
+    train_it, end_epoch, step = train_hf.train, train_hf.end_epoch, EpsilonPruner.step
 
-    def and_look(self):
-        results = run(self)
-        optimized = [p for group in self.optimizer.param_groups for p in group["params"]]
-        own = list(self.model.parameters())
+    def and_look(*args, **begun):
+        run, results = train_it(*args, **begun)
+        optimized = [p for group in run.optimizer.param_groups for p in group["params"]]
+        own = list(run.model.parameters())
         seen.update(
             results=dict(results),
-            removed=removed_slots(self.model),
-            parameters=digest(dict(self.model.named_parameters())),
-            buffers=digest(dict(self.model.named_buffers())),
+            removed=removed_slots(run.model),
+            parameters=digest(dict(run.model.named_parameters())),
+            buffers=digest(dict(run.model.named_buffers())),
             # Wherever a buffer is not in the state dict, the digest above has it; what is saved is this:
-            state=digest(self.model.state_dict()),
+            state=digest(run.model.state_dict()),
             optimizer_fits={id(p) for p in optimized} == {id(p) for p in own},
-            removed_in=[record["epoch"] for record in self.pruner.history if record["removed"]] if self.pruner else [],
+            removed_in=[record["epoch"] for record in run.pruner.history if record["removed"]] if run.pruner else [],
         )
-        return results
+        return run, results
 
-    def and_compare(self):
-        end_epoch(self)
-        seen["synchronised"].append(digest(dict(self.model.named_parameters())))
+    def and_compare(run):
+        end_epoch(run)
+        seen["synchronised"].append(digest(dict(run.model.named_parameters())))
 
     def and_die(self):
         removed = step(self)
@@ -83,10 +83,10 @@ def train(arguments: list[str], kill_rank: int | None = None) -> dict:
         return removed
 
     with (
-        mock.patch.object(train_hf.Training, "run", and_look),
-        mock.patch.object(train_hf.Training, "end_epoch", and_compare),
+        mock.patch.object(train_hf, "train", and_look),
+        mock.patch.object(train_hf, "end_epoch", and_compare),
         mock.patch.object(EpsilonPruner, "step", and_die if kill_rank is not None else step),
-        mock.patch.object(train_hf, "check_reload", return_value="not tried"),
+        mock.patch.object(train_hf.publishing, "check_reload", return_value="not tried"),
         mock.patch.object(train_hf.report, "paired_latency", return_value={"dense_": 1.0, "": 1.0}),
     ):
         train_hf.main(arguments)

@@ -20,7 +20,8 @@ from .models import eps_twins as _eps_twins  # noqa: F401
 from .models.mixin import EpsilonMixin
 from .pruner import EpsilonPruner
 from .schedule import RestartingLR
-from .surgery.removal import add_gates, param_groups, remove_closed
+from .surgery.branches import gates
+from .surgery.removal import add_gates, param_groups, remove_closed, removed_slots
 
 __version__ = "0.1.0"
 
@@ -43,9 +44,11 @@ __all__ = [
     "analyze",
     "export_onnx",
     "export_timm",
+    "gates",
     "param_groups",
     "prune",
     "push_to_hub",
     "remove_closed",
+    "removed_slots",
     "save_pretrained",
 ]

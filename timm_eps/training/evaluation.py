@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from torch import nn
+from torch import Tensor
 
-from . import data
-from .inputs import note_corrupt
-
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "count_correct"]
 
 
 class Evaluation(NamedTuple):
@@ -43,31 +38,13 @@ class Evaluation(NamedTuple):
         return {name: correct / seen for name, correct, seen in rows if seen}
 
 
-@torch.no_grad()
-def evaluate(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    model: nn.Module,
-    splits: Mapping[str, data.Images],
-    normalize: data.Normalize,
-    known_corrupt: list[str] | None = None,
-    split: str = "validation",
-) -> Evaluation:
-    """What a network gets right of the images of a split, over all processes."""
-    model.eval()
-    images = splits[split]
-    classes = len(images.label_names)
-    count = torch.zeros(2, classes, dtype=torch.int64, device=accelerator.device)  # correct ones, all
-    for batch, labels, corrupt in data.evaluation_batches(
-        images, args.per_device_eval_batch_size, rank=accelerator.process_index, processes=accelerator.num_processes,
-        num_workers=args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
-    ):  # fmt: skip
-        note_corrupt(args, corrupt, split, [] if known_corrupt is None else known_corrupt)
-        if len(labels):
-            pixels, labels = (x.to(accelerator.device, non_blocking=True) for x in (batch, labels))
-            right = model(normalize(pixels)).logits.argmax(-1) == labels
-            count += torch.stack([labels[right].bincount(minlength=classes), labels.bincount(minlength=classes)])
-    correct, seen = accelerator.reduce(count).tolist()
-    if not sum(seen):
-        raise ValueError(f"No image of the {split} split can be read.")
-    return Evaluation(correct, seen)
+def count_correct(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Of a batch: the images of each class that are classified correctly, and all of them, (2, classes), int64.
+
+    Args:
+        logits: (B, classes).
+        labels: Class numbers (B,).
+        classes: Number of classes.
+    """
+    right = logits.argmax(-1) == labels
+    return torch.stack([labels[right].bincount(minlength=classes), labels.bincount(minlength=classes)])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from accelerate import Accelerator
 from PIL.Image import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -18,139 +19,187 @@ from transformers import AutoConfig
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..names import is_cifar_network
 from . import data, start
-from .arguments import begins_with_weights, hub_id, on_digits
+from .arguments import Arguments, DataArguments, ModelArguments, hub_id
 
-__all__ = ["analysed_batches", "note_corrupt", "prepare_data"]
+__all__ = ["ImageData"]
 
 
-def load_images(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], int | None]:
+@dataclass
+class ImageData:
+    """The images of a run, and how its network reads them.
+
+    Attributes:
+        splits: ``train``, ``validation``, perhaps ``test``; and ``analysed``, some of those to train on, if branches
+            are compared on them.
+        pretrained_cfg: timm's description of the input.
+        about: What results and card say of the images.
+        pictures: Gives the first images to validate on, as a user has them.
+        skip_corrupt: Whether images that cannot be read are left out.
+        corrupt: Names of those that were, so far.
+    """
+
+    splits: dict[str, data.Images]
+    pretrained_cfg: dict[str, Any]
+    about: dict[str, Any]
+    pictures: Callable[[int], list[Image]]
+    skip_corrupt: bool = False
+    corrupt: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, args: Arguments, accelerator: Accelerator) -> ImageData:
+        """Read what the arguments name, on every process of a run.
+
+        Raises:
+            ValueError: The images and the network do not go together, or an image cannot be read.
+        """
+        config = starting_config(args)
+        with accelerator.main_process_first():  # it fills the caches that the others read
+            raw, about, length = load_splits(args)
+        columns = data.find_columns(raw["train"].features, args.data.image_column_name, args.data.label_column_name)
+        pretrained_cfg = input_of(args.model, args.data, config, raw["train"].features[columns[1]].num_classes)
+        splits = prepare_splits(args.data, raw, columns, pretrained_cfg, length)
+        tested = {name: split for name, split in splits.items() if name != "analysed"}
+        data.check_classes(**tested, all_trained=args.data.max_train_samples is None)
+        pretrained_cfg |= normalization(args.model, splits["train"])
+        pictures = partial(data.pictures, raw["validation"], columns[0])
+        found = cls(splits, pretrained_cfg, about, pictures, args.data.corrupt_images == "skip")
+        for name, split in tested.items():
+            found.note_corrupt(getattr(split, "unreadable", []), name)
+        return found
+
+    @property
+    def label_names(self) -> list[str]:
+        """The classes, by number."""
+        return list(self.splits["train"].label_names)
+
+    def __str__(self) -> str:
+        size = "x".join(str(n) for n in self.pretrained_cfg["input_size"])
+        validation = self.splits["validation"]
+        tested = "a stream" if isinstance(validation, data.ImageStream) else f"{len(validation):,}"
+        return (
+            f"{len(self.splits['train']):,} images of {self.about['dataset']} ({size}, {len(self.label_names)} "
+            f"classes), testing on {tested} ({self.about['eval_split']})"
+        )
+
+    def note_corrupt(self, names: list[str], split: str) -> None:
+        """Add images of a split that cannot be read to those known; raise ValueError unless they are to be skipped."""
+        if names and not self.skip_corrupt:
+            raise ValueError(f"{names[0]} ({split}) is no image that can be read; --corrupt_images skip leaves it out.")
+        self.corrupt += sorted({f"{name} ({split})" for name in names}.difference(self.corrupt))
+
+    def normalize(self, device: torch.device) -> data.Normalize:
+        """The layer that turns uint8 images (B, C, H, W) into what the network reads."""
+        return data.Normalize(self.pretrained_cfg).to(device)
+
+    def analysed(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Training images to compare branches on, normalised, with labels; none if they are not needed."""
+        if "analysed" not in self.splits:
+            return []
+        normalize = self.normalize(device)
+        batches = data.evaluation_batches(self.splits["analysed"], 128)
+        return [(normalize(images.to(device)), labels.to(device)) for images, labels, _ in batches if len(labels)]
+
+    def sample(self, count: int, device: torch.device) -> Tensor:
+        """The first images to validate on, normalised, (count, C, H, W)."""
+        return data.Normalize(self.pretrained_cfg)(self.splits["validation"].first(count)).to(device)
+
+
+def load_splits(args: Arguments) -> tuple[dict[str, Any], dict[str, Any], int | None]:
     """The splits; how the results and the card name them; how many images an epoch has, None if it is not known."""
-    if on_digits(args):
-        splits: dict[str, Any] = dict(data.load_digits(args.fold))
-        about = {"dataset": "scikit-learn digits", "dataset_id": None, "eval_split": f"fold {args.fold} of 5"}
+    given, seed = args.data, args.training.seed
+    if given.is_digits:
+        splits: dict[str, Any] = dict(data.load_digits(given.fold))
+        about = {"dataset": "scikit-learn digits", "dataset_id": None, "eval_split": f"fold {given.fold} of 5"}
         length: int | None = len(splits["train"])
     else:
         splits, eval_split, length = data.load_splits(
-            args.dataset_name, args.dataset_config_name, args.train_dir, args.validation_dir, args.train_val_split,
-            args.image_column_name, args.label_column_name, args.seed, args.train_split_name, args.streaming,
-            args.test_dir, args.test_split_name,
+            given.dataset_name, given.dataset_config_name, given.train_dir, given.validation_dir,
+            given.train_val_split, given.image_column_name, given.label_column_name, seed, given.train_split_name,
+            given.streaming, given.test_dir, given.test_split_name,
         )  # fmt: skip
-        name = hub_id(args.dataset_name)
-        shown = name or Path(args.dataset_name or args.train_dir).name
+        name = hub_id(given.dataset_name)
+        shown = name or Path(str(given.dataset_name or given.train_dir)).name
         about = {"dataset": shown, "dataset_id": name, "eval_split": eval_split}
-    if not args.streaming:
-        splits["train"] = data.sample(splits["train"], args.max_train_samples, args.seed)
+    if not given.streaming:
+        splits["train"] = data.sample(splits["train"], given.max_train_samples, seed)
         length = len(splits["train"])
-    splits["validation"] = data.sample(splits["validation"], args.max_eval_samples, args.seed)
+    splits["validation"] = data.sample(splits["validation"], given.max_eval_samples, seed)
     if start.needs_analysis(args):
-        splits["analysed"] = data.sample(splits["train"], start.ANALYSED, args.seed)
-    return splits, about, args.max_train_samples if args.streaming and args.max_train_samples else length
+        splits["analysed"] = data.sample(splits["train"], start.ANALYSED, seed)
+    return splits, about, given.max_train_samples if given.streaming and given.max_train_samples else length
 
 
-def starting_config(args: argparse.Namespace) -> EpsResNetConfig:
+def starting_config(args: Arguments) -> EpsResNetConfig:
     """The configuration of what the training begins with: the saved model, or the architecture."""
-    if args.model_name_or_path:
-        config = AutoConfig.from_pretrained(args.model_name_or_path)
+    name = args.model.model_name_or_path
+    if name:
+        config = AutoConfig.from_pretrained(name)
         if not isinstance(config, EpsResNetConfig):
-            raise ValueError(f"--model_name_or_path {args.model_name_or_path} is a {config.model_type}, no eps_resnet.")
+            raise ValueError(f"--model_name_or_path {name} is a {config.model_type}, no eps_resnet.")
     else:
-        if not timm.is_model(args.architecture):
-            raise ValueError(f"--architecture {args.architecture!r} is unknown; timm.list_models('eps_*') lists them.")
-        config = EpsResNetConfig(architecture=args.architecture)
-    if args.with_remote_code and not is_cifar_network(config.architecture):
-        raise ValueError(f"--with_remote_code is for the paper's CIFAR networks, {config.architecture} is none.")
-    if args.per_pixel_mean and not is_cifar_network(config.architecture):
-        raise ValueError(f"--per_pixel_mean is for the paper's CIFAR networks, {config.architecture} is none.")
+        name = args.model.name
+        if not timm.is_model(name):
+            raise ValueError(f"--architecture {name!r} is unknown; timm.list_models('eps_*') lists them.")
+        config = EpsResNetConfig(architecture=name)
+    for option, given in {
+        "with_remote_code": args.saving.with_remote_code,
+        "per_pixel_mean": args.paper.per_pixel_mean,
+    }.items():
+        if given and not is_cifar_network(config.architecture):
+            raise ValueError(f"--{option} is for the paper's CIFAR networks, {config.architecture} is none.")
     return config
 
 
-def input_of(args: argparse.Namespace, config: EpsResNetConfig, classes: int) -> dict[str, Any]:
+def input_of(model: ModelArguments, given: DataArguments, config: EpsResNetConfig, classes: int) -> dict[str, Any]:
     """timm's description of the input: that of the saved model, or of the architecture at the wanted size."""
     pretrained_cfg: dict[str, Any] = dict(config.pretrained_cfg or {})
-    if args.model_name_or_path:
-        if config.num_labels != classes and not args.ignore_mismatched_sizes:
+    size = given.image_size
+    if model.model_name_or_path:
+        if config.num_labels != classes and not model.ignore_mismatched_sizes:
             raise ValueError(
                 f"The saved model tells {config.num_labels} classes apart, the data set has {classes}; "
                 "--ignore_mismatched_sizes gives it a new classifier."
             )
-        if args.image_size and (pretrained_cfg.get("fixed_input_size") or (config.model_args or {}).get("pixel_mean")):
+        if size and (pretrained_cfg.get("fixed_input_size") or (config.model_args or {}).get("pixel_mean")):
             raise ValueError(
-                f"--image_size {args.image_size}: {config.architecture} takes images of one size, "
+                f"--image_size {size}: {config.architecture} takes images of one size, "
                 f"{pretrained_cfg['input_size'][-1]}, which its weights depend on."
             )
-        if args.image_size:
-            pretrained_cfg |= {"input_size": (3, args.image_size, args.image_size), "pool_size": None}
-    elif size := args.image_size or (8 if on_digits(args) and is_cifar_network(config.architecture) else None):
+    elif given.is_digits and is_cifar_network(config.architecture):
+        size = size or 8
+    if size:
         pretrained_cfg |= {"input_size": (3, size, size), "pool_size": None}
-    if args.crop_pct:
-        pretrained_cfg["crop_pct"] = args.crop_pct
+    if given.crop_pct:
+        pretrained_cfg["crop_pct"] = given.crop_pct
     if pretrained_cfg["input_size"][0] != 3:
         raise ValueError(f"The model reads {pretrained_cfg['input_size'][0]} channels; this script feeds RGB images.")
     return pretrained_cfg
 
 
-def prepare_images(
-    args: argparse.Namespace,
+def prepare_splits(
+    given: DataArguments,
     raw: dict[str, Any],
     columns: tuple[str, str],
     pretrained_cfg: dict[str, Any],
     length: int | None,
 ) -> dict[str, data.Images]:
     """The splits as the network reads them: small images decoded into memory, others when they are needed."""
-    if not args.streaming and args.augmentation != "resized_crop":
+    if not given.streaming and given.augmentation != "resized_crop":
         return {name: data.ImageTensors.decode(raw[name], pretrained_cfg, *columns) for name in raw}
-    cropped = {"training": True, "flip": args.flip, "color_jitter": args.color_jitter}
+    cropped: dict[str, Any] = {"training": True, "flip": given.flip, "color_jitter": given.color_jitter}
     read = dict.fromkeys(raw, data.ImageReader.of(pretrained_cfg))
-    if args.augmentation == "resized_crop":
+    if given.augmentation == "resized_crop":
         read["train"] = data.ImageReader.of(pretrained_cfg, **cropped)
-    if args.streaming:
+    if given.streaming:
         lengths = dict.fromkeys(raw) | {"train": length}
         return {name: data.ImageStream.of(raw[name], read[name], *columns, lengths[name]) for name in raw}
     return {name: data.ImageFiles.of(raw[name], read[name], *columns) for name in raw}
 
 
-def normalization(args: argparse.Namespace, train: data.Images) -> dict[str, Any]:
+def normalization(model: ModelArguments, train: data.Images) -> dict[str, Any]:
     """The paper's mean and deviation; they travel with the model. Weights keep those that they were trained with."""
-    if begins_with_weights(args):
+    if model.has_weights:
         return {}
     if isinstance(train, data.ImageTensors):
         return {"mean": data.channel_mean(train.images), "std": [128 / 255] * 3}
     return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-
-
-def prepare_data(
-    args: argparse.Namespace, accelerator: Accelerator
-) -> tuple[dict[str, data.Images], dict[str, Any], dict[str, Any], Callable[[int], list[Image]]]:
-    """The splits; timm's description of the input; what results and card say; and the first pictures to test on."""
-    config = starting_config(args)
-    with accelerator.main_process_first():  # it fills the caches that the others read
-        raw, about, length = load_images(args)
-    columns = data.find_columns(raw["train"].features, args.image_column_name, args.label_column_name)
-    pretrained_cfg = input_of(args, config, raw["train"].features[columns[1]].num_classes)
-    splits = prepare_images(args, raw, columns, pretrained_cfg, length)
-    tested = {name: split for name, split in splits.items() if name != "analysed"}
-    data.check_classes(**tested, all_trained=args.max_train_samples is None)
-    pretrained_cfg |= normalization(args, splits["train"])
-    return splits, pretrained_cfg, about, partial(data.pictures, raw["validation"], columns[0])
-
-
-def note_corrupt(args: argparse.Namespace, names: list[str], split: str, known: list[str]) -> None:
-    """Add images of a split that cannot be read to those known; raise ValueError unless they are to be skipped."""
-    if names and args.corrupt_images == "error":
-        raise ValueError(f"{names[0]} ({split}) is no image that can be read; --corrupt_images skip leaves it out.")
-    known += sorted({f"{name} ({split})" for name in names}.difference(known))
-
-
-def analysed_batches(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    splits: dict[str, data.Images],
-    pretrained_cfg: dict[str, Any],
-) -> list[tuple[Tensor, Tensor]]:
-    """Training images to compare branches on, normalised, with labels, on the device; none if they are not needed."""
-    if "analysed" not in splits:
-        return []
-    normalize = data.Normalize(pretrained_cfg).to(accelerator.device)
-    batches = data.evaluation_batches(splits["analysed"], 128)
-    found = [(images.to(accelerator.device), labels.to(accelerator.device)) for images, labels, _ in batches]
-    return [(normalize(images), labels) for images, labels in found if len(labels)]

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, parse_flag_from_env
 
-from .arguments import used_arguments
+from .arguments import Arguments, used_arguments
+from .interruption import InterruptionError
 
-__all__ = ["available_cores", "start_accelerator", "start_trackers"]
+__all__ = ["available_cores", "start_accelerator", "trackers"]
 
 
-def start_accelerator(args: argparse.Namespace) -> Accelerator:
+def start_accelerator(args: Arguments) -> Accelerator:
     accelerator = Accelerator(
         # Without this, processes that torchrun starts where there is no accelerator know nothing of each other.
         cpu=not torch.accelerator.is_available(),
         # The loop divides the loss itself: the last steps of an epoch may accumulate fewer batches.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_backend="inductor" if args.compile else None,
-        mixed_precision=args.mixed_precision,
+        dynamo_backend="inductor" if args.training.compile else None,
+        mixed_precision=args.training.mixed_precision,
         # Each process keeps the statistics of its own batches; they are averaged when they are needed.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        log_with=(args.report_to or "all") if args.with_tracking else None,
+        log_with=(args.checkpoints.report_to or "all") if args.checkpoints.with_tracking else None,
         project_dir=args.output_dir,
     )
     kinds = [accelerator.distributed_type.value]
@@ -38,7 +40,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         raise ValueError(f"{started} processes were started, but Accelerate connected {accelerator.num_processes}.")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs an accelerator, which is not there; bf16 works on the CPU.")
-    if args.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+    if args.training.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
         raise ValueError(
             f"--cuda_graphs is for one process on an NVIDIA GPU; here are {accelerator.num_processes} on "
             f"{accelerator.device.type}."
@@ -46,13 +48,29 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     if accelerator.device.type == "cpu":
         # accelerate launch leaves a process one thread where it finds no accelerator.
         share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(args.num_threads or max(1, share))
+        torch.set_num_threads(args.training.num_threads or max(1, share))
     return accelerator
 
 
-def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
+@contextmanager
+def trackers(args: Arguments, accelerator: Accelerator) -> Iterator[None]:
+    """Where the trackers log that the arguments ask for; they write what they hold if the run is told to stop.
+
+    Raises:
+        ValueError: One is not installed.
+    """
+    if args.checkpoints.with_tracking:
+        _start_trackers(args, accelerator)
+    try:
+        yield
+    except InterruptionError:
+        accelerator.end_training()
+        raise
+
+
+def _start_trackers(args: Arguments, accelerator: Accelerator) -> None:
     installed = {str(tracker) for tracker in accelerator.log_with}
-    missing = [name for name in args.report_to or [] if name not in (*installed, "all")]
+    missing = [name for name in args.checkpoints.report_to or [] if name not in (*installed, "all")]
     if missing or not installed:
         raise ValueError(f"--report_to {missing[0] if missing else 'all'}: no such tracker is installed.")
     accelerator.init_trackers("timm_eps", {name: str(value) for name, value in used_arguments(args).items()})

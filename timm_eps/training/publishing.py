@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import transformers
 from accelerate import Accelerator
+from huggingface_hub import create_repo
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -18,18 +22,27 @@ import timm_eps
 
 from .. import report
 from ..gate import EpsilonGate
+from ..hub import onnx_export
 from ..hub.failures import NETWORK_ERRORS, one_line
-from ..hub.saving import push_to_hub
-from .arguments import hub_id
+from ..hub.saving import push_to_hub, save_pretrained
+from .arguments import Arguments, ModelArguments, PruningArguments, SavingArguments, hub_id, used_arguments
+from .directory_lock import locked
+from .inputs import ImageData
+from .run import Run
+from .run_checkpoints import find_checkpoint
 
-__all__ = ["base_model", "check_reload", "compare", "hardware", "logits_of", "push", "versions"]
+__all__ = [
+    "base_model", "check_reload", "compare", "facts", "hardware", "left_out", "logits_of", "push", "save",
+    "taking_outputs", "versions",
+]  # fmt: skip
 
 # huggingface_hub raises the last one when an upload fails.
 _PUSH_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, RuntimeError)
 
 
-def compare(model: Any, images: Tensor, batch_sizes: Iterable[int] = (1, 128)) -> dict[str, Any]:
+def compare(args: PruningArguments, model: Any, images: Tensor) -> dict[str, Any]:
     """Structure, size and speed of the pruned network beside the unpruned one of its architecture."""
+    batch_sizes = {1, 128} | ({args.latency_batch_size} if args.target_latency else set())
     arguments = dict(model.config.model_args)
     removed = arguments.pop("removed", [])
     arguments.pop("closed", None)
@@ -82,15 +95,97 @@ def difference(some: Iterable[Tensor], others: Iterable[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(some, others, strict=True))
 
 
-def push(args: argparse.Namespace, model: nn.Module, repo_id: str, message: str, saved: dict[str, Any]) -> None:
+@contextmanager
+def taking_outputs(args: Arguments, accelerator: Accelerator) -> Iterator[str | None]:
+    """Keep other runs out of the output directory, and see that results can be written: better now than in the end.
+
+    Yields:
+        Name on the Hub of the repository to push to, which is made if it is not there; None without a push, and in
+        other processes than the main one.
+
+    Raises:
+        OSError: The directory cannot be written to, or the Hub refuses.
+        ImportError: What writes ONNX is not installed.
+        ValueError: Another run writes there, or has left checkpoints.
+    """
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(args.output_dir))
+        repo_id = _check_outputs(args) if accelerator.is_main_process else None
+        if args.training.compare_dense:  # raises now, not when the first half is trained
+            find_checkpoint(args, Path(args.output_dir) / "dense")
+        yield repo_id
+
+
+def _check_outputs(args: Arguments) -> str | None:
+    tempfile.TemporaryFile(dir=args.output_dir).close()
+    if args.saving.with_onnx:
+        onnx_export.check_installed()
+    if not args.saving.push_to_hub:
+        return None
+    wanted = args.saving.hub_model_id or Path(args.output_dir).resolve().name
+    private = args.saving.hub_private_repo or None
+    return create_repo(wanted, private=private, token=args.saving.hub_token, exist_ok=True).repo_id
+
+
+def facts(args: Arguments, run: Run) -> dict[str, Any]:
+    """What results and card say of a run besides its figures; its model is told what it was made from."""
+    model: Any = run.final
+    images, pruner = run.images, run.pruner
+    model.config.base_model = base_model(args.model) or model.config.base_model
+    found = {} if pruner is None or args.pruning.keep is None else {"blocks_wanted": pruner.wanted}
+    return {
+        **found,
+        **images.about,
+        "epsilon": max((record["epsilon"] for record in pruner.history), default=0.0) if pruner else 0.0,
+        "architecture": model.config.architecture,
+        "arguments": used_arguments(args),
+        "base_model": model.config.base_model,
+        "corrupt_images": len(images.corrupt),
+        "train_images": len(images.splits["train"]),
+        "license": args.saving.license,
+        "num_processes": run.accelerator.num_processes,
+        "seed": args.training.seed,
+        "hardware": hardware(run.accelerator),
+        "versions": versions(),
+    }
+
+
+def left_out(images: ImageData) -> str:
+    """A line on the images that could not be read, if there were any."""
+    some = ", ".join(images.corrupt[:5])
+    return f"{len(images.corrupt)} images could not be read and were left out, such as {some}." if some else ""
+
+
+def save(model: nn.Module, output_dir: str, remedy: str, **saved: Any) -> None:
+    """Save the trained model.
+
+    Args:
+        model: The model.
+        output_dir: Where.
+        remedy: What there is to go on from if that fails.
+        **saved: Further arguments of :func:`timm_eps.save_pretrained`.
+
+    Raises:
+        OSError: It could not be saved.
+    """
+    try:
+        save_pretrained(model, output_dir, **saved)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"The trained model could not be saved in {output_dir} ({one_line(error)}). {remedy}") from error
+
+
+def push(args: SavingArguments, output_dir: str, model: nn.Module, repo_id: str, message: str, **saved: Any) -> None:
     """Push the trained model to the Hub.
 
     Args:
-        args: Of the command line.
+        args: Token and branch.
+        output_dir: Where the model is saved.
         model: The model, as it was saved.
         repo_id: Name on the Hub.
         message: Title of the commit.
-        saved: Further arguments of :func:`timm_eps.push_to_hub`.
+        **saved: Further arguments of :func:`timm_eps.push_to_hub`.
 
     Raises:
         OSError: The push failed; what is saved is there to try again.
@@ -101,8 +196,8 @@ def push(args: argparse.Namespace, model: nn.Module, repo_id: str, message: str,
         )
     except _PUSH_ERRORS as error:
         raise OSError(
-            f"The push of what is saved in {args.output_dir} to {repo_id} failed: {one_line(error, limit=1000)}. "
-            f"To try again: hf upload {repo_id} {args.output_dir}"
+            f"The push of what is saved in {output_dir} to {repo_id} failed: {one_line(error, limit=1000)}. "
+            f"To try again: hf upload {repo_id} {output_dir}"
         ) from error
     print(f"Pushed to {commit.repo_url} ({commit.oid[:7]}).")
 
@@ -113,10 +208,10 @@ def hardware(accelerator: Accelerator) -> str:
     return one if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes, each {one}"
 
 
-def base_model(args: argparse.Namespace) -> str | None:
+def base_model(args: ModelArguments) -> str | None:
     """Where the weights came from that the training began with, by a name on the Hub."""
     if args.pretrained:
-        known = timm.get_pretrained_cfg(args.architecture)
+        known = timm.get_pretrained_cfg(args.name)
         return known.hf_hub_id if known is not None else None
     return hub_id(args.model_name_or_path)
 

@@ -1,0 +1,89 @@
+"""Arguments that exclude each other, or that go together only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...budget import BUDGETS
+from .arguments import Arguments
+
+__all__ = ["check_pairs", "check_together"]
+
+# Each excludes those behind it.
+_EXCLUDED: dict[str, list[str]] = {
+    **{name: [other for other in BUDGETS if other != name] for name in BUDGETS},
+    "epsilon": [*BUDGETS],
+    "cuda_graphs": ["compile"],
+    "no_gates": [*BUDGETS, "epsilon", "compare_dense"],
+    "dataset_name": ["train_dir"],
+    "per_pixel_mean": ["pretrained", "streaming"],
+    "steps_per_epoch": ["streaming"],
+    "model_name_or_path": ["architecture", "crop_pct", "model_args", "per_pixel_mean", "pretrained"],
+}
+# Each says nothing without the other.
+_NEEDED: dict[str, str] = {
+    "dataset_config_name": "dataset_name",
+    "test_split_name": "dataset_name",
+    **dict.fromkeys(("validation_dir", "test_dir"), "train_dir"),
+    "checkpoints_total_limit": "checkpointing_steps",
+    **dict.fromkeys(("report_to", "logging_steps"), "with_tracking"),
+    **dict.fromkeys(("hub_model_id", "hub_token", "hub_private_repo", "hub_revision"), "push_to_hub"),
+}
+# Each goes with some values of an option only.
+_FITTING: dict[str, tuple[str, list[str]]] = {
+    "color_jitter": ("augmentation", ["resized_crop"]),
+    "flip": ("augmentation", ["crop", "resized_crop"]),
+    "per_pixel_mean": ("augmentation", ["crop", "distort"]),
+    "nesterov": ("optimizer", ["sgd"]),
+    "early_stopping_patience": ("eval_strategy", ["epoch"]),
+}
+
+
+def check_pairs(given: dict[str, Any]) -> None:
+    """Check what was given, before anything is filled in.
+
+    Args:
+        given: All arguments by name.
+
+    Raises:
+        ValueError: Two of them exclude each other, or one lacks another.
+    """
+    for name, excluded in _EXCLUDED.items():
+        if given[name] and (clash := next((other for other in excluded if given[other]), None)):
+            raise ValueError(f"--{name} and --{clash} exclude each other")
+    for name, needed in _NEEDED.items():
+        if given[name] and not given[needed]:
+            raise ValueError(f"--{name} goes with --{needed}")
+
+
+def check_together(args: Arguments) -> None:
+    """Check arguments that must fit each other, when all of them are known.
+
+    Raises:
+        ValueError: Two of them do not.
+    """
+    model, pruning, teaching, training = args.model, args.pruning, args.distillation, args.training
+    if training.cuda_graphs and training.gradient_accumulation_steps > 1:
+        raise ValueError("--cuda_graphs goes with --gradient_accumulation_steps 1")
+    if args.paper.weight_decay_drop and args.paper.weight_decay_drop[0] < 1:
+        raise ValueError(f"--weight_decay_drop: STEPS must be at least 1, got {args.paper.weight_decay_drop[0]:g}")
+    flat = args.flat()
+    for name, (of, fitting) in _FITTING.items():
+        if flat[name] and flat[of] not in fitting:
+            raise ValueError(f"--{name} goes with --{of} {' or '.join(fitting)}")
+    at_start = pruning.prune_at == "start"
+    if at_start and not pruning.has_budget:
+        raise ValueError("--prune_at start goes with --keep or a target")
+    if pruning.criterion != "response" and not pruning.has_budget:
+        raise ValueError(f"--criterion {pruning.criterion} goes with --keep or a target")
+    if at_start and pruning.criterion == "importance":
+        raise ValueError("--criterion importance goes with --prune_at ramp: it is measured while a network trains")
+    if training.num_train_epochs == 0 and not model.has_weights:
+        raise ValueError("--num_train_epochs 0 goes with --model_name_or_path: it prunes a network that is trained")
+    if training.num_train_epochs == 0 and not at_start and not pruning.no_gates:
+        raise ValueError("--num_train_epochs 0 goes with --prune_at start")
+    if teaching.dense_epochs and teaching.teacher != "self" and pruning.criterion != "leave_one_out":
+        raise ValueError("--dense_epochs goes with --teacher self or --criterion leave_one_out")
+    for name in ("teacher_weight", "teacher_temperature"):
+        if teaching.teacher and getattr(teaching, name) <= 0:
+            raise ValueError(f"--{name} must be above 0, got {getattr(teaching, name):g}")

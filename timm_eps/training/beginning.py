@@ -1,0 +1,131 @@
+"""What is done to a network before its training: it gets a teacher, and loses the branches that go at the start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from torch import nn
+from transformers import AutoConfig
+
+from ..analysis.cutting import prune
+from ..files.config_checks import check_slots
+from ..hf.distillation import Distillation
+from ..surgery.branches import gates
+from ..surgery.removal import removed_slots
+from . import build, checkpoints, start
+from .arguments import Arguments, ModelArguments
+from .evaluation import Evaluation
+from .inputs import ImageData
+from .progress import load_state
+from .run_checkpoints import find_checkpoint
+
+__all__ = ["as_dense", "before", "cut", "dense_epochs", "describe", "is_prepared", "knows_classes", "teach"]
+
+
+def is_prepared(args: Arguments) -> bool:
+    """Whether anything is done to the network before its training."""
+    return args.model.has_weights or args.pruning.prune_at == "start" or args.distillation.teacher is not None
+
+
+def knows_classes(args: ModelArguments, images: ImageData) -> bool:
+    """Whether the network has a classifier that was saved with it, for the classes of the images."""
+    if not args.model_name_or_path:
+        return False
+    return AutoConfig.from_pretrained(args.model_name_or_path).num_labels == len(images.label_names)
+
+
+def dense_epochs(args: Arguments, images: ImageData) -> int:
+    """For how many epochs the dense network is fine-tuned first, as a teacher or to choose by.
+
+    Raises:
+        ValueError: It has not learnt the classes, and no epochs are asked for.
+    """
+    by_loss = (args.pruning.prune_at, args.pruning.criterion) == ("start", "leave_one_out")
+    if args.distillation.teacher != "self" and not by_loss:
+        return 0
+    if args.distillation.dense_epochs is not None:
+        return args.distillation.dense_epochs
+    if knows_classes(args.model, images):
+        return 0
+    if not args.training.num_train_epochs:
+        raise ValueError("The classifier is new, and --num_train_epochs 0 leaves it so; give --dense_epochs.")
+    return args.training.num_train_epochs
+
+
+def as_dense(results: dict[str, Any]) -> dict[str, Any]:
+    """Results of the dense network's training, by their names beside those of the pruned one."""
+    return {f"dense_{name}": value for name, value in results.items() if name != "eval_images"}
+
+
+def before(model: nn.Module, found: Evaluation, images: ImageData) -> dict[str, Any]:
+    """What is known of a network that was trained before, by the names of the results file."""
+    results: dict[str, Any] = {"start_eval_accuracy": found.accuracy}
+    if not removed_slots(model):  # it is the dense network
+        results |= {"dense_eval_accuracy": found.accuracy}
+        results |= {"dense_eval_accuracy_by_class": found.by_class(images.label_names)}
+    return results
+
+
+def describe(args: Arguments, accelerator: Accelerator, images: ImageData) -> dict[str, Any]:
+    """Print what can be removed from the network that the training would begin with. There are no results."""
+    accelerator.print(f"To train {args.model.name} on {images}; seed {args.training.seed}.")
+    if accelerator.is_main_process:
+        set_seed(args.training.seed)
+        model = build.model(args.model, args.paper, images).to(accelerator.device).eval()
+        is_trained = knows_classes(args.model, images)
+        print(start.describe(args.pruning, model, images.analysed(accelerator.device), is_trained))
+    return {}
+
+
+def teach(args: Arguments, accelerator: Accelerator, images: ImageData, model: nn.Module, trained: nn.Module) -> None:
+    """Give a network its teacher, if the arguments name one.
+
+    Args:
+        args: Of the run.
+        accelerator: Accelerate's.
+        images: Whose classes the teacher must tell apart.
+        model: Learns.
+        trained: Teaches with ``--teacher self``: the dense network.
+    """
+    teaching = args.distillation
+    shares = {"weight": teaching.teacher_weight, "temperature": teaching.teacher_temperature}
+    if teaching.teacher == "self":
+        model.distillation = Distillation.of_itself(trained, **shares)  # type: ignore[assignment]
+    elif teaching.teacher:
+        teacher = start.load_teacher(teaching.teacher, images.label_names, images.pretrained_cfg)
+        model.distillation = Distillation(teacher.to(accelerator.device), **shares)  # type: ignore[assignment]
+
+
+def cut(args: Arguments, accelerator: Accelerator, images: ImageData, model: nn.Module, trained: nn.Module) -> None:
+    """Remove the branches that go at the start, if any do; every process must call this.
+
+    Args:
+        args: Of the run.
+        accelerator: Accelerate's.
+        images: To compare branches on.
+        model: Loses them.
+        trained: The network to choose by: the dense one.
+    """
+    if args.pruning.prune_at == "ramp" or args.pruning.no_gates:
+        return
+    batches = images.analysed(accelerator.device)
+    prune(model, _slots_to_remove(args, accelerator, trained, batches))
+    if not args.training.num_train_epochs and start.estimate_statistics(model, batches):
+        accelerator.print("The statistics of batch norm were taken anew on training images.")
+
+
+def _slots_to_remove(args: Arguments, accelerator: Accelerator, model: nn.Module, batches: start.Batches) -> list[str]:
+    """Of a run that goes on, those that it began without."""
+    if checkpoint := find_checkpoint(args, Path(args.output_dir)):
+        with checkpoints.taking_up(checkpoint):
+            removed = check_slots("removed", load_state(checkpoint / "training.json")["removed"])
+        return [slot for slot in removed if slot in gates(model)]
+    chosen: list[list[str] | None] = [None]
+    if accelerator.is_main_process:
+        chosen = [start.choose_slots(args.pruning, model, batches, Path(args.output_dir) / "branches.json")]
+    slots = broadcast_object_list(chosen)[0]
+    accelerator.print(f"Removing {len(slots)} of {len(gates(model))} branches before the training.")
+    return slots

@@ -1,0 +1,274 @@
+"""One training in one process of one or several: its parts, how far it is, and what all processes must agree on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
+
+from ..pruner import EpsilonPruner
+from ..surgery.branches import gates
+from . import build, checkpoints, data
+from .arguments import Arguments
+from .cuda_graphs import GraphedPasses
+from .ending import reading_images
+from .evaluation import Evaluation
+from .inputs import ImageData
+from .interruption import Interruption, InterruptionError
+from .losses import label_mixer, smooth_labels
+from .process_state import all_finite
+from .progress import Progress
+from .step_watch import StepWatch
+
+__all__ = ["CHECKPOINT_FILES", "Run"]
+
+# What a checkpoint holds at the least, whatever its list of files says.
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "training.json")
+
+
+class Run:
+    """The parts of a training and its state. The loop that uses them is in ``train_hf.py``.
+
+    Args:
+        args: Of the command line.
+        accelerator: Accelerate's.
+        images: To train and to validate on.
+        model: On its device, as :func:`.build.place` left it.
+        optimizer: Of its parameters.
+        batches: To train on, of this process.
+        scheduler: Of the learning rate.
+        average: Of the weights, if one is kept.
+        pruner: Closes and removes branches; None in the training of a dense network.
+        is_dense: Whether this is the dense network, for comparison or as a teacher.
+
+    Attributes:
+        network: The model as Accelerate wraps it.
+        prepared_optimizer: The optimizer as Accelerate wraps it.
+        progress: How far the training is.
+        loss: Sum over the batches of the epoch that goes on, of this process.
+        signum: Of a signal that tells all processes to stop, else 0.
+        graphs: Records a step as a CUDA graph, if that is asked for; set by the loop.
+        directory: Where checkpoints go.
+    """
+
+    def __init__(
+        self,
+        args: Arguments,
+        accelerator: Accelerator,
+        images: ImageData,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: data.TrainingBatches,
+        scheduler: LRScheduler,
+        average: ModelEmaV3 | None = None,
+        pruner: EpsilonPruner | None = None,
+        is_dense: bool = False,
+    ) -> None:
+        self.args, self.accelerator, self.images = args, accelerator, images
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.batches, self.average, self.pruner, self.is_dense = batches, average, pruner, is_dense
+        self.device = accelerator.device
+        self.directory = Path(args.output_dir) / ("dense" if is_dense else "")
+        training = args.training
+        self.mix = label_mixer(len(images.label_names), training.mixup_alpha, training.cutmix_alpha)
+        if self.mix or training.label_smoothing_factor:
+            smooth_labels(model, training.label_smoothing_factor)
+        self.normalize = images.normalize(self.device)
+        self.augment = build.augmentation(args.data, images.pretrained_cfg["input_size"][-1])
+        accelerator.free_memory()  # of a training before this one
+        self.network, self.prepared_optimizer = accelerator.prepare(model, optimizer)
+        # The same in all processes, which augment one batch together; what else is random differs between them.
+        self.generator = torch.Generator()
+        self.generator.set_state(torch.get_rng_state())
+        self.draws = data.Draws(self.generator, rank=accelerator.process_index, processes=accelerator.num_processes)
+        if accelerator.num_processes > 1:
+            set_seed(training.seed, device_specific=True)
+        self.progress = Progress()
+        self.loss = torch.zeros((), device=self.device)
+        self.graphs: GraphedPasses | None = None
+        self.signum = 0
+        self.watch = StepWatch(accelerator.num_processes, self.device)
+        self.interruption = Interruption()
+        self.clock = time.perf_counter()
+
+    @property
+    def final(self) -> nn.Module:
+        """The network that is tested and saved: the average of the weights if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first group of parameters."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    # How an epoch is computed.
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, unless the accuracy stops rising."""
+        for epoch in range(self.progress.epoch, self.args.training.num_train_epochs):
+            if self.stops_early():
+                break
+            yield epoch
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Where the epochs are computed: signals are noted here, and a process that reads images may die.
+
+        Raises:
+            ChildProcessError: One died.
+        """
+        try:
+            with self.interruption, reading_images():
+                yield
+        except ChildProcessError as error:
+            if signum := self.interruption.signum:  # it was for those that read images as well
+                raise self.interrupted(signum) from error
+            raise ChildProcessError(f"{error} {self.remedy()}") from error
+
+    @contextmanager
+    def epoch_bar(self, epoch: int) -> Iterator[tqdm]:
+        """The progress bar of an epoch, which says how long all epochs take; and the clock of the training."""
+        dense = "dense, " if self.is_dense or self.args.pruning.no_gates else ""
+        with tqdm(
+            total=len(self.batches), initial=self.progress.batch, mininterval=0.5, postfix=self.time_left(),
+            desc=f"{dense}epoch {epoch + 1}/{self.args.training.num_train_epochs}",
+            disable=not self.accelerator.is_local_main_process,
+        ) as bar:  # fmt: skip
+            self.clock = time.perf_counter()
+            yield bar
+            bar.set_postfix_str(self.summary())
+
+    def queue(self) -> AbstractContextManager[None]:
+        """Where the steps of an epoch are computed."""
+        if self.graphs is None:
+            return nullcontext()
+        gains = (gate.gain for gate in gates(self.model).values() if gate.gain is not None)
+        return self.graphs.queue([*self.model.parameters(), *gains])
+
+    def read(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch as the network reads it, on its device: uint8 images (B, C, H, W) augmented, normalised, mixed."""
+        images, labels = (each.to(self.device, non_blocking=True) for each in (images, labels))
+        x = self.normalize(self.augment(images, self.draws))
+        if self.args.training.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.mix(x, labels) if self.mix else (x, labels)
+
+    # What is said of it.
+
+    def lap(self) -> None:
+        """Count the time since the epoch began, or since the last lap, as time of training."""
+        now = time.perf_counter()
+        self.progress.seconds += now - self.clock
+        self.clock = now
+
+    def mean_loss(self) -> float:
+        """Of the batches of this epoch so far, over all processes."""
+        return self.accelerator.reduce(self.loss, "mean").item() / self.progress.batch
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Tell the trackers."""
+        prefix = "dense/" if self.is_dense else ""
+        self.accelerator.log({f"{prefix}{name}": value for name, value in values.items()}, step=self.progress.step)
+
+    def time_left(self) -> str | None:
+        """What the epochs to come take, by those before, for the progress bar."""
+        progress, batches = self.progress, len(self.batches)
+        done = progress.epoch * batches + progress.batch
+        if not done:
+            return None
+        left = progress.seconds / done * (self.args.training.num_train_epochs * batches - done)
+        return f"{timedelta(seconds=round(left))} left in all"
+
+    def summary(self) -> str:
+        """Of the epoch that ended, for the progress bar."""
+        progress, pruner = self.progress, self.pruner
+        left = f", blocks {pruner.total - pruner.discarded}/{pruner.total}" if pruner else ""
+        right = f", accuracy {progress.accuracies[-1]:.4f}" if progress.accuracies else ""
+        return f"loss {progress.losses[-1]:.4f}{right}{left}"
+
+    def results(self, validated: Evaluation, tested: Evaluation | None) -> dict[str, Any]:
+        """What the training came to, by the names of the results file."""
+        found = {
+            "eval_accuracy": validated.accuracy,
+            "eval_accuracy_by_class": validated.by_class(self.images.label_names),
+            "eval_accuracy_by_epoch": self.progress.accuracies,
+            "eval_images": validated.images,
+            "train_loss_by_epoch": self.progress.losses,
+            "train_seconds": self.progress.seconds,
+        }
+        return found if tested is None else {**found, "test_accuracy": tested.accuracy, "test_images": tested.images}
+
+    # What all processes decide together.
+
+    def stops_early(self) -> bool:
+        """Whether the accuracy has not risen for so many epochs, of those since the structure changed last."""
+        patience, accuracies = self.args.training.early_stopping_patience, self.progress.accuracies
+        if patience is None:
+            return False
+        if self.pruner:
+            if self.pruner.discarded < self.pruner.total - self.pruner.wanted:
+                return False
+            changed = [index for index, record in enumerate(self.pruner.history) if record["removed"]]
+            accuracies = accuracies[max(changed, default=-1) + 1 :]
+        return len(accuracies) - (accuracies.index(max(accuracies)) if accuracies else 0) > patience
+
+    def share_statistics(self) -> None:
+        """Give all processes the same statistics of batch norm: their mean."""
+        if self.draws.processes > 1:
+            for network in (self.model, self.average):
+                if network is not None:
+                    distribute_bn(network, self.draws.processes, reduce=True)
+
+    def look(self) -> None:
+        """Find out whether a process was told to stop or has diverged; every process must call this."""
+        seen = self.watch.look(self.interruption.signum, self.loss)
+        self.signum = self.signum or seen.signum
+        if not seen.is_finite:
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise, in all processes, if the loss or the weights of one are not finite; this waits for the device."""
+        loss = self.mean_loss() if self.progress.batch else 0.0
+        all_are = self.accelerator.reduce(all_finite(self.model).float()).item() == self.accelerator.num_processes
+        if math.isfinite(loss) and all_are:
+            return
+        what = f"The loss of epoch {self.progress.epoch + 1} is {loss}"
+        if math.isfinite(loss):
+            what = f"The weights of epoch {self.progress.epoch + 1} are not finite"
+        raise ValueError(
+            f"{what}; lower --learning_rate {self.args.training.learning_rate}. It was seen after step "
+            f"{self.progress.step}, and nothing was written since. {self.remedy(going_on=False)}"
+        )
+
+    def stop_if_told(self, is_end: bool = False) -> None:
+        """Raise InterruptionError if a signal told a process to stop.
+
+        Args:
+            is_end: Whether no further step follows in which the processes would tell each other.
+        """
+        if signum := self.signum or (self.watch.last().signum if is_end else 0):
+            raise self.interrupted(signum)
+
+    def interrupted(self, signum: int) -> InterruptionError:
+        """The error that ends a training which was told to stop."""
+        last = checkpoints.newest_whole(self.directory, CHECKPOINT_FILES)
+        return InterruptionError(signum, self.progress.step, last)
+
+    def remedy(self, going_on: bool = True) -> str:
+        """What there is to go on from, for an error."""
+        last = checkpoints.newest_whole(self.directory, CHECKPOINT_FILES)
+        if last is None:
+            return "There is no checkpoint."
+        return f"Go on with --resume_from_checkpoint, from {last}." if going_on else f"{last} is whole."
