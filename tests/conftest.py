@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,18 @@ def pytest_configure(config):
 def pytest_unconfigure():
     _HUB.__exit__(None, None, None)
     _HOME.cleanup()
+
+
+def mostly_slow(values: Iterable[Any], *default: int) -> list[Any]:
+    """Parameters of a test, of which all are for ``-m slow`` but those at the positions ``default``.
+
+    Every one is a member of the kind that the test is about; a few of them would find almost every mistake.
+    """
+    slow = pytest.mark.slow
+    return [
+        value if position in default else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=slow)
+        for position, value in enumerate(values)
+    ]
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision.models.feature_extraction
-from conftest import close
+from conftest import close, mostly_slow
 from timm.models import create_feature_extractor
 from torch import Tensor, nn
 
@@ -50,16 +50,9 @@ FAMILIES = {
 }
 # Its blocks return a second tensor of a shape that nothing else has, so what makes that one stays.
 PARTLY_FREED = ["efficientvim_m1"]
-LARGE = [
-    "coat_tiny",
-    "edgenext_xx_small",
-    "efficientvim_m1",
-    "levit_128s",
-    "rexnetr_100",
-    "swiftformer_xs",
-    "test_maxvit",
-]
-CASES = [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in FAMILIES]
+# The others are slow tests.
+COVER = ["test_resnet", "test_byobnet", "test_nfnet", "test_convnext", "test_vit", "test_coatnet", "res2next50"]
+CASES = [pytest.param(name, marks=[] if name in COVER else [pytest.mark.slow]) for name in FAMILIES]
 
 
 def gated(name: str, **kwargs) -> nn.Module:
@@ -83,7 +76,7 @@ def kinds(model: nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CASES)
 def test_removed_equals_shut(name):
     """Open gates change no bit and no key; removed branches change no bit either, and take all their weights along."""
     torch.manual_seed(0)
@@ -201,7 +194,7 @@ def pruned_twin(name: str, **kwargs) -> nn.Module:
 INTERFACES = ["test_resnet", "test_convnext", "test_vit", "test_nfnet", "test_byobnet", "test_vit_relpos"]
 
 
-@pytest.mark.parametrize("name", INTERFACES)
+@pytest.mark.parametrize("name", mostly_slow(INTERFACES, 0, 2, 4))
 def test_interfaces_after_removal(name):
     model = pruned_twin(name)
     batch = probe_batch(model)
@@ -221,7 +214,7 @@ def test_interfaces_after_removal(name):
     assert model.eval()(batch).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_vit", "test_nfnet"])
+@pytest.mark.parametrize("name", mostly_slow(["test_resnet", "test_convnext", "test_vit", "test_nfnet"], 0, 2))
 def test_fx_export_and_compile_after_removal(name):
     model = pruned_twin(name)
     batch = probe_batch(model)

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SLOTS, close, tiny_net
+from conftest import SLOTS, close, mostly_slow, tiny_net
 from test_trainer import fresh_model, make_trainer
 from torch import nn
 
@@ -69,7 +69,7 @@ def test_names_stand_for_objects(name, criterion):
 
 
 @pytest.mark.parametrize("criterion", ["response", "importance", SmallestFirst()])
-@pytest.mark.parametrize("unit", ["macs", "params"])
+@pytest.mark.parametrize("unit", mostly_slow(["macs", "params"], 0))
 def test_a_target_on_the_ramp(unit, criterion):
     """It is kept at the end, with one branch more it would not be, and it falls on the way."""
     dense = tiny_net(num_classes=5)

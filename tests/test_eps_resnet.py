@@ -312,6 +312,7 @@ def test_compile_training_and_evaluation():
     assert all(response > 0 for response in responses)
 
 
+@pytest.mark.slow
 def test_compiled_model_follows_removal():
     """Block by block, more often than torch compiles one function anew without being told to forget."""
     model = tiny_net()

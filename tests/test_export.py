@@ -10,7 +10,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import close, tiny_net
+from conftest import close, mostly_slow, tiny_net
 from torch import nn
 
 import timm_eps
@@ -60,7 +60,7 @@ def close_blocks(model: nn.Module, *paths: str) -> None:
     close(model, *(slot for path in paths for slot in blocks_of(model)[path]))
 
 
-@pytest.mark.parametrize("name", [*SMALL, *SLOW])
+@pytest.mark.parametrize("name", [*mostly_slow(SMALL, 0, 2), *SLOW])
 def test_stock_libraries_load_it(name, tmp_path):
     model = trained(name, **SMALL.get(name, {}))
     later = [path for path in blocks_of(model) if not path.endswith(".0")]
@@ -152,7 +152,7 @@ def test_bad_input(tmp_path):
         timm_eps.export_timm(trained("test_vit"), tmp_path / "file")
 
 
-@pytest.mark.parametrize("name", ["m.onnx", "./m.onnx", "new/deeper/m.onnx"])
+@pytest.mark.parametrize("name", mostly_slow(["m.onnx", "./m.onnx", "new/deeper/m.onnx"], 2))
 def test_onnx_by_any_path(tmp_path, monkeypatch, name):
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)

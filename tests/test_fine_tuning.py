@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from conftest import make_dataset, write_splits
+from conftest import make_dataset, mostly_slow, write_splits
 from safetensors.torch import load_file
 from test_resume import stopped_at, train_only
 from test_train_hf import _one_thread, without_times  # noqa: F401  the fixture is for all tests here as well
@@ -270,7 +270,7 @@ EXTRAS = {
 }
 
 
-@pytest.mark.parametrize("kind", EXTRAS)
+@pytest.mark.parametrize("kind", mostly_slow(EXTRAS, 0, 3))
 def test_a_run_that_is_stopped_goes_on_as_it_would_have(dense, tmp_path, kind):
     arguments = [*EXTRAS[kind], "--num_train_epochs", "3", "--checkpointing_steps", "5", "--patience", "1"]
     whole = run(dense, tmp_path / "whole", *arguments)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import mostly_slow
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import save_file
@@ -87,7 +88,7 @@ def test_the_papers_runs_are_there():
         assert (f"eps_resnetv2_{depth}", "imagenet", epsilon) in pairs
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, 0, 3, 8, 13))  # one of each recipe
 def test_takes_a_step(name, published, tmp_path):
     args = parse(
         name, *("--max_train_samples", "4", "--max_eval_samples", "2", "--num_train_epochs", "1"),

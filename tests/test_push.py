@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import close, tiny_net
+from conftest import close, mostly_slow, tiny_net
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_session, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import _http
@@ -645,7 +645,7 @@ def own_save(model, directory):
 
 
 @pytest.mark.parametrize("save", [own_save, timm_eps.save_pretrained])
-@pytest.mark.parametrize("place", ["directory", "Hub"])
+@pytest.mark.parametrize("place", mostly_slow(["directory", "Hub"], 0))
 def test_saved_again_a_model_names_no_code_that_is_not_there(hub, tmp_path, place, save):
     repo_id = f"me/code-{save.__name__}"
     if place == "Hub":

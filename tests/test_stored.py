@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import mostly_slow
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
@@ -349,7 +350,7 @@ def test_other_removed_branches_than_the_files_are_refused(stored, loader, remov
     refuses(loader, directory, "model.safetensors|weights do not fit")
 
 
-@pytest.mark.parametrize("name", ["eps_test_vit", "eps_test_resnet"])
+@pytest.mark.parametrize("name", mostly_slow(["eps_test_vit", "eps_test_resnet"], 1))
 @pytest.mark.parametrize("loader", TWIN_LOADERS)
 def test_twins_are_as_strict(stored, loader, name):
     refuses(loader, stored(name, lambda config: config.update(model_args={})), "lacks")

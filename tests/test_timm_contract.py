@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
+from conftest import mostly_slow
 from timm.layers import Format, get_channel_dim, get_spatial_dim, set_scriptable
 from timm.models import FeatureInfo, create_feature_extractor, get_graph_node_names, model_entrypoint
 from torch import Tensor, nn
@@ -130,6 +131,15 @@ TRACED = (
 )  # fmt: skip
 
 
+QUICK_COVER = (
+    *TRACED,
+    "eps_coat_tiny", "eps_crossvit_tiny_240", "eps_cs3darknet_focus_s", "eps_deit_tiny_distilled_patch16_224",
+    "eps_edgenext_xx_small", "eps_efficientvim_m1", "eps_ese_vovnet39b", "eps_levit_128s", "eps_mobilenetv3_small_050",
+    "eps_naflexvit_base_patch16_parfac_gap", "eps_regnetx_002", "eps_res2next50", "eps_resnetv2_18", "eps_test_coatnet",
+    "eps_test_mambaout", "eps_xcit_nano_12_p8_224",
+)  # fmt: skip
+
+
 class Case(NamedTuple):
     """A twin and the architecture that it gates, with equal weights, in evaluation mode. Tests change copies only."""
 
@@ -152,7 +162,14 @@ def make_case(name: str, size: int, keywords: dict[str, Any]) -> Case:
     return Case(name, keywords, twin, plain, torch.randn(2, 3, size, size))
 
 
-@pytest.fixture(scope="module", params=[*COVER, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE_COVER)])
+# By default those that differ most: the others are made in other ways of parts that these have as well.
+SLOW_COVER = [name for name in COVER if name not in QUICK_COVER]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*QUICK_COVER, *(pytest.param(name, marks=pytest.mark.slow) for name in (*SLOW_COVER, *LARGE_COVER))],
+)
 def case(request) -> Case:
     return make_case(request.param, *(COVER | LARGE_COVER)[request.param])
 
@@ -413,7 +430,7 @@ PRUNED = {
 }
 
 
-@pytest.mark.parametrize("name", PRUNED)
+@pytest.mark.parametrize("name", mostly_slow(PRUNED, 0, 2))
 def test_pruned_twins_script_and_trace(name):
     """Whatever takes timm's own network takes it with gates, open or closed, and without whole or half blocks."""
     found = try_tools(base_name(name), COVER[name][1])

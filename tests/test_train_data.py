@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import encoded, make_dataset, write_splits
+from conftest import encoded, make_dataset, mostly_slow, write_splits
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
@@ -142,7 +142,7 @@ def check(directory: Path, layout: str, train: int, test: int) -> None:
     assert list(config.pretrained_cfg["input_size"]) == [3, 32, 32]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, 0, 3, len(LAYOUTS) - 1))
 def test_a_few_images(tmp_path, layout, capsys):
     train_hf.main([*laid_out(layout, tmp_path, 40, 20), "--per_device_train_batch_size", "16"])
     check(tmp_path, layout, 40, 20)
@@ -177,7 +177,7 @@ def test_a_corrupt_image_ends_the_run_unless_it_is_to_be_skipped(tmp_path, split
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("further", [RESIZED, ["--image_size", "32"], [*RESIZED, "--streaming"]])
+@pytest.mark.parametrize("further", mostly_slow([RESIZED, ["--image_size", "32"], [*RESIZED, "--streaming"]], 1, 2))
 def test_corrupt_images_are_counted_once_each(tmp_path, further):
     """Of both splits, however often they are met; those to test on do not count as wrong answers."""
     arguments = [*SHORT, *photographs(tmp_path / "data", 12, 8), *further, "--output_dir", str(tmp_path / "out")]
@@ -190,7 +190,8 @@ def test_corrupt_images_are_counted_once_each(tmp_path, further):
 
 
 @pytest.mark.parametrize(
-    ("further", "name"), [([], "0.jpg"), (RESIZED, None), (["--streaming"], None), (["--streaming"], "0.jpg")]
+    ("further", "name"),
+    mostly_slow([([], "0.jpg"), (RESIZED, None), (["--streaming"], None), (["--streaming"], "0.jpg")], 1, 2),
 )
 def test_corrupt_images_in_a_table_are_counted_once_each(tmp_path, further, name):
     """Though they have no names, or one name."""

@@ -13,7 +13,7 @@ import datasets
 import pytest
 import timm
 import torch
-from conftest import make_dataset
+from conftest import make_dataset, mostly_slow
 from timm.data import IMAGENET_DEFAULT_MEAN
 from transformers import AutoModelForImageClassification
 
@@ -440,11 +440,11 @@ def test_default_run(tmp_path):
     assert max(results["eval_accuracy_by_epoch"][-10:]) - min(results["eval_accuracy_by_epoch"][-10:]) < 0.02
 
 
-@pytest.mark.parametrize("name", ["eps_test_resnet", "eps_test_vit"])
+@pytest.mark.parametrize("name", mostly_slow(["eps_test_resnet", "eps_test_vit"], 0))
 def test_twins_of_timm_models_train_too(tmp_path, name):
     """A post-activation ResNet and a ViT by their stored recipes, cut short."""
     config = ["--config", str(ROOT / "hub_configs" / f"{name}.digits.json"), "--num_warmup_steps", "0"]
-    short = [*SHORT[2:], "--output_dir", str(tmp_path), "--keep", "5"]
+    short = [*SHORT[2:], "--output_dir", str(tmp_path), "--keep", "5", "--max_eval_samples", "50"]
     results = train_hf.main([*config, *short])
     assert results["architecture"] == name
     assert 5 <= results["blocks_kept"] < results["blocks_total"], "responses still move after so few steps"

@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from conftest import mostly_slow
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -289,8 +290,9 @@ def checkpoint_step(spy: Spy, state: str, mid_epoch: bool = False) -> int:
 @pytest.mark.parametrize(
     ("saved", "state"),
     [
-        *((saved, state) for saved in ("after an epoch", "within an epoch") for state in STATES),
-        *(("at an epoch's last step", state) for state in STATES[1:]),  # after the first, with some closed
+        *mostly_slow([(saved, state) for saved in ("after an epoch", "within an epoch") for state in STATES], 2, 4),
+        # After the first, with some closed.
+        *mostly_slow([("at an epoch's last step", state) for state in STATES[1:]], 1),
     ],
 )
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -565,7 +567,7 @@ def test_an_interrupted_trainer_resumes_itself(trained, tmp_path):
     assert_same_weights(trainer.model, whole.model)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", mostly_slow(CRITERIA, 1))
 def test_an_optimizer_of_ones_own_resumes(tmp_path, criterion):
     """Trainer is given it when the model still has all its blocks."""
 
@@ -597,9 +599,8 @@ def test_an_optimizer_of_ones_own_resumes(tmp_path, criterion):
     ],
     ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()),
 )
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_goes_with_trainers_options(tmp_path, options, criterion):
-    budget = dict(keep=2, patience=1, criterion=criterion)
+def test_goes_with_trainers_options(tmp_path, options):
+    budget = dict(keep=2, patience=1, criterion="importance")
     trainer = make_trainer(tmp_path, budget=budget, num_train_epochs=3, number=16, **SGD, **options)
     trainer.train()
     records = pruning_callback(trainer).pruner.history
@@ -756,7 +757,7 @@ def from_timm_anew():
     )
 
 
-@pytest.mark.parametrize("make", [from_config_anew, from_timm_anew])
+@pytest.mark.parametrize("make", mostly_slow([from_config_anew, from_timm_anew], 1))
 def test_model_init_resumes(tmp_path, make, caplog):
     """By a new Trainer, and once more by the same one."""
 

@@ -236,6 +236,8 @@ class EpsResNet(nn.Module):
         _check_pooling(num_classes, global_pool)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
+        # timm gives the network its configuration later; what is removed now is found on images of this size.
+        self.pretrained_cfg = {"input_size": (in_chans, *(self.only_img_size or (32, 32)))}
         replay_removed(self, removed)
         set_closed(self, closed)
         guard_saving(self)

@@ -309,8 +309,8 @@ def _record(model: nn.Module, removed: Iterable[str]) -> None:
     """Note which branches are removed, where timm's own ``save_for_hf`` reads it when it saves."""
     body: Any = timm_body(model)
     body.removed = sorted(removed, key=natural_order)
-    if cfg := getattr(body, "pretrained_cfg", None):
-        # Only the twin can be built without these branches.
+    cfg = getattr(body, "pretrained_cfg", None) or {}
+    if "architecture" in cfg:  # only the twin can be built without these branches
         body.pretrained_cfg = {**cfg, "architecture": twin_name(cfg["architecture"])}
     body._model_args = {**getattr(body, "_model_args", {}), "removed": body.removed}
     record_structure(model)
