@@ -212,3 +212,58 @@ def test_trainer_takes_a_target_and_a_criterion(tmp_path):
     saved = json.loads(path.read_text())["stateful_callbacks"]["EpsilonCallback"]
     assert "SmallestFirst" in saved["args"]["criterion"]
     assert saved["attributes"]["saved"]["budget"] == {"dense": dense}
+
+
+# What a user adds without touching the package.
+
+
+class Bytes(timm_eps.Budget):
+    """A budget of one's own: the size of the state dict."""
+
+    argument, unit = "bytes", "bytes"
+
+    def count(self, network, image_shape):
+        return sum(value.numel() * value.element_size() for value in network.state_dict().values())
+
+
+@pytest.mark.parametrize("criterion", ["response", SmallestFirst()])
+def test_a_budget_of_ones_own(criterion):
+    schedule = timm_eps.CostEpsilon(Bytes(0.5), ramp_epochs=3)
+    model, pruner = pruned(schedule=schedule, criterion=criterion)
+    size, dense = (Bytes(1.0).count(net, (3, 8, 8)) for net in (model, tiny_net(num_classes=5)))
+    assert size <= 0.5 * dense
+    again = EpsilonPruner(model, schedule=timm_eps.CostEpsilon(Bytes(0.5), ramp_epochs=3), criterion=criterion)
+    again.load_state_dict(json.loads(json.dumps(pruner.state_dict())))
+    assert again.schedule.costs.dense == dense, "what the dense network had comes along"
+
+
+def test_a_budget_of_ones_own_chooses():
+    model = tiny_net(num_classes=5)
+    report = timm_eps.analyze(model, [(torch.randn(8, 3, 8, 8), torch.arange(8) % 5)], batch_sizes=(), progress=False)
+    timm_eps.prune(model, report.choose(budget=Bytes(0.5)))
+    assert Bytes(1.0).count(model, (3, 8, 8)) <= 0.5 * Bytes(1.0).count(tiny_net(num_classes=5), (3, 8, 8))
+    with pytest.raises(ValueError, match="Give exactly one budget"):
+        report.choose(budget=Bytes(0.5), keep=3)
+
+
+class EverySecondEpoch:
+    """A schedule of one's own: one more branch each second epoch."""
+
+    def __call__(self, epoch, responses, total):
+        weakest = sorted(responses, key=responses.__getitem__)[: (epoch + 1) // 2 - (total - len(responses))]
+        return {slot: 2 * responses[slot] if slot in weakest and math.isfinite(responses[slot]) else 0.0
+                for slot in responses}  # fmt: skip
+
+
+def test_a_schedule_of_ones_own():
+    model, pruner = pruned(epochs=7, schedule=EverySecondEpoch())
+    assert [len(record["removed"]) for record in pruner.history] == [0, 1, 0, 1, 0, 1, 0]
+    assert pruner.wanted == 9
+    assert len(removed_slots(model)) == 3
+    for given, message in (
+        ({"epsilon": 1.0}, "Give exactly one of epsilon and keep"),
+        ({"warmup_epochs": 1}, "warmup_epochs and ramp_epochs go with"),
+        ({"criterion": "importance"}, "goes with keep"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EpsilonPruner(tiny_net(), schedule=EverySecondEpoch(), **given)

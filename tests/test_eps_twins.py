@@ -162,6 +162,53 @@ def test_mixin():
         GatedResNet(**arguments, removed=["layer1.7.drop_path"])
 
 
+class GatedResNet(EpsilonMixin, timm.models.ResNet):
+    pass
+
+
+GatedResNet.register(
+    "eps_a_resnet_of_ones_own", {"first_conv": "conv1", "classifier": "fc", "input_size": (3, 64, 64)},
+    block=timm.models.resnet.BasicBlock, layers=(1, 2, 2, 1),
+)  # fmt: skip
+
+
+def test_a_class_of_ones_own_is_saved_loaded_and_pushed_like_a_twin(hub, tmp_path):
+    model = timm.create_model("eps_a_resnet_of_ones_own", num_classes=3).eval()
+    timm_eps.prune(model, ["layer2.1.drop_path"])
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    timm_eps.save_pretrained(model, tmp_path / "out", label_names=["a", "b", "c"])
+    timm_eps.push_to_hub(model, "me/own")
+    for place in (f"local-dir:{tmp_path / 'out'}", "hf-hub:me/own"):
+        again = timm.create_model(place, pretrained=True).eval()
+        assert type(again) is GatedResNet
+        assert torch.equal(again(images), expected)
+    auto = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(auto(images).logits, expected)
+    assert auto.config.id2label == {0: "a", 1: "b", 2: "c"}
+    other = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=5)
+    assert torch.equal(other.conv1.weight, model.conv1.weight)
+    assert other(images).shape == (2, 5)
+    with pytest.raises(ValueError, match="is not an architecture of timm"):
+        timm_eps.export_timm(model, tmp_path / "plain")
+
+
+def test_all_gated_networks_are_instances_of_the_mixin():
+    twin, plain = timm.create_model("eps_test_resnet"), timm.create_model("test_resnet")
+    assert isinstance(twin, EpsilonMixin)
+    assert not isinstance(plain, EpsilonMixin)
+    assert not isinstance(twin, GatedResNet), "which is more than gates"
+    assert isinstance(timm.create_model("eps_a_resnet_of_ones_own"), GatedResNet)
+    timm_eps.add_gates(plain)
+    assert isinstance(plain, EpsilonMixin)
+
+
+@pytest.mark.parametrize(("name", "said"), [("my_resnet", "begins with eps_"), ("eps_resnet18", "is taken")])
+def test_names_that_cannot_be_registered(name, said):
+    with pytest.raises(ValueError, match=said):
+        GatedResNet.register(name)
+
+
 def test_weight_decay_empties_a_branch_only_where_it_reaches_the_last_norm():
     """A norm undoes what decay does to the weights before it: a shut branch's response falls with param_groups only."""
 

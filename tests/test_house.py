@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "timm_eps"
 # Rooms and files at the root, from the ground up.
 ORDER = [
-    "names", "budget", "gate", "files", "surgery", "report", "schedule", "analysis", "importance", "cost_schedule",
-    "criteria", "pruner", "models", "hf", "hub", "__init__", "training",
+    "names", "learning_rate", "gate", "files", "surgery", "report", "budget", "schedule", "analysis", "importance",
+    "cost_schedule", "criteria", "thresholds", "pruner", "models", "hf", "hub", "__init__", "training",
 ]  # fmt: skip
 # What else is imported, by room: the others get along with torch and timm.
 LIBRARIES = {"transformers": {"hf", "hub", "files", "training"}, "accelerate": {"training"}, "datasets": {"training"}}

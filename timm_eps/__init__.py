@@ -6,6 +6,8 @@ Importing the package registers ``eps_resnet*`` with timm and the ``EpsResNet`` 
 from .analysis.analyze import analyze
 from .analysis.cutting import prune
 from .analysis.report import Analysis
+from .budget import Budget
+from .cost_schedule import CostEpsilon
 from .criteria import Importance, LeaveOneOut, Response
 from .gate import EpsilonGate
 from .hf.configuration_eps_resnet import EpsResNetConfig
@@ -15,11 +17,12 @@ from .hf.trainer_callback import EpsilonCallback
 from .hub.export import export_timm
 from .hub.onnx_export import export_onnx
 from .hub.saving import push_to_hub, save_pretrained
+from .learning_rate import RestartingLR
 from .models import eps_resnet as _eps_resnet  # noqa: F401  registers the timm models
 from .models import eps_twins as _eps_twins  # noqa: F401
 from .models.mixin import EpsilonMixin
 from .pruner import EpsilonPruner
-from .schedule import RestartingLR
+from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery.branches import gates
 from .surgery.removal import add_gates, param_groups, remove_closed, removed_slots
 
@@ -27,6 +30,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Analysis",
+    "Budget",
+    "BudgetEpsilon",
+    "ConstantEpsilon",
+    "CostEpsilon",
     "Distillation",
     "EpsResNetBackbone",
     "EpsResNetConfig",

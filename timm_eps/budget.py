@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import ClassVar
+
+import torch
+from torch import nn
+
+from .report import count_macs, count_parameters
 
 __all__ = [
     "BUDGETS",
@@ -23,7 +29,19 @@ __all__ = [
 
 
 class Budget:
-    """One of the four budgets.
+    """How much may stay, in one unit: the four below, and those of your own, which say what a network has of it.
+
+    Example::
+
+        class Bytes(timm_eps.Budget):
+            argument, unit = "bytes", "bytes"
+
+            def count(self, network, image_shape):
+                return sum(value.numel() * value.element_size() for value in network.state_dict().values())
+
+        schedule = timm_eps.CostEpsilon(Bytes(0.5), warmup_epochs=1, ramp_epochs=2)
+        pruner = timm_eps.EpsilonPruner(model, optimizer, schedule=schedule)
+        slots = timm_eps.analyze(model, batches, batch_sizes=(), progress=False).choose(budget=Bytes(0.5))
 
     Args:
         value: Fraction of the dense network (float, 0 < value <= 1), or an absolute number (int, or float above 1).
@@ -57,6 +75,15 @@ class Budget:
         """What may stay, in ``unit``, of a network that has ``dense``."""
         return self.value * dense if self.is_fraction else self.value
 
+    def count(self, network: nn.Module, image_shape: Sequence[int]) -> float:
+        """What a network has, in ``unit``. It falls with each branch that is removed.
+
+        Args:
+            network: The timm model with what is left of it, on the meta device: shapes without numbers.
+            image_shape: (C, H, W) of the images that it is configured for.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not counted.")
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.value!r})"
 
@@ -77,12 +104,19 @@ class TargetParams(Budget):
     argument = "target_params"
     unit = "parameters"
 
+    def count(self, network: nn.Module, image_shape: Sequence[int]) -> float:
+        return count_parameters(network)
+
 
 class TargetMacs(Budget):
     """Multiply-adds of convolutions and matrix products for one image."""
 
     argument = "target_macs"
     unit = "multiply-adds"
+
+    def count(self, network: nn.Module, image_shape: Sequence[int]) -> float:
+        dtype = next(network.parameters()).dtype
+        return count_macs(network, torch.empty((1, *image_shape), device="meta", dtype=dtype))
 
 
 class TargetLatency(Budget):

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from .analysis.measure import branch_times, milliseconds, pruned_copy, size_without
+from .analysis.measure import branch_times, milliseconds, network_without, pruned_copy
 from .analysis.selection import within_measured
-from .budget import Budget, TargetLatency, TargetMacs, check_reachable
-from .schedule import BudgetEpsilon
+from .budget import Budget, TargetLatency, budget_from, check_reachable
+from .schedule import BudgetEpsilon, ConstantEpsilon, Schedule
 from .surgery.branches import gates, input_size, probe_batch, timm_body
 from .surgery.distributed import agreed
 from .surgery.removal import removed_slots
 
-__all__ = ["CostEpsilon"]
+__all__ = ["CostEpsilon", "schedule_from"]
 
 
 class CostEpsilon(BudgetEpsilon):
@@ -33,12 +33,18 @@ class CostEpsilon(BudgetEpsilon):
         budget: What may stay.
         warmup_epochs: Number of epochs with ε = 0 first.
         ramp_epochs: Number of epochs from the first closed branch to the full budget.
+
+    Example::
+
+        budget = timm_eps.budget.TargetLatency(0.5, batch_size=1)
+        schedule = timm_eps.CostEpsilon(budget, warmup_epochs=1, ramp_epochs=2)
+        pruner = timm_eps.EpsilonPruner(model, optimizer, schedule=schedule)
     """
 
     def __init__(self, budget: Budget, warmup_epochs: int = 0, ramp_epochs: int = 0) -> None:
         super().__init__(1, warmup_epochs, ramp_epochs)
         self.budget = budget
-        self.costs: _Sizes | _Times | None = None
+        self.costs: _Counts | _Times | None = None
 
     def attach(self, model: nn.Module) -> None:
         """Measure the model that is to be trained.
@@ -51,7 +57,7 @@ class CostEpsilon(BudgetEpsilon):
         if isinstance(self.budget, TargetLatency):
             self.costs = _Times(body, self.budget.batch_size)
         else:
-            self.costs = _Sizes(body, 1 if isinstance(self.budget, TargetMacs) else 0)
+            self.costs = _Counts(body, self.budget)
         if not removed_slots(body):
             check_reachable(self.budget, self.costs.dense, self.costs.least(), len(gates(body)))
 
@@ -105,16 +111,16 @@ class CostEpsilon(BudgetEpsilon):
             setattr(self.costs, name, value)
 
 
-class _Sizes:
-    """Parameters or multiply-adds.
+class _Counts:
+    """What a budget counts.
 
     Args:
         body: The timm model.
-        which: Position in a :class:`timm_eps.analysis.measure.Size`.
+        budget: Counts it.
     """
 
-    def __init__(self, body: nn.Module, which: int) -> None:
-        self.body, self.which = body, which
+    def __init__(self, body: nn.Module, budget: Budget) -> None:
+        self.body, self.budget = body, budget
         self._known: dict[frozenset[str], float] = {}
         self.dense = self.left([])
 
@@ -126,7 +132,7 @@ class _Sizes:
         key = frozenset((*slots, *removed_slots(self.body)))
         if key not in self._known:
             here = [slot for slot in key if slot in gates(self.body)]
-            self._known[key] = size_without(self.body, here, input_size(self.body))[self.which]
+            self._known[key] = self.budget.count(network_without(self.body, here), input_size(self.body))
         return self._known[key]
 
     def least(self) -> float:
@@ -176,3 +182,44 @@ class _Times:
 
     def state_dict(self) -> dict[str, Any]:
         return {"dense": self.dense, "none": self.none, "saved": self.saved}
+
+
+def schedule_from(
+    epsilon: float | None,
+    keep: float | int | None,
+    targets: Mapping[str, float | Budget | None],
+    warmup_epochs: int,
+    ramp_epochs: int,
+    schedule: Schedule | None = None,
+) -> Schedule:
+    """The schedule that the arguments of a pruner stand for.
+
+    Args:
+        epsilon: A constant threshold.
+        keep: Fraction or number of branches to keep.
+        targets: Other budgets by the name of their argument, as :func:`timm_eps.budget.budget_from` takes them.
+        warmup_epochs: Number of epochs in which every gate is open.
+        ramp_epochs: Number of epochs from the first closed branch to the full budget.
+        schedule: One that is ready.
+
+    Raises:
+        ValueError: Not exactly one of them is given, or a ramp without a budget.
+    """
+    given = {"epsilon": epsilon, "keep": keep, **targets, "schedule": schedule}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            f"Give exactly one of epsilon and keep, or in place of keep one of {', '.join(targets)}, or a schedule; "
+            f"got {' and '.join(f'{name}={value!r}' for name, value in given.items()) or 'none'}."
+        )
+    if schedule is not None:
+        if warmup_epochs or ramp_epochs:
+            raise ValueError("warmup_epochs and ramp_epochs go with epsilon or a budget: a schedule has its own.")
+        return schedule
+    if keep is not None:
+        return BudgetEpsilon(keep, warmup_epochs, ramp_epochs)
+    if epsilon is None:
+        return CostEpsilon(budget_from(**targets), warmup_epochs, ramp_epochs)
+    if ramp_epochs:
+        raise ValueError(f"ramp_epochs={ramp_epochs} goes with keep; a constant epsilon has no ramp.")
+    return ConstantEpsilon(epsilon, warmup_epochs)

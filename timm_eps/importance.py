@@ -11,7 +11,7 @@ import torch
 from .gate import EpsilonGate
 from .surgery.branches import stage_of
 
-__all__ = ["importance_ranks", "note_step", "sum_gradients"]
+__all__ = ["importance_ranks", "measured_importances", "note_step", "sum_gradients"]
 
 
 def sum_gradients(gates: Iterable[EpsilonGate]) -> None:
@@ -45,6 +45,29 @@ def note_step(gates: Iterable[EpsilonGate]) -> None:
             gate.importance = gate.importance.to(share.device)
         gate.importance += share
         gate.gain.grad = None  # type: ignore[union-attr]
+
+
+def measured_importances(
+    recorded: Mapping[str, float], responses: Mapping[str, float], streaks: Mapping[str, int]
+) -> dict[str, float]:
+    """The importances of an epoch that were measured.
+
+    What is open and responds but got no gradient was not: nobody called backward. And what diverged stays open, as it
+    does by its response.
+
+    Args:
+        recorded: What the gates had at its end, by slot.
+        responses: The responses of the epoch, by slot.
+        streaks: For how many epochs each branch that is there has been closed.
+    """
+    return {
+        slot: importance
+        for slot, importance in recorded.items()
+        if slot in streaks
+        and math.isfinite(responses[slot])
+        and math.isfinite(importance)
+        and (importance or streaks[slot] or not responses[slot])
+    }
 
 
 def importance_ranks(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CIFAR_DEPTHS", "base_name", "is_cifar_network", "twin_name"]
+__all__ = ["CIFAR_DEPTHS", "PREFIX", "base_name", "is_cifar_network", "note_original", "twin_name"]
 
 PREFIX = "eps_"
 CIFAR_DEPTHS = (20, 32, 44, 56, 110, 200, 302, 500, 752)
@@ -17,10 +17,15 @@ def twin_name(architecture: str) -> str:
 
 
 def base_name(architecture: str) -> str:
-    """The name of the timm architecture that a twin gates; that of a CIFAR network, which gates none, is its own."""
+    """The name of the timm architecture that a twin gates; that of a network which is no twin is its own."""
     if is_cifar_network(architecture):
         return architecture
     return _ORIGINAL.get(architecture, architecture.removeprefix(PREFIX))
+
+
+def note_original(architecture: str) -> None:
+    """Note that a name with ``eps_`` is no twin's: a network with gates of its own, which timm has not without them."""
+    _ORIGINAL[architecture] = architecture
 
 
 def is_cifar_network(architecture: str) -> bool:

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import logging
-import math
 import numbers
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .budget import Budget, budget_from
-from .cost_schedule import CostEpsilon
-from .criteria import Criterion, Response, Seen, criterion_from, ranked_by
+from .budget import Budget
+from .cost_schedule import CostEpsilon, schedule_from
+from .criteria import Criterion
 from .gate import EpsilonGate
 from .importance import note_step, sum_gradients
-from .schedule import BudgetEpsilon, ConstantEpsilon
+from .schedule import Schedule
 from .surgery.branches import check_input, gates, timm_body
-from .surgery.checks import shortened, warn_of_silent, warn_of_undecayed
+from .surgery.checks import warn_of_frozen, warn_of_silent, warn_of_undecayed
 from .surgery.copies import note_copies
-from .surgery.distributed import agreed
+from .surgery.distributed import share_measured
 from .surgery.followers import follow, left_behind
 from .surgery.frozen import FrozenBranches
 from .surgery.loading import LoadedStructure
 from .surgery.optimizers import Optimizers, forget, innermost
 from .surgery.removal import add_gates, remove, removed_slots, replay_removed
+from .thresholds import Thresholds, keep_one_open
 
 _logger = logging.getLogger(__name__)
 
@@ -70,12 +68,11 @@ class EpsilonPruner:
         live_removal: Whether to remove branches during training. Otherwise closed branches stay until
             :func:`remove_closed` or a save.
         criterion: With a budget, ranking of the branches: ``'response'``, the largest of an epoch; ``'importance'``,
-            the change of the loss without the branch (:meth:`EpsilonGate.measure_importance`); ``'last'``, the last
-            branches of the network first; an object of :mod:`timm_eps.criteria`, or your own. With importance and
-            ``keep``, each stage keeps its share of the budget, unless the budget has fewer branches than there are
-            stages. With any criterion except the response, each branch that is due gets its own ε, twice its response.
-            Importance is measured over the steps of the optimizer, only in the epochs after which branches are due:
-            pass that optimizer.
+            the change of the loss without the branch, measured over the steps of the optimizer; ``'last'``, the last
+            branches of the network first; an object of :mod:`timm_eps.criteria`, or your own. With any criterion except
+            the response, each branch that is due gets its own ε, twice its response.
+        schedule: Instead of ``epsilon`` or a budget, an object that says ε in each epoch: one of
+            :mod:`timm_eps.schedule`, or your own.
         prune_frozen: Whether to remove branches that cannot learn, because none of their parameters needs a gradient.
             By default they stay and count as kept.
         followers: Copies of the model that are updated in place and must have its structure, such as averages of its
@@ -92,9 +89,9 @@ class EpsilonPruner:
             ``importances`` if they were measured.
 
     Raises:
-        ValueError: Not exactly one of ``epsilon`` and the budgets is given, a value is out of range, the model has no
-            residual branches, is wrapped or compiled, or does not take images of its configured size, parameters
-            cannot be deleted from the optimizer, or a follower is not a copy of the model.
+        ValueError: Not exactly one of ``epsilon``, the budgets and ``schedule`` is given, a value is out of range, the
+            model has no residual branches, is wrapped or compiled, or does not take images of its configured size,
+            parameters cannot be deleted from the optimizer, or a follower is not a copy of the model.
     """
 
     def __init__(
@@ -112,29 +109,14 @@ class EpsilonPruner:
         patience: int = 3,
         live_removal: bool = True,
         criterion: str | Criterion = "response",
+        schedule: Schedule | None = None,
         prune_frozen: bool = False,
         followers: Iterable[Any] = (),
     ) -> None:
-        targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
-        if sum(value is not None for value in (epsilon, keep, *targets.values())) != 1:
-            given = {"epsilon": epsilon, "keep": keep} | {name: v for name, v in targets.items() if v is not None}
-            raise ValueError(
-                f"Give exactly one of epsilon and keep, or in place of keep one of {', '.join(targets)}; got "
-                f"{' and '.join(f'{name}={value!r}' for name, value in given.items())}."
-            )
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience must be a whole number of epochs, at least 1, got {patience!r}.")
-        self._ranking = criterion_from(criterion)
-        if epsilon is not None and not isinstance(self._ranking, Response):
-            raise ValueError(f"criterion={criterion!r} goes with keep; a constant epsilon is one for the responses.")
-        if keep is not None:
-            self.schedule: BudgetEpsilon | ConstantEpsilon = BudgetEpsilon(keep, warmup_epochs, ramp_epochs)
-        elif epsilon is None:
-            self.schedule = CostEpsilon(budget_from(**targets), warmup_epochs, ramp_epochs)
-        elif ramp_epochs:
-            raise ValueError(f"ramp_epochs={ramp_epochs} goes with keep; a constant epsilon has no ramp.")
-        else:
-            self.schedule = ConstantEpsilon(epsilon, warmup_epochs)  # type: ignore[arg-type]
+        targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
+        self.schedule = schedule_from(epsilon, keep, targets, warmup_epochs, ramp_epochs, schedule)
         self.model = model
         self.patience = patience
         self.live_removal = live_removal
@@ -156,15 +138,15 @@ class EpsilonPruner:
         self._streaks = dict.fromkeys(gates(model), 0)
         self._stuck: set[str] = set()  # closed, but proven to be needed: not tried again until another one is ready
         self.total = len(self._streaks) + len(removed_slots(model))
+        self._thresholds = Thresholds(model, self.schedule, criterion, self.total)
         if isinstance(keep, numbers.Integral) and keep > self.total:
             raise ValueError(f"keep={keep} branches, but {type(timm_body(model)).__name__} has only {self.total}.")
         if isinstance(self.schedule, CostEpsilon):
             self.schedule.attach(model)
-        # A budget needs responses to measure by, so its first epoch is open whatever the warm-up.
-        self._set_thresholds(self.schedule(0, dict.fromkeys(self._streaks, math.inf), self.total))
+        self._set_thresholds(self._thresholds.first())
         LoadedStructure(model, self._lose).install(timm_body(model))
         self._take_along()
-        self._warn_of_frozen()
+        warn_of_frozen([slot for slot in self._streaks if slot in self._staying], self.total, self.wanted)
         warn_of_silent(model)
         if self._optimizers:
             warn_of_undecayed(model, self._optimizers)
@@ -199,13 +181,17 @@ class EpsilonPruner:
             gate.measure_importance()
 
     def _note_step(self) -> None:
-        if self._measuring:
+        if self._is_measuring:
             note_step(gates(self.model).values())
+
+    @property
+    def _is_measuring(self) -> bool:
+        return self._thresholds.is_measuring(self.epoch, len(self._streaks))
 
     @property
     def wanted(self) -> int:
         """Number of branches that the budget keeps; without a budget, all of them."""
-        return self.schedule.kept(self.total) if isinstance(self.schedule, BudgetEpsilon) else self.total
+        return self._thresholds.wanted
 
     @property
     def discarded(self) -> int:
@@ -227,7 +213,8 @@ class EpsilonPruner:
         """
         found = gates(self.model)
         self._streaks = {slot: streak for slot, streak in self._streaks.items() if slot in found}  # see remove_closed
-        is_ranked, is_measured = self._is_ranking, self._measuring  # asked now: branches that go change the answer
+        is_ranked = self._thresholds.is_ranking(self.epoch, len(found))  # asked now: branches that go change the answer
+        is_measured = self._is_measuring
         staying = self._staying
         responses = self._collect_responses()
         if found and not responses and not self._warned_of_evaluation:
@@ -242,7 +229,8 @@ class EpsilonPruner:
             is_below = slot not in staying and response < found[slot].threshold.item()
             self._streaks[slot] = self._streaks[slot] + 1 if is_below else 0
             found[slot].closed = is_below
-        self._keep_one_open(responses)
+        if opened := keep_one_open(self.model, responses, self.epsilon):
+            self._streaks[opened] = 0
         closed = [slot for slot in responses if found[slot].closed]
         removed = self._remove([slot for slot in closed if self._streaks[slot] >= self.patience])
         record = {
@@ -256,7 +244,7 @@ class EpsilonPruner:
             record["importances"] = {slot: float(found[slot].importance) for slot in responses}
         self.history.append(record)
         self.epoch += 1
-        self._set_thresholds(self._next_thresholds(is_ranked))
+        self._set_thresholds(self._thresholds.following(record, self._streaks, self._staying, is_ranked))
         self._take_along()
         for copied in left_behind(self.model, self.followers):
             _logger.warning(
@@ -266,82 +254,6 @@ class EpsilonPruner:
                 type(copied).__name__,
             )
         return removed
-
-    def _keep_one_open(self, responses: Mapping[str, float]) -> None:
-        """Open the branch of the largest response, if all branches are closed: a network of none learns nothing."""
-        found = gates(self.model)
-        if not responses or not all(gate.closed for gate in found.values()):
-            return
-        strongest = max(responses, key=responses.__getitem__)
-        found[strongest].closed = False
-        self._streaks[strongest] = 0
-        _logger.warning(
-            "epsilon=%g would close all %d branches that are left: %s, whose response (%g) is the largest, stays open. "
-            "Lower epsilon to keep more.",
-            self.epsilon,
-            len(found),
-            strongest,
-            responses[strongest],
-        )
-
-    @property
-    def _is_ranking(self) -> bool:
-        """Whether branches are to be ranked after this epoch."""
-        if not isinstance(self.schedule, BudgetEpsilon):
-            return False
-        return self.schedule.to_close(self.epoch + 1, self.total) > self.total - len(self._streaks)
-
-    @property
-    def _measuring(self) -> bool:
-        """Whether importances are needed to rank the branches after this epoch."""
-        return getattr(self._ranking, "measures_importance", False) and self._is_ranking
-
-    def _next_thresholds(self, is_ranked: bool) -> dict[str, float]:
-        """ε of each branch in the epoch that begins, by what the last one showed."""
-        responses = self.history[-1]["responses"]
-        staying = self._staying
-        remaining = {slot: math.inf if slot in staying else responses.get(slot, math.inf) for slot in self._streaks}
-        if isinstance(self._ranking, Response):
-            thresholds = self.schedule(self.epoch, remaining, self.total)
-            is_open = [slot for slot, gate in gates(self.model).items() if not gate.closed]
-            # The last open branch is not closed on single batches either: its response may be under a constant ε.
-            return {**thresholds, is_open[0]: 0.0} if len(is_open) == 1 else thresholds
-        if not is_ranked:
-            return dict.fromkeys(self._streaks, 0.0)
-        assert isinstance(self.schedule, BudgetEpsilon), "a constant epsilon has no other criterion"
-        kept = None if isinstance(self.schedule, CostEpsilon) else self.schedule.kept(self.total)
-        removed = removed_slots(self.model)
-        seen = Seen(timm_body(self.model), remaining, self._importances(responses), removed, staying, kept)
-        ranks = ranked_by(self._ranking, seen)
-        # A criterion may say something else in each process: what it says in the first one counts.
-        ranks = dict(zip(ranks, agreed(list(ranks.values()), timm_body(self.model)), strict=True))
-        due, _ = self.schedule.divide(self.epoch, ranks, self.total)
-        found = gates(self.model)
-        # Of an empty branch at least the smallest number there is: 0 is not below 0.
-        least = {slot: torch.finfo(found[slot].threshold.dtype).tiny for slot in due}
-        return {slot: max(2 * remaining[slot], least[slot]) if slot in due else 0.0 for slot in self._streaks}
-
-    def _importances(self, responses: Mapping[str, float]) -> dict[str, float]:
-        """The importance of each branch in the last epoch; infinite where it was not measured."""
-        if "importances" not in self.history[-1]:
-            return dict.fromkeys(self._streaks, math.inf)
-        measured = {
-            slot: importance
-            for slot, importance in self.history[-1]["importances"].items()
-            # What is open and responds but got no gradient was not measured: nobody called backward. And what diverged
-            # stays open, as it does by its response.
-            if slot in self._streaks
-            and math.isfinite(responses[slot])
-            and math.isfinite(importance)
-            and (importance or self._streaks[slot] or not responses[slot])
-        }
-        if responses and not measured:
-            _logger.warning(
-                "Nothing closes: no branch has an importance after epoch %d. It is measured by loss.backward(), not by "
-                "torch.autograd.grad, from finite gradients.",
-                self.epoch - 1,
-            )
-        return dict.fromkeys(self._streaks, math.inf) | measured
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` needs, as plain numbers, strings, lists and dicts."""
@@ -394,23 +306,7 @@ class EpsilonPruner:
         :meth:`step` calls this. Call it yourself before saving in mid-epoch; otherwise the other processes' responses
         are lost. Every process must call it.
         """
-        found = gates(self.model)
-        if not (found and dist.is_available() and dist.is_initialized()):
-            return
-        # A gate that has not run yet may have its response elsewhere.
-        device = next(iter(found.values())).threshold.device
-
-        def share(name: str, op: Any, divisor: int = 1) -> None:
-            values = torch.stack([getattr(gate, name).float().to(device) for gate in found.values()])
-            # MAX does not carry NaN on every backend; infinity keeps a gate open just as well.
-            values = torch.nan_to_num(values, nan=torch.inf, posinf=torch.inf)
-            dist.all_reduce(values, op=op)
-            for gate, value in zip(found.values(), values / divisor, strict=True):
-                getattr(gate, name).copy_(value)
-
-        share("response", dist.ReduceOp.MAX)
-        if self._measuring:
-            share("importance", dist.ReduceOp.SUM, dist.get_world_size())
+        share_measured(gates(self.model).values(), with_importance=self._is_measuring)
 
     def _collect_responses(self) -> dict[str, float]:
         """The epoch's response of each branch that ran in training; one that is frozen in evaluation mode has none."""
@@ -429,7 +325,7 @@ class EpsilonPruner:
 
     def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
         self.epsilon = max(thresholds.values(), default=0.0)
-        measuring, staying = self._measuring, self._staying
+        measuring, staying = self._is_measuring, self._staying
         for slot, gate in gates(self.model).items():
             gate.epsilon = 0.0 if slot in staying else thresholds[slot]
             gate.reset_response()
@@ -455,19 +351,3 @@ class EpsilonPruner:
         self._parameters = parameters
         for follower in self.followers:
             follow(self.model, follower)
-
-    def _warn_of_frozen(self) -> None:
-        if not (staying := self._staying):
-            return
-        free = self.total - len(staying)
-        wanted = self.total - self.schedule.kept(self.total) if isinstance(self.schedule, BudgetEpsilon) else 1
-        if wanted > free:
-            _logger.warning(
-                "%d of the %d branches are frozen and stay, as none of their parameters needs a gradient (%s): at most "
-                "%d branches can go, and %d are to. Unfreeze some of them, raise keep, or pass prune_frozen=True.",
-                len(staying),
-                self.total,
-                shortened(slot for slot in self._streaks if slot in staying),
-                free,
-                wanted,
-            )

@@ -1,23 +1,42 @@
-"""What ε is in each epoch, and the learning rate that begins anew when blocks were discarded.
+"""What ε is in each epoch.
 
-An ε schedule maps (epoch, responses of the epoch before) to a threshold for each branch. Both hold ε = 0 while the
-network warms up: a branch that starts near zero would otherwise be shut before it has learnt anything, and stay shut.
+An ε schedule maps (epoch, responses of the epoch before) to a threshold for each branch. Those here hold ε = 0 while
+the network warms up: a branch that starts near zero would otherwise be shut before it has learnt anything, and stay so.
 """
 
 from __future__ import annotations
 
-import bisect
 import math
 import numbers
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from collections.abc import Mapping
+from typing import Protocol
 
 from .gate import check_epsilon
 
-__all__ = ["BudgetEpsilon", "ConstantEpsilon", "RestartingLR"]
+__all__ = ["BudgetEpsilon", "ConstantEpsilon", "Schedule"]
+
+
+class Schedule(Protocol):
+    """What :class:`timm_eps.EpsilonPruner` asks for the thresholds of an epoch.
+
+    A schedule of one's own needs this one method, and none of these classes::
+
+        class Rising:
+            def __call__(self, epoch, responses, total):
+                return dict.fromkeys(responses, 0.1 * epoch)
+
+        pruner = timm_eps.EpsilonPruner(model, schedule=Rising())
+    """
+
+    def __call__(self, epoch: int, responses: Mapping[str, float], total: int) -> dict[str, float]:
+        """ε of each branch for ``epoch``, counted from 0.
+
+        Args:
+            epoch: The epoch that begins.
+            responses: Response of each branch that is still there, in the epoch before; infinity if it did not run, or
+                is not to close.
+            total: Number of branches that the model was built with.
+        """
 
 
 class ConstantEpsilon:
@@ -29,6 +48,13 @@ class ConstantEpsilon:
 
     Raises:
         ValueError: ε is negative, NaN or infinite, or the warm-up is negative.
+
+    Source: section 3.2 of the paper.
+
+    Example::
+
+        schedule = timm_eps.ConstantEpsilon(2.5, warmup_epochs=150)
+        pruner = timm_eps.EpsilonPruner(model, optimizer, schedule=schedule)
     """
 
     def __init__(self, epsilon: float, warmup_epochs: int = 0) -> None:
@@ -57,6 +83,14 @@ class BudgetEpsilon:
 
     Raises:
         ValueError: ``keep`` is neither a fraction nor a positive number, or an epoch count is negative.
+
+    Example::
+
+        class Linear(timm_eps.BudgetEpsilon):
+            def progress(self, epoch):
+                return min(max((epoch - self.warmup_epochs + 1) / max(1, self.ramp_epochs), 0.0), 1.0)
+
+        pruner = timm_eps.EpsilonPruner(model, optimizer, schedule=Linear(0.25, warmup_epochs=4, ramp_epochs=8))
     """
 
     def __init__(self, keep: float | int, warmup_epochs: int = 0, ramp_epochs: int = 0) -> None:
@@ -112,72 +146,3 @@ def _check_epochs(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} must be a whole number of epochs, at least 0, got {value!r}.")
     return value
-
-
-class RestartingLR(LRScheduler):
-    """Lowers the learning rate in steps, and restarts whenever more blocks are closed or removed.
-
-    The paper calls this schedule required on CIFAR and SVHN. The defaults are its CIFAR setting: 0.1 of the learning
-    rate after 82 epochs, 0.01 after 123, 0.002 after 300, counted from the start; and after 41, 61 and 150 epochs,
-    counted from the last restart. Call :meth:`step` once an epoch with the number of blocks closed or removed so far.
-
-    Args:
-        optimizer: Optimizer whose current learning rates are the highest ones.
-        milestones: Epochs at which the next factor applies, before any restart.
-        restart_milestones: The same, in epochs after a restart.
-        factors: One more than milestones; multiplies the learning rate.
-
-    Raises:
-        ValueError: The milestones do not increase, or their number does not fit the factors.
-
-    Source: section 4.1 of the paper and the authors' cifar10 script.
-
-    Example::
-
-        optimizer = torch.optim.SGD(timm_eps.param_groups(model, weight_decay=2e-4), lr=0.1, momentum=0.9)
-        pruner = timm_eps.EpsilonPruner(model, optimizer, epsilon=2.5, warmup_epochs=150)
-        scheduler = timm_eps.RestartingLR(optimizer)
-        for epoch in range(3):
-            train_one_epoch(model, optimizer)
-            pruner.step()
-            scheduler.step(pruner.discarded)
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        milestones: Sequence[int] = (82, 123, 300),
-        restart_milestones: Sequence[int] = (41, 61, 150),
-        factors: Sequence[float] = (1.0, 0.1, 0.01, 0.002),
-        last_epoch: int = -1,
-    ) -> None:
-        for name, epochs in (("milestones", milestones), ("restart_milestones", restart_milestones)):
-            if len(epochs) != len(factors) - 1 or list(epochs) != sorted(set(epochs)):
-                raise ValueError(
-                    f"{name} must be {len(factors) - 1} increasing epochs for {len(factors)} factors, got {epochs!r}."
-                )
-        self.milestones = list(milestones)
-        self.restart_milestones = list(restart_milestones)
-        self.factors = list(factors)
-        self.discarded = 0
-        self.restart_epoch: int | None = None
-        super().__init__(optimizer, last_epoch)
-
-    def step(self, discarded: int | None = None) -> None:  # type: ignore[override]
-        """Advance one epoch.
-
-        Args:
-            discarded: Number of blocks that are closed or removed by now. If it grew, the schedule restarts.
-        """
-        if discarded is not None:
-            if discarded > self.discarded:
-                self.restart_epoch = self.last_epoch + 1
-            self.discarded = discarded
-        super().step()
-
-    def get_lr(self) -> list[Any]:
-        if self.restart_epoch is None:
-            passed = bisect.bisect_right(self.milestones, self.last_epoch)
-        else:
-            passed = bisect.bisect_right(self.restart_milestones, self.last_epoch - self.restart_epoch)
-        return [base * self.factors[passed] for base in self.base_lrs]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from ..budget import Budget, Keep, TargetLatency, TargetMacs, check_reachable
+from ..budget import BUDGETS, Budget, Keep, TargetLatency, TargetMacs, check_reachable
 from .live_network import LiveNetwork
 from .selection import least_loss, within_measured, without_superfluous
 from .worth import Branch, Step
@@ -32,8 +32,16 @@ def choose(
     Raises:
         ValueError: The network needs more even without any branch, or has other branches by now.
     """
-    costs = {branch.slot: _of_branch(branch, budget, batch_size) for branch in branches}
-    left = [_of_step(step, budget, batch_size) for step in curve]
+    count: Cost | None = None
+    if type(budget) in BUDGETS.values():
+        costs = {branch.slot: _of_branch(branch, budget, batch_size) for branch in branches}
+        left = [_of_step(step, budget, batch_size) for step in curve]
+    elif live is None:
+        raise ValueError(f"{budget!r} is counted on the network, which a report that was read from a file has not.")
+    else:  # a user's own
+        count = partial(live.count_without, budget)
+        costs = {branch.slot: count([]) - count([branch.slot]) for branch in branches}
+        left = [count([slot for step in curve[: place + 1] for slot in step.slots]) for place in range(len(curve))]
     goal = budget.goal(left[0])
     check_reachable(budget, left[0], min(left), len(branches))
     if live is None:
@@ -49,6 +57,8 @@ def choose(
         return within_measured(partial(chooser.best, predicted), measure, goal)
     if isinstance(budget, Keep):
         return chooser.best(predicted, goal)
+    if count is not None:
+        return chooser.best(count, goal)
     place = 1 if isinstance(budget, TargetMacs) else 0
     return chooser.best(lambda slots: live.size_without(slots)[place], goal)
 

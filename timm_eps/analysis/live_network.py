@@ -7,10 +7,21 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ..budget import Budget
 from ..surgery.branches import gates
 from ..surgery.removal import closed_slots
 from .evaluation import Batch, Loss, evaluate, to_network
-from .measure import REPEATS, Size, gated_copy, milliseconds, open_slots, pruned_copy, repeats_for, size_without
+from .measure import (
+    REPEATS,
+    Size,
+    gated_copy,
+    milliseconds,
+    network_without,
+    open_slots,
+    pruned_copy,
+    repeats_for,
+    size_without,
+)  # fmt: skip
 
 __all__ = ["LiveNetwork", "batch_of"]
 
@@ -55,6 +66,11 @@ class LiveNetwork:
             net = gated_copy(self.model)
             self._sizes[key] = size_without(net, {*key, *closed_slots(net)}, self.image_shape)
         return self._sizes[key]
+
+    def count_without(self, budget: Budget, slots: Iterable[str]) -> float:
+        """What a budget counts without these branches."""
+        net = gated_copy(self.model)
+        return budget.count(network_without(net, {*slots, *closed_slots(net)}), self.image_shape)
 
     def stopwatch(self, batch_size: int, dense: float | None = None) -> Callable[[Iterable[str]], float]:
         """A function that measures a forward pass without some branches, in milliseconds.

@@ -66,9 +66,14 @@ def size_of(body: nn.Module, image_shape: Sequence[int]) -> Size:
 
 def size_without(body: nn.Module, slots: Iterable[str], image_shape: Sequence[int]) -> Size:
     """Parameters and multiply-adds that are left when these branches are removed, whether they are closed or not."""
+    return size_of(network_without(body, slots), image_shape)
+
+
+def network_without(body: nn.Module, slots: Iterable[str]) -> nn.Module:
+    """A copy on the meta device without these branches, whether they are closed or not."""
     net = meta_copy(body)
     _collapse(net, set(slots))
-    return size_of(net, image_shape)
+    return net
 
 
 def gated_copy(model: nn.Module) -> nn.Module:

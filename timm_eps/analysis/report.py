@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..budget import TargetLatency, budget_from
+from ..budget import Budget, TargetLatency, budget_from
 from .choosing import choose
 from .live_network import LiveNetwork
 from .picture import draw_analysis
@@ -72,6 +72,7 @@ class Analysis:
         target_macs: float | None = None,
         target_params: float | None = None,
         keep: float | None = None,
+        budget: Budget | None = None,
         batch_size: int | None = None,
     ) -> list[str]:
         """Choose the branches to remove for a budget, so that the loss rises least.
@@ -90,6 +91,7 @@ class Analysis:
             target_macs: Multiply-adds of convolutions and matrix products for one image.
             target_params: Parameters.
             keep: Branches; at least one stays.
+            budget: A :class:`timm_eps.Budget`, for one of your own.
             batch_size: Batch size of ``target_latency``, one that was measured; by default the largest.
 
         Returns:
@@ -99,9 +101,11 @@ class Analysis:
             ValueError: Not exactly one budget is given, it is out of range, or the network needs more even without
                 any branch; the batch size was not measured; the model has other branches by now.
         """
-        budget = budget_from(
-            target_latency=target_latency, target_macs=target_macs, target_params=target_params, keep=keep
-        )
+        targets = {"target_latency": target_latency, "target_macs": target_macs, "target_params": target_params}
+        if budget is None:
+            budget = budget_from(**targets, keep=keep)
+        elif any(value is not None for value in (*targets.values(), keep)):
+            raise ValueError(f"Give exactly one budget: {budget!r} and another one were given.")
         size = self._batch_size(batch_size, isinstance(budget, TargetLatency))
         return choose(self.branches, self.curve, budget, size, self.live)
 

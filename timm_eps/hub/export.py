@@ -14,7 +14,7 @@ from transformers import TimmWrapperConfig
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..hf.model_files import staged
 from ..hf.modeling_eps_resnet import unshared
-from ..names import base_name, is_cifar_network
+from ..names import base_name
 from ..surgery.branches import block_path, evaluating, gates, probe_batch, timm_body
 from ..surgery.removal import check_gated, collapsed_copy, natural_order, removed_slots, same_outputs
 from ..surgery.standins import Passthrough
@@ -57,7 +57,7 @@ def export_timm(model: nn.Module, directory: str | os.PathLike, *, zero_branches
     body = timm_body(collapsed_copy(model))
     config: Any = EpsResNetConfig.from_timm(body)
     architecture = base_name(config.architecture)
-    if is_cifar_network(architecture) or not timm.is_model(architecture):
+    if architecture == config.architecture or not timm.is_model(architecture):
         raise ValueError(f"{config.architecture} is not an architecture of timm, so stock timm cannot load it.")
     arguments = {name: value for name, value in config.model_args.items() if name != "removed"}
     options = {**arguments, "num_classes": body.num_classes}

@@ -82,7 +82,15 @@ def _is_timm_model(module: nn.Module) -> bool:
 
 
 def gates(model: nn.Module) -> dict[str, EpsilonGate]:
-    """All gates of a model by slot path, in the order of the forward pass as the modules are registered."""
+    """All gates of a model by slot path, in the order of the forward pass as the modules are registered.
+
+    Example::
+
+        widest = max(timm_eps.gates(model).items(), key=lambda named: named[1].response)
+
+    Args:
+        model: A timm model, or a transformers model around one.
+    """
     return {path: module for path, module in timm_body(model).named_modules() if isinstance(module, EpsilonGate)}
 
 

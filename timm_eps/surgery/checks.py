@@ -12,7 +12,7 @@ from .branches import evaluating, gates, probe_batch, timm_body
 from .optimizers import decays
 from .removal import bounding_parameters
 
-__all__ = ["is_zero_scale", "shortened", "silent_branches", "warn_of_silent", "warn_of_undecayed"]
+__all__ = ["is_zero_scale", "silent_branches", "warn_of_frozen", "warn_of_silent", "warn_of_undecayed"]
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +41,27 @@ def is_zero_scale(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter is a scale, or a layer's weights, that is zero as a whole."""
     kinds = ("weight", "gain", "gamma", "scale", "skipinit")
     return not parameter.is_meta and name.rpartition(".")[2].startswith(kinds) and not parameter.any()
+
+
+def warn_of_frozen(staying: list[str], total: int, wanted: int) -> None:
+    """Say so if a budget cannot be reached because branches are frozen.
+
+    Args:
+        staying: Slots of the frozen branches, which stay.
+        total: Number of branches of the unpruned network.
+        wanted: How many of them are to be left; all of them without a budget, when one is to go at least.
+    """
+    free, to_go = total - len(staying), max(total - wanted, 1)
+    if staying and to_go > free:
+        _logger.warning(
+            "%d of the %d branches are frozen and stay, as none of their parameters needs a gradient (%s): at most %d "
+            "branches can go, and %d are to. Unfreeze some of them, raise keep, or pass prune_frozen=True.",
+            len(staying),
+            total,
+            shortened(staying),
+            free,
+            to_go,
+        )
 
 
 def shortened(names: Iterable[str], shown: int = 3) -> str:

@@ -1,8 +1,8 @@
-"""DistributedDataParallel around a model that loses parameters while it trains."""
+"""Several processes around a model that loses parameters while it trains: what they must agree on, and DDP."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["agreed", "on_first_forward", "rewrap", "wrap_again"]
+from ..gate import EpsilonGate
+
+__all__ = ["agreed", "on_first_forward", "rewrap", "share_measured", "wrap_again"]
 
 
 def agreed(values: list[float], model: nn.Module) -> list[float]:
@@ -28,6 +30,32 @@ def agreed(values: list[float], model: nn.Module) -> list[float]:
     shared = torch.tensor(values, dtype=torch.float64, device=next(model.parameters()).device)
     dist.broadcast(shared, 0)
     return shared.tolist()
+
+
+def share_measured(gates: Iterable[EpsilonGate], with_importance: bool = False) -> None:
+    """Give every process the largest response of all processes, for each gate; every process must call this.
+
+    Args:
+        gates: Of the model, in one order.
+        with_importance: Whether to share the mean of their importances, too.
+    """
+    found = list(gates)
+    if not (found and dist.is_available() and dist.is_initialized()):
+        return
+    # A gate that has not run yet may have its response elsewhere.
+    device = found[0].threshold.device
+
+    def share(name: str, op: Any, divisor: int = 1) -> None:
+        values = torch.stack([getattr(gate, name).float().to(device) for gate in found])
+        # MAX does not carry NaN on every backend; infinity keeps a gate open just as well.
+        values = torch.nan_to_num(values, nan=torch.inf, posinf=torch.inf)
+        dist.all_reduce(values, op=op)
+        for gate, value in zip(found, values / divisor, strict=True):
+            getattr(gate, name).copy_(value)
+
+    share("response", dist.ReduceOp.MAX)
+    if with_importance:
+        share("importance", dist.ReduceOp.SUM, dist.get_world_size())
 
 
 def wrap_again(wrapper: DistributedDataParallel) -> None:

@@ -169,7 +169,15 @@ def closed_slots(model: nn.Module) -> list[str]:
 
 
 def removed_slots(model: nn.Module) -> list[str]:
-    """Slot paths of the branches that are gone from a model, sorted by position."""
+    """Slot paths of the branches that are gone from a model, sorted by position.
+
+    Example::
+
+        again = timm.create_model("eps_resnet20", num_classes=10, removed=timm_eps.removed_slots(model))
+
+    Args:
+        model: A timm model, or a transformers model around one.
+    """
     return list(getattr(timm_body(model), "removed", []))
 
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForImageClassification, get_scheduler
 
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..hf.modeling_eps_resnet import EpsResNetForImageClassification
+from ..learning_rate import RestartingLR
 from ..pruner import EpsilonPruner
-from ..schedule import RestartingLR
 from ..surgery.removal import param_groups
 from . import data, start
 from .arguments import Arguments, DataArguments, ModelArguments, PaperArguments, TrainingArguments
