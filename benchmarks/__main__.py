@@ -41,7 +41,7 @@ def measure_latency(store: Store, job: Job, threads: int) -> None:
             method: {name: run[name] for name in ("params", "removed", "ratio") if name in run}
             for method, run in runs.items()
         },
-        "architecture": compared.recipe().architecture, "classes": compared.classes, "sides": compared.sides,
+        "architecture": compared.recipe().model.name, "classes": compared.classes, "sides": compared.sides,
         "repeats": 24, "threads": threads,
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.latency", json.dumps(task)]

@@ -110,7 +110,7 @@ def methods_table(store: Store, data: str, pairs: list[tuple[int, int]] | None =
             and store.results[job]["hardware"] == store.results[dense]["hardware"]
         ]
         loads = ["yes" if all(run["saved"][name] for run in runs) else "**no**" for name in ("timm", "transformers")]
-        criterion = f"criterion {compared.recipe().criterion}" if method == OURS else ""
+        criterion = f"criterion {compared.recipe().pruning.criterion}" if method == OURS else ""
         told = " ".join(jobs[0].flags).lstrip("-") or criterion
         cells = [
             METHODS[method].name + (f", {told}" if told else ""),

@@ -208,14 +208,14 @@ def test_the_other_criterion_is_the_one_that_the_recipe_has_not():
         if compared.rows is None:
             flag, value = compared.changed["other_criterion"]
             assert flag == "--criterion"
-            assert {value, compared.recipe().criterion} == {"response", "importance"}
+            assert {value, compared.recipe().pruning.criterion} == {"response", "importance"}
 
 
 @pytest.mark.parametrize("data", list(COMPARISONS))
 def test_the_recipe_can_train_the_dense_network_too(data):
     """A budget that were given on the command line, and not in the recipe, would exclude it."""
     compared = COMPARISONS[data]
-    assert compared.recipe("--no_gates").architecture == compared.recipe().architecture
+    assert compared.recipe("--no_gates").model.name == compared.recipe().model.name
 
 
 @pytest.mark.parametrize("data", list(COMPARISONS))

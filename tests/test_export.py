@@ -60,7 +60,7 @@ def close_blocks(model: nn.Module, *paths: str) -> None:
     close(model, *(slot for path in paths for slot in blocks_of(model)[path]))
 
 
-@pytest.mark.parametrize("name", [*mostly_slow(SMALL, 0, 2), *SLOW])
+@pytest.mark.parametrize("name", [*mostly_slow(SMALL, 0), *SLOW])
 def test_stock_libraries_load_it(name, tmp_path):
     model = trained(name, **SMALL.get(name, {}))
     later = [path for path in blocks_of(model) if not path.endswith(".0")]

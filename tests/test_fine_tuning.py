@@ -153,11 +153,15 @@ def test_branches_in_order_leave_one_and_refuse_the_impossible():
 
 @pytest.mark.parametrize(
     ("criterion", "budget", "holds"),
-    [
-        ("response", ["--keep", "4"], lambda found: found["blocks_kept"] == 4),
-        ("last", ["--target_params", "0.5"], lambda found: found["params"] <= 0.5 * found["dense_params"]),
-        ("leave_one_out", ["--target_macs", "0.5"], lambda found: found["macs"] <= 0.5 * found["dense_macs"]),
-    ],
+    mostly_slow(
+        [
+            ("response", ["--keep", "4"], lambda found: found["blocks_kept"] == 4),
+            ("last", ["--target_params", "0.5"], lambda found: found["params"] <= 0.5 * found["dense_params"]),
+            ("leave_one_out", ["--target_macs", "0.5"], lambda found: found["macs"] <= 0.5 * found["dense_macs"]),
+        ],
+        1,
+        2,
+    ),
 )
 def test_a_saved_network_is_cut_and_fine_tuned(dense, tmp_path, criterion, budget, holds):
     results = run(dense, tmp_path / "out", *budget, "--criterion", criterion, "--num_train_epochs", "1")
@@ -199,7 +203,7 @@ def test_latency_is_measured_and_reported_at_the_batch_size_asked_for(dense, tmp
     assert results["arguments"]["latency_batch_size"] == 4
 
 
-def test_the_dry_run_trains_and_writes_nothing(dense, tmp_path, capsys):
+def test_the_dry_run_trains_and_writes_nothing(dense, tmp_path, capsys, times_measured_once):
     out = tmp_path / "out"
     assert run(dense, out, "--target_macs", "0.5", "--criterion", "leave_one_out", "--dry_run") == {}
     said = capsys.readouterr().out

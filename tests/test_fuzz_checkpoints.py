@@ -66,10 +66,10 @@ def test_every_planted_fault_is_found(fuzzer):
 
 
 def test_a_case_can_be_repeated(fuzzer):
-    numbers = range(1000, 1060)
+    numbers = range(1000, 1030)
     first = {number: fuzzer.draw(number)[1:3] for number in numbers}
     assert {number: fuzzer.draw(number)[1:3] for number in reversed(numbers)} == first
-    assert len({str(notes) for _, notes in first.values()}) > 50
+    assert len({str(notes) for _, notes in first.values()}) > 25
 
 
 def test_fields_of_later_versions_are_changed_too(fuzzer, tmp_path):

@@ -88,7 +88,7 @@ def test_the_papers_runs_are_there():
         assert (f"eps_resnetv2_{depth}", "imagenet", epsilon) in pairs
 
 
-@pytest.mark.parametrize("name", mostly_slow(CONFIGS, 0, 3, 8, 13))  # one of each recipe
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, 3, 8))
 def test_takes_a_step(name, published, tmp_path):
     args = parse(
         name, *("--max_train_samples", "4", "--max_eval_samples", "2", "--num_train_epochs", "1"),
@@ -108,6 +108,7 @@ def test_takes_a_step(name, published, tmp_path):
     assert all(torch.isfinite(parameter).all() for parameter in training.model.parameters())
 
 
+@pytest.mark.slow
 def test_streamed_by_its_id(published, tmp_path):
     """From the Hub, without a copy on the disk."""
     results = train_hf.main(

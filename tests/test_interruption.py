@@ -20,6 +20,7 @@ import pytest
 import safetensors
 import test_resume
 import torch
+from conftest import mostly_slow
 from safetensors.torch import load_file
 from test_resume import (  # noqa: F401  the fixtures are for all tests here as well
     EVERY_3,
@@ -68,7 +69,8 @@ def send(signum: int):
 
 
 @pytest.mark.parametrize(
-    ("signum", "step"), [(signal.SIGTERM, 2), (signal.SIGINT, 5), (signal.SIGTERM, 8), (signal.SIGINT, 16)]
+    ("signum", "step"),
+    mostly_slow([(signal.SIGTERM, 2), (signal.SIGINT, 5), (signal.SIGTERM, 8), (signal.SIGINT, 16)], 1, 2),
 )
 def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_from_there(whole, tmp_path, monkeypatch, signum, step):
     """Within an epoch, at its end and at the very end."""
@@ -297,15 +299,24 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 @pytest.mark.parametrize(
     ("where", "name", "error"),
-    [
-        (train_hf.Accelerator, "save_state", FULL),
-        (train_hf.Accelerator, "save_state", RuntimeError("[enforce fail at inline_container.cc] . file write failed")),
-        (train_hf.Accelerator, "save_state", safetensors.SafetensorError("I/O error: No space left on device")),
-        (run_checkpoints, "dump_json", FULL),
-        (checkpoints, "digest", FULL),
-        (checkpoints, "settle", FULL),
-        (Path, "rename", FULL),
-    ],
+    mostly_slow(
+        [
+            (train_hf.Accelerator, "save_state", FULL),
+            (
+                train_hf.Accelerator,
+                "save_state",
+                RuntimeError("[enforce fail at inline_container.cc] . file write failed"),
+            ),
+            (train_hf.Accelerator, "save_state", safetensors.SafetensorError("I/O error: No space left on device")),
+            (run_checkpoints, "dump_json", FULL),
+            (checkpoints, "digest", FULL),
+            (checkpoints, "settle", FULL),
+            (Path, "rename", FULL),
+        ],
+        0,
+        3,
+        6,
+    ),
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_full_disk(whole, tmp_path, monkeypatch, where, name, error):
@@ -431,7 +442,7 @@ def change(checkpoint: Path, name: str, content: bytes | None) -> None:
     manifest.write_text(json.dumps(hashes))
 
 
-@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+@pytest.mark.parametrize("name", mostly_slow(CHECKPOINT_FILES, 1))
 def test_a_shorter_list_of_files_is_no_whole_one(whole, name, caplog):
     out = stopped_at(whole, "checkpoint-9", name=f"shorter-{name}")
     change(out / "checkpoint-9", name, None)
@@ -460,54 +471,85 @@ NESTED = b"[" * 100_000 + b"]" * 100_000
 
 @pytest.mark.parametrize(
     ("name", "edit", "message"),
-    [
-        ("training.json", edited("progress", "batch", value=10**9), r"progress\.batch must be 0 to 3, got 1000000000"),
-        ("training.json", edited("progress", "batch", value=-1), r"progress\.batch must be 0 to 3, got -1"),
-        ("training.json", edited("progress", "batch", value="1"), r"progress\.batch must be int, got str"),
-        ("training.json", edited("progress", "batch", value=True), r"progress\.batch must be int, got bool"),
-        ("training.json", edited("progress", "batch", value=1.0), r"progress\.batch must be int, got float"),
-        ("training.json", edited("progress", "epoch", value=5), r"progress\.epoch must be 0 to 4, got 5"),
-        (
-            "training.json",
-            edited("progress", "step", value=7),
-            r"progress\.step must be 9 after 2 epochs and 1 batches",
-        ),
-        ("training.json", edited("progress", "loss", value=float("nan")), "training.json holds NaN, which is no JSON"),
-        (
-            "training.json",
-            edited("progress", "loss", value={"not a JSON number": "nan"}),
-            r"progress\.loss must be finite, got nan",
-        ),
-        ("training.json", edited("progress", "losses", value=[1.0]), r"progress\.losses .* must be of 2 epochs"),
-        ("training.json", edited("progress", "losses", value=["a", "b"]), r"progress\.losses must be a list of float"),
-        ("training.json", edited("progress", "more", value=1), "progress has an unknown more"),
-        ("training.json", edited("progress", value=[]), "progress must be an object, got list"),
-        ("training.json", edited("run", value=[]), r"training\.json\.run must be an object, got list"),
-        ("training.json", edited("scheduler", value={}), "scheduler has no "),
-        ("training.json", edited("scheduler", "last_epoch", value="9"), r"scheduler\.last_epoch must be int, got str"),
-        ("training.json", edited("scheduler", "last_epoch", value=10**9), r"scheduler\.last_epoch must be 0 to 9"),
-        ("training.json", edited("pruner", value=None), "pruner must be an object, got NoneType"),
-        ("training.json", edited("pruner", "epoch", value=3), r"pruner\.epoch and pruner\.history must be of 2 epochs"),
-        ("training.json", edited("pruner", "removed", value="x"), r"pruner\.removed must be list, got str"),
-        ("training.json", edited("pruner", "closed", value=[1]), r"pruner\.closed must be a list of str"),
-        ("training.json", edited("pruner", "streaks", value={}), "pruner's state is of another model"),
-        (
-            "training.json",
-            edited("pruner", "history", 0, "responses", value=3),
-            r"history\.0\.responses must be an obj",
-        ),
-        ("training.json", edited("draws", value="zz"), "non-hexadecimal"),
-        ("training.json", edited("draws", value=7), r"training\.json\.draws must be str, got int"),
-        ("training.json", lambda content: b"[]", r"training\.json must be an object, got list"),
-        ("training.json", lambda content: b"{", "Expecting property name"),
-        ("training.json", lambda content: NESTED, r"training\.json is nested too deep"),
-        ("training.json", lambda content: b"\xff", "codec can't decode"),
-        ("model.safetensors", lambda content: b"", "header"),
-        ("optimizer.bin", lambda content: content[:100], ""),
-        ("optimizer.bin", lambda content: b"", ""),
-        ("random_states_0.pkl", lambda content: b"", r"random_states_0\.pkl holds no random states"),
-        ("random_states_0.pkl", lambda content: content[:99], r"random_states_0\.pkl holds no random states"),
-    ],
+    mostly_slow(
+        [
+            (
+                "training.json",
+                edited("progress", "batch", value=10**9),
+                r"progress\.batch must be 0 to 3, got 1000000000",
+            ),
+            ("training.json", edited("progress", "batch", value=-1), r"progress\.batch must be 0 to 3, got -1"),
+            ("training.json", edited("progress", "batch", value="1"), r"progress\.batch must be int, got str"),
+            ("training.json", edited("progress", "batch", value=True), r"progress\.batch must be int, got bool"),
+            ("training.json", edited("progress", "batch", value=1.0), r"progress\.batch must be int, got float"),
+            ("training.json", edited("progress", "epoch", value=5), r"progress\.epoch must be 0 to 4, got 5"),
+            (
+                "training.json",
+                edited("progress", "step", value=7),
+                r"progress\.step must be 9 after 2 epochs and 1 batches",
+            ),
+            (
+                "training.json",
+                edited("progress", "loss", value=float("nan")),
+                "training.json holds NaN, which is no JSON",
+            ),
+            (
+                "training.json",
+                edited("progress", "loss", value={"not a JSON number": "nan"}),
+                r"progress\.loss must be finite, got nan",
+            ),
+            ("training.json", edited("progress", "losses", value=[1.0]), r"progress\.losses .* must be of 2 epochs"),
+            (
+                "training.json",
+                edited("progress", "losses", value=["a", "b"]),
+                r"progress\.losses must be a list of float",
+            ),
+            ("training.json", edited("progress", "more", value=1), "progress has an unknown more"),
+            ("training.json", edited("progress", value=[]), "progress must be an object, got list"),
+            ("training.json", edited("run", value=[]), r"training\.json\.run must be an object, got list"),
+            ("training.json", edited("scheduler", value={}), "scheduler has no "),
+            (
+                "training.json",
+                edited("scheduler", "last_epoch", value="9"),
+                r"scheduler\.last_epoch must be int, got str",
+            ),
+            ("training.json", edited("scheduler", "last_epoch", value=10**9), r"scheduler\.last_epoch must be 0 to 9"),
+            ("training.json", edited("pruner", value=None), "pruner must be an object, got NoneType"),
+            (
+                "training.json",
+                edited("pruner", "epoch", value=3),
+                r"pruner\.epoch and pruner\.history must be of 2 epochs",
+            ),
+            ("training.json", edited("pruner", "removed", value="x"), r"pruner\.removed must be list, got str"),
+            ("training.json", edited("pruner", "closed", value=[1]), r"pruner\.closed must be a list of str"),
+            ("training.json", edited("pruner", "streaks", value={}), "pruner's state is of another model"),
+            (
+                "training.json",
+                edited("pruner", "history", 0, "responses", value=3),
+                r"history\.0\.responses must be an obj",
+            ),
+            ("training.json", edited("draws", value="zz"), "non-hexadecimal"),
+            ("training.json", edited("draws", value=7), r"training\.json\.draws must be str, got int"),
+            ("training.json", lambda content: b"[]", r"training\.json must be an object, got list"),
+            ("training.json", lambda content: b"{", "Expecting property name"),
+            ("training.json", lambda content: NESTED, r"training\.json is nested too deep"),
+            ("training.json", lambda content: b"\xff", "codec can't decode"),
+            ("model.safetensors", lambda content: b"", "header"),
+            ("optimizer.bin", lambda content: content[:100], ""),
+            ("optimizer.bin", lambda content: b"", ""),
+            ("random_states_0.pkl", lambda content: b"", r"random_states_0\.pkl holds no random states"),
+            ("random_states_0.pkl", lambda content: content[:99], r"random_states_0\.pkl holds no random states"),
+        ],
+        0,
+        4,
+        9,
+        14,
+        19,
+        24,
+        29,
+        31,
+        32,
+    ),
 )
 def test_a_checkpoint_that_does_not_fit(whole, tmp_path, name, edit, message):
     """Refused in one line that names it; nothing was written to it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from conftest import SLOTS, tiny_net
+from conftest import SLOTS, mostly_slow, tiny_net
 from torch import nn
 
 import timm_eps
@@ -48,7 +48,7 @@ def remove(model, slots):
 
 @pytest.mark.parametrize("way", [remove, replay_removed])
 @pytest.mark.parametrize("kind", REGISTER)
-@pytest.mark.parametrize("architecture", NETWORKS)
+@pytest.mark.parametrize("architecture", mostly_slow(NETWORKS, 0))
 def test_hooks_on_a_removed_block_stay(architecture, kind, way, caplog):
     model = make(architecture)
     slots = NETWORKS[architecture]

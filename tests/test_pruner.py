@@ -10,7 +10,7 @@ import pytest
 import timm
 import timm.optim
 import torch
-from conftest import SLOTS, tiny_net
+from conftest import SLOTS, mostly_slow, tiny_net
 from torch import nn
 from torch.nn import functional as F
 
@@ -830,7 +830,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", mostly_slow(WAYS, 1, 3))
 def test_importance_is_that_of_whole_batches_without_a_scale(name):
     expected = measured(Plain())
     found = WAYS[name]()

@@ -312,7 +312,7 @@ def test_a_name_without_an_owner_is_ones_own(hub, images):
     check("me/ownerless", net, images)
 
 
-@pytest.mark.parametrize("name", ["eps_test_resnet", "eps_test_vit"])
+@pytest.mark.parametrize("name", mostly_slow(["eps_test_resnet", "eps_test_vit"], 0))
 def test_twins_load_by_every_loader(hub, name):
     net = twin(name)
     timm_eps.push_to_hub(net, f"me/{name}", label_names=list("abcde"))

@@ -240,18 +240,23 @@ def test_an_earlier_one_than_the_last(whole):
 
 @pytest.mark.parametrize(
     ("arguments", "name", "before", "now"),
-    [
-        (["--keep", "4"], "keep", "3", "4"),
-        (["--seed", "1"], "seed", "0", "1"),
-        (["--learning_rate", "0.05"], "learning_rate", "0.1", "0.05"),
-        (["--per_device_train_batch_size", "40"], "per_device_train_batch_size", "32", "40"),
-        (["--num_train_epochs", "5"], "num_train_epochs", "4", "5"),
-        (["--weight_decay_drop", "2", "0.5"], "weight_decay_drop", "None", "[2.0, 0.5]"),
-        (["--max_train_samples", "121"], "max_train_samples", "120", "121"),
-        (["--architecture", "eps_resnet32"], "architecture", "eps_resnet20", "eps_resnet32"),
-        (["--no_live_removal"], "no_live_removal", "None", "True"),
-        (["--lr_scheduler", "multistep"], "lr_(decay_start|factors|milestones|scheduler)", ".*", ".*"),
-    ],
+    mostly_slow(
+        [
+            (["--keep", "4"], "keep", "3", "4"),
+            (["--seed", "1"], "seed", "0", "1"),
+            (["--learning_rate", "0.05"], "learning_rate", "0.1", "0.05"),
+            (["--per_device_train_batch_size", "40"], "per_device_train_batch_size", "32", "40"),
+            (["--num_train_epochs", "5"], "num_train_epochs", "4", "5"),
+            (["--weight_decay_drop", "2", "0.5"], "weight_decay_drop", "None", "[2.0, 0.5]"),
+            (["--max_train_samples", "121"], "max_train_samples", "120", "121"),
+            (["--architecture", "eps_resnet32"], "architecture", "eps_resnet20", "eps_resnet32"),
+            (["--no_live_removal"], "no_live_removal", "None", "True"),
+            (["--lr_scheduler", "multistep"], "lr_(decay_start|factors|milestones|scheduler)", ".*", ".*"),
+        ],
+        0,
+        7,
+        9,
+    ),
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_another_run_does_not_go_on_from_it(whole, tmp_path, arguments, name, before, now):
@@ -306,7 +311,7 @@ def test_dense_checkpoints_of_a_run_before_are_found_before_the_training(tmp_pat
     assert not (tmp_path / "out/checkpoint-4").exists(), "said before one half was trained for nothing"
 
 
-@pytest.mark.parametrize("limit", [1, 3])
+@pytest.mark.parametrize("limit", mostly_slow([1, 3], 0))
 def test_only_the_last_ones_are_kept(whole, tmp_path, limit, monkeypatch):
     most = 0
     save = run_checkpoints.save

@@ -595,7 +595,7 @@ def test_quantized_weights_are_named(tmp_path):
         timm_eps.save_pretrained(model, tmp_path / "m")
 
 
-@pytest.mark.parametrize("depth", [110, 200])
+@pytest.mark.parametrize("depth", mostly_slow([110, 200], 1))
 def test_a_cifar_network_is_not_taken_for_timms_of_that_depth(tmp_path, depth):
     """timm has a ResNet-200 of its own."""
     model = timm.create_model(f"eps_resnet{depth}", num_classes=5)

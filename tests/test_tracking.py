@@ -111,7 +111,7 @@ def test_logging_changes_nothing(tracked, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*no supported trackers:UserWarning")
 def test_an_unknown_tracker_is_named_before_the_training(tmp_path, monkeypatch, names):
     assert importlib.util.find_spec("wandb") is None
-    monkeypatch.setattr("timm_eps.training.inputs.load_images", lambda args: pytest.fail("it went on"))
+    monkeypatch.setattr("timm_eps.training.inputs.load_splits", lambda args: pytest.fail("it went on"))
     with pytest.raises(ValueError, match=rf"--report_to.*{names[-1]}|capability: {names[-1]}") as error:
         run(tmp_path, "--with_tracking", "--report_to", *names)
     assert "\n" not in str(error.value)

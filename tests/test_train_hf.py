@@ -313,18 +313,6 @@ def test_only_this_packages_models_go_on(tmp_path):
         train_hf.main(["--model_name_or_path", str(tmp_path / "other"), "--output_dir", str(tmp_path / "out")])
 
 
-def test_mixed_precision_saves_what_it_measured(tmp_path):
-    """Autocast during training must not make the reloaded model look wrong."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "bf16"]
-    done = subprocess.run(
-        [*command, str(ROOT / "train_hf.py"), *SHORT, "--num_train_epochs", "1", "--num_threads", "1",
-         "--output_dir", str(tmp_path / "out")],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "timm equal, AutoModelForImageClassification equal, pipeline equal." in done.stdout
-
-
 def test_fixed_epsilon_without_live_removal(tmp_path):
     results = train_hf.main(
         ["--architecture", "eps_resnet20", "--num_train_epochs", "3", "--max_train_samples", "200",
@@ -343,7 +331,10 @@ def test_threads(tmp_path, monkeypatch, given, threads):
 
 
 def test_launched(tmp_path):
-    """Under ``accelerate launch``, and a mistake ends in one line, not in a traceback."""
+    """Under ``accelerate launch``, and a mistake ends in one line, not in a traceback.
+
+    Autocast during training must not make the reloaded model look wrong.
+    """
     command = [
         sys.executable,
         "-m",
@@ -351,6 +342,8 @@ def test_launched(tmp_path):
         "--cpu",
         "--num_processes",
         "1",
+        "--mixed_precision",
+        "bf16",
         str(ROOT / "train_hf.py"),
     ]
     done = subprocess.run(
@@ -359,6 +352,7 @@ def test_launched(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Saved in" in done.stdout
+    assert "timm equal, AutoModelForImageClassification equal, pipeline equal." in done.stdout
     failed = subprocess.run([*command, "--fold", "7"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert failed.returncode != 0
     assert "train_hf.py: error: fold must be 0 to 4, got 7." in failed.stderr

@@ -589,14 +589,19 @@ def test_an_optimizer_of_ones_own_resumes(tmp_path, criterion):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        dict(gradient_accumulation_steps=2),
-        dict(bf16=True),
-        dict(gradient_checkpointing=True),
-        dict(eval_strategy="epoch", save_strategy="epoch", save_total_limit=1),
-        dict(torch_compile=True, torch_compile_backend="eager"),
-        pytest.param(dict(torch_compile=True, torch_compile_backend="aot_eager"), marks=pytest.mark.slow),
-    ],
+    mostly_slow(
+        [
+            dict(gradient_accumulation_steps=2),
+            dict(bf16=True),
+            dict(gradient_checkpointing=True),
+            dict(eval_strategy="epoch", save_strategy="epoch", save_total_limit=1),
+            dict(torch_compile=True, torch_compile_backend="eager"),
+            dict(torch_compile=True, torch_compile_backend="aot_eager"),
+        ],
+        0,
+        1,
+        3,
+    ),
     ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()),
 )
 def test_goes_with_trainers_options(tmp_path, options):

@@ -20,7 +20,7 @@ from timm_eps.surgery.removal import closed_slots, removed_slots
 
 ROOT = Path(__file__).parent.parent
 # The others are slow tests.
-QUICK = [("CIFAR network", "closed"), ("CIFAR network", "removed"), ("ViT", "half removed")]
+QUICK = [("CIFAR network", "closed"), ("CIFAR network", "block removed"), ("CIFAR network", "half removed")]
 
 
 @pytest.mark.parametrize(("family", "state"), QUICK)
