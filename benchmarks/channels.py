@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from timm_eps.models.eps_resnet import make_shortcuts_convolutions
+from timm_eps.models.cifar_blocks import make_shortcuts_convolutions
 
 STEPS = 10  # of the bisection
 # The narrowest layers have 16 channels; with no whole one left, Torch-Pruning leaves them as they are.

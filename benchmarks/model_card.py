@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from timm_eps.hub.saving import render_card
+from timm_eps.hub.card import render_card
 
 ROOT = Path(__file__).parent.parent
 NAME = "eps_resnet110-digits"

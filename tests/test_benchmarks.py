@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import mostly_slow
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -151,7 +152,7 @@ def test_a_network_whose_structure_is_not_that_of_the_run_is_not_measured():
         latency.build("eps_resnet20", 10, found)
 
 
-@pytest.mark.parametrize("name", latency.WAYS["cpu"])
+@pytest.mark.parametrize("name", mostly_slow(latency.WAYS["cpu"], 0, 2))
 def test_each_way_computes_the_same(name, monkeypatch):
     # Without a C++ compiler, which the machine may not have.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

@@ -16,6 +16,7 @@ from timm.models import create_feature_extractor
 from torch import Tensor, nn
 
 import timm_eps
+from timm_eps.surgery import collapse
 from timm_eps.surgery.branches import gates, probe_batch
 from timm_eps.surgery.removal import replay_removed, same_outputs
 from timm_eps.surgery.standins import Chain, Passthrough, ZeroBranch
@@ -51,7 +52,7 @@ FAMILIES = {
 # Its blocks return a second tensor of a shape that nothing else has, so what makes that one stays.
 PARTLY_FREED = ["efficientvim_m1"]
 # The others are slow tests.
-COVER = ["test_resnet", "test_byobnet", "test_nfnet", "test_convnext", "test_vit", "test_coatnet", "res2next50"]
+COVER = ["test_resnet", "test_byobnet", "test_convnext", "test_vit", "test_coatnet"]
 CASES = [pytest.param(name, marks=[] if name in COVER else [pytest.mark.slow]) for name in FAMILIES]
 
 
@@ -432,3 +433,24 @@ def test_nothing_is_removed_on_the_meta_device(name):
     closed = [slot for slot, gate in gates(model).items() if gate.closed]
     replay_removed(model, closed)
     assert model.removed == closed
+
+
+@pytest.mark.parametrize("name", ["eps_resnet20", "eps_test_vit"])
+def test_a_plan_is_remembered_for_one_structure_alone(name):
+    """Who loads a network builds it more than once; other arguments are another network."""
+    slots = list(gates(timm.create_model(name)))[1:-1]
+    collapse._PLANS.clear()
+    first, again = (timm.create_model(name, num_classes=3, removed=slots) for _ in range(2))
+    assert len(collapse._PLANS) == 1
+    assert repr(first) == repr(again)
+    again.load_state_dict(first.state_dict(), strict=True)
+    batch = probe_batch(first)
+    with torch.no_grad():
+        assert torch.equal(first.eval()(batch), again.eval()(batch))
+    assert not {id(module) for module in first.modules()} & {id(module) for module in again.modules()}
+    timm.create_model(name, num_classes=3, removed=slots[1:])
+    timm.create_model(name, num_classes=4, removed=slots)
+    assert len(collapse._PLANS) == 3
+    for count in range(5, 15):
+        timm.create_model(name, num_classes=count, removed=slots[:1])
+    assert len(collapse._PLANS) == collapse._MOST_PLANS

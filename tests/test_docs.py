@@ -42,7 +42,7 @@ def run(code: list[str], where: str, namespace: dict[str, Any]) -> dict[str, Any
 
 
 @pytest.mark.parametrize("document", [*CODE, "docs/reference.md"])
-def test_code_runs(document, tmp_path, monkeypatch):
+def test_code_runs(document, tmp_path, monkeypatch, times_measured_once):
     monkeypatch.chdir(tmp_path)
     code = blocks((ROOT / document).read_text(encoding="utf-8"))
     assert code
@@ -78,7 +78,7 @@ def test_reference_has_every_public_name():
 
 
 @pytest.mark.parametrize("name", timm_eps.__all__)
-def test_docstring_has_an_example_that_runs(name, tmp_path, monkeypatch):
+def test_docstring_has_an_example_that_runs(name, tmp_path, monkeypatch, times_measured_once):
     monkeypatch.chdir(tmp_path)
     examples = literal_blocks(getattr(timm_eps, name).__doc__)
     # Of what needs a server or has its example on the page alone, the page has it.

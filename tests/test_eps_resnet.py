@@ -14,7 +14,7 @@ from torch import nn
 
 import timm_eps
 from timm_eps import EpsilonGate
-from timm_eps.models.eps_resnet import PoolPadShortcut, make_shortcuts_convolutions
+from timm_eps.models.cifar_blocks import PoolPadShortcut, make_shortcuts_convolutions
 from timm_eps.surgery.branches import gates
 
 DEPTHS = [20, 32, 44, 56, 110, 200, 302, 500, 752]

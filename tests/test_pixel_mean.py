@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 
 import timm_eps
 import train_hf
-from timm_eps.models.eps_resnet import PixelMean
+from timm_eps.models.cifar_blocks import PixelMean
 from timm_eps.surgery.branches import gates
 from timm_eps.training import data
 

@@ -44,7 +44,7 @@ from timm_eps.surgery.branches import probe_batch
 ROOT = Path(__file__).parent.parent
 
 ALWAYS = {".gitattributes", "README.md", "blocks.png", "config.json", "model.safetensors"}
-REMOTE_CODE = {"modeling_eps_resnet.py", "config_checks.py", "weight_checks.py"}
+REMOTE_CODE = {"modeling_eps_resnet.py", "config_checks.py", "value_checks.py", "weight_checks.py"}
 SHORT = ["--max_train_samples", "200", "--epsilon_warmup_epochs", "1", "--ramp_epochs", "2", "--patience", "1"]
 SHORT += ["--num_train_epochs", "4", "--num_threads", "1"]
 LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(ROOT / "train_hf.py")]
@@ -182,10 +182,12 @@ def store_case(directory: Path, path: Path) -> None:
     torch.save({**case, "pooled": net.forward_head(features, pre_logits=True)}, path)
 
 
-def test_trained_pushed_loaded_and_tuned_on_other_labels(hub, tmp_path):
-    first = [*LAUNCH, "--architecture", "eps_resnet20", "--keep", "5", *SHORT]
+def test_trained_pushed_loaded_and_tuned_on_other_labels(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first = ["--architecture", "eps_resnet20", "--keep", "5", *SHORT]
     first += ["--output_dir", "first", "--push_to_hub", "--hub_model_id", "me/first"]
-    said = python(*first, "--with_remote_code", "--with_onnx", cwd=tmp_path)
+    train_hf.main([*first, "--with_remote_code", "--with_onnx"])
+    said = capsys.readouterr().out
     assert f"Pushed to {hub.endpoint}/me/first" in said
     assert hub.commits("me/first") == ["initial commit", "Trained on scikit-learn digits, 5 blocks left"]
     local = {p.relative_to(tmp_path / "first").as_posix() for p in (tmp_path / "first").rglob("*") if p.is_file()}
@@ -204,9 +206,9 @@ def test_trained_pushed_loaded_and_tuned_on_other_labels(hub, tmp_path):
         draw_shapes(count).to_parquet(tmp_path / "shapes" / f"{split}.parquet")
     HfApi().create_repo("me/shapes", repo_type="dataset")
     HfApi().upload_folder(folder_path=tmp_path / "shapes", repo_id="me/shapes", repo_type="dataset")
-    second = [*LAUNCH, "--model_name_or_path", "me/first", "--dataset_name", "me/shapes", "--keep", "3", *SHORT]
+    second = ["--model_name_or_path", "me/first", "--dataset_name", "me/shapes", "--keep", "3", *SHORT]
     second += ["--ignore_mismatched_sizes", "--learning_rate", "0.02", "--license", "mit", "--output_dir", "second"]
-    python(*second, "--push_to_hub", "--hub_model_id", "me/second", "--hub_token", hub.token, cwd=tmp_path)
+    train_hf.main([*second, "--push_to_hub", "--hub_model_id", "me/second", "--hub_token", hub.token])
     assert hub.commits("me/second") == ["initial commit", "Trained on me/shapes, 3 blocks left"]
     assert hub.files("me/second").keys() == ALWAYS | {"all_results.json"}
     check_tuned(hub)

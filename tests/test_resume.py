@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import mostly_slow
 from PIL import Image
+from safetensors.torch import save_file
 from test_train_hf import _one_thread, without_times  # noqa: F401  the fixture is for all tests here as well
 
 import train_hf
@@ -38,9 +39,16 @@ def train_only(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(train_hf.report, "paired_latency", lambda pair, *_: dict.fromkeys(pair, 1.0))
 
 
+def save_weights(model, output_dir: str, remedy: str, *, results: dict, **others) -> None:
+    """In place of the whole directory, which tests of its own are about, what :func:`outcome` reads."""
+    save_file(dict(model.timm_model.state_dict()), Path(output_dir) / "model.safetensors")
+    (Path(output_dir) / "all_results.json").write_text(json.dumps(results))
+
+
 @pytest.fixture(autouse=True)
 def _only_training(monkeypatch):
     train_only(monkeypatch)
+    monkeypatch.setattr(train_hf.publishing, "save", save_weights)
 
 
 def run(out: Path, *arguments: str) -> dict:
@@ -94,6 +102,7 @@ def whole(tmp_path_factory) -> Path:
     """An uninterrupted run with a checkpoint every three steps, not to be written to."""
     with pytest.MonkeyPatch.context() as patched:
         train_only(patched)
+        patched.setattr(train_hf.publishing, "save", save_weights)
         out = tmp_path_factory.mktemp("whole") / "out"
         results = run(out, *EVERY_3)
     assert results["blocks_kept"] == 3
@@ -332,6 +341,7 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
+from safetensors.torch import save_file
 import train_hf
 from timm_eps import EpsilonPruner
 from timm_eps.training import checkpoints
@@ -357,6 +367,12 @@ def before_call(number, function):
 
 train_hf.publishing.check_reload = lambda *_: "not tried"
 train_hf.report.paired_latency = lambda pair, *_: dict.fromkeys(pair, 1.0)
+
+def save_weights(model, output_dir, remedy, *, results, **others):
+    save_file(dict(model.timm_model.state_dict()), Path(output_dir) / "model.safetensors")
+    (Path(output_dir) / "all_results.json").write_text(json.dumps(results))
+
+train_hf.publishing.save = save_weights
 for moment, arguments in json.loads(sys.argv[1]):
     if child := os.fork():  # one start of torch for all
         print(moment, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

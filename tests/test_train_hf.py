@@ -323,7 +323,7 @@ def test_fixed_epsilon_without_live_removal(tmp_path):
     assert results["blocks_kept"] == 1, "removed at the end, with the save, but for the last one"
 
 
-@pytest.mark.parametrize(("given", "threads"), [([], 2), (["--num_threads", "1"], 1)])
+@pytest.mark.parametrize(("given", "threads"), mostly_slow([([], 2), (["--num_threads", "1"], 1)], 0))
 def test_threads(tmp_path, monkeypatch, given, threads):
     """accelerate launch would leave one thread; the results say how many there were."""
     monkeypatch.setattr("timm_eps.training.launching.available_cores", lambda: 2)
@@ -331,7 +331,7 @@ def test_threads(tmp_path, monkeypatch, given, threads):
 
 
 def test_launched(tmp_path):
-    """Under ``accelerate launch``, and a mistake ends in one line, not in a traceback.
+    """Under ``accelerate launch``.
 
     Autocast during training must not make the reloaded model look wrong.
     """
@@ -353,9 +353,6 @@ def test_launched(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Saved in" in done.stdout
     assert "timm equal, AutoModelForImageClassification equal, pipeline equal." in done.stdout
-    failed = subprocess.run([*command, "--fold", "7"], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert failed.returncode != 0
-    assert "train_hf.py: error: fold must be 0 to 4, got 7." in failed.stderr
 
 
 # Each child is a launch of its own, with the start of torch in common: (name, environment, further arguments).
@@ -438,7 +435,8 @@ def test_default_run(tmp_path):
 def test_twins_of_timm_models_train_too(tmp_path, name):
     """A post-activation ResNet and a ViT by their stored recipes, cut short."""
     config = ["--config", str(ROOT / "hub_configs" / f"{name}.digits.json"), "--num_warmup_steps", "0"]
-    short = [*SHORT[2:], "--output_dir", str(tmp_path), "--keep", "5", "--max_eval_samples", "50"]
+    small = ["--max_eval_samples", "50", *(["--image_size", "32"] if name == "eps_test_resnet" else [])]
+    short = [*SHORT[2:], "--output_dir", str(tmp_path), "--keep", "5", *small]
     results = train_hf.main([*config, *short])
     assert results["architecture"] == name
     assert 5 <= results["blocks_kept"] < results["blocks_total"], "responses still move after so few steps"

@@ -31,7 +31,8 @@ from transformers import pipeline
 from transformers.models.auto import modeling_auto
 
 from timm_eps import EpsResNetConfig, EpsResNetForImageClassification, EpsResNetModel
-from timm_eps.hf.modeling_eps_resnet import EpsResNetBackbone, EpsResNetPreTrainedModel
+from timm_eps.hf.modeling_eps_resnet import EpsResNetBackbone
+from timm_eps.hf.pretrained_eps_resnet import EpsResNetPreTrainedModel
 
 SOURCE = os.environ.get("TIMM_EPS_TRANSFORMERS_TESTS")
 if not SOURCE:

@@ -24,7 +24,8 @@ from .models.mixin import EpsilonMixin
 from .pruner import EpsilonPruner
 from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery.branches import gates
-from .surgery.removal import add_gates, param_groups, remove_closed, removed_slots
+from .surgery.parameters import param_groups
+from .surgery.removal import add_gates, remove_closed, removed_slots
 
 __version__ = "0.1.0"
 

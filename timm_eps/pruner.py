@@ -58,8 +58,7 @@ class EpsilonPruner:
         epsilon: The paper's threshold, in activation units, one for the whole network. Exclusive with a budget.
         keep: Fraction (float) or number (int) of branches to keep; ε then follows the responses.
         target_params: Instead of ``keep``, fraction (float up to 1) or number of the network's parameters.
-        target_macs: Instead of ``keep``, fraction or number of the multiply-adds for one image of the model's input
-            size.
+        target_macs: Instead of ``keep``, fraction or number of the multiply-adds for one image.
         target_latency: Instead of ``keep``, fraction or milliseconds of a forward pass of 32 such images on the model's
             device. For another batch size pass a ``timm_eps.budget.TargetLatency``.
         warmup_epochs: Number of epochs at the beginning in which every gate is open.
@@ -73,11 +72,9 @@ class EpsilonPruner:
             the response, each branch that is due gets its own ε, twice its response.
         schedule: Instead of ``epsilon`` or a budget, an object that says ε in each epoch: one of
             :mod:`timm_eps.schedule`, or your own.
-        prune_frozen: Whether to remove branches that cannot learn, because none of their parameters needs a gradient.
-            By default they stay and count as kept.
-        followers: Copies of the model that are updated in place and must have its structure, such as averages of its
-            weights: timm's ``ModelEmaV3``, torch's ``AveragedModel``, or the copy in it. After each step they have the
-            same closed and removed branches as the model.
+        prune_frozen: Whether to remove branches none of whose parameters needs a gradient. By default they stay.
+        followers: Averages of the model's weights: timm's ``ModelEmaV3``, torch's ``AveragedModel``, or the copy in it.
+            After each step they have the same closed and removed branches as the model.
 
     Attributes:
         epoch (int): Number of finished epochs.

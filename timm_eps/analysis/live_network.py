@@ -38,6 +38,7 @@ class LiveNetwork:
     def __init__(self, model: nn.Module, batches: list[Batch], loss: Loss) -> None:
         self.model, self.batches, self.loss = model, batches, loss
         self._sizes: dict[frozenset[str], Size] = {}
+        self._counts: dict[Budget, dict[frozenset[str], float]] = {}
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -69,8 +70,12 @@ class LiveNetwork:
 
     def count_without(self, budget: Budget, slots: Iterable[str]) -> float:
         """What a budget counts without these branches."""
-        net = gated_copy(self.model)
-        return budget.count(network_without(net, {*slots, *closed_slots(net)}), self.image_shape)
+        key = frozenset(slots)
+        counts = self._counts.setdefault(budget, {})
+        if key not in counts:
+            net = gated_copy(self.model)
+            counts[key] = budget.count(network_without(net, {*key, *closed_slots(net)}), self.image_shape)
+        return counts[key]
 
     def stopwatch(self, batch_size: int, dense: float | None = None) -> Callable[[Iterable[str]], float]:
         """A function that measures a forward pass without some branches, in milliseconds.

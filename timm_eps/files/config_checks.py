@@ -4,7 +4,7 @@ A ``config.json`` from elsewhere decides how a network is built. It must not cho
 files are written, on which device the network stands, or what the network puts out; the caller does. Numbers have
 bounds, so that a file of a few bytes cannot ask for gigabytes.
 
-This file imports nothing of the package: a copy of it stands beside the stand-alone code on the Hub.
+This file imports nothing else of the package: copies of both stand beside the stand-alone code on the Hub.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -15,6 +15,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .value_checks import check_rate, check_text, check_whole, check_wholes, is_number, listed, refuse, shortened
+
 __all__ = [
     "MAX_CLASSES",
     "check_config",
@@ -22,7 +24,6 @@ __all__ = [
     "check_model_args",
     "check_network",
     "check_slots",
-    "shortened",
     "without_classes",
 ]
 
@@ -54,56 +55,6 @@ _NOT_AT_ROOT = re.compile(
 _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset"}
 
 
-def shortened(value: object, limit: int = 60) -> str:
-    """``repr`` of a value for a message, of at most ``limit`` characters."""
-    try:
-        text = repr(value[:limit] if isinstance(value, str | bytes | list | tuple) else value)
-    except (RecursionError, ValueError):  # nested too deeply, or more digits than Python converts
-        text = f"a {type(value).__name__} too large to show"
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def _refuse(name: str, expected: str, value: object) -> ValueError:
-    return ValueError(f"{name} must be {expected}, got {shortened(value)}.")
-
-
-def _is_whole(value: object, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_number(value: object, least: float, most: float) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return least <= value <= most  # NaN is not; an int of any size compares
-
-
-def _check_whole(name: str, value: object, least: int, most: int) -> None:
-    if not _is_whole(value, least, most):
-        raise _refuse(name, f"a whole number from {least} to {most}", value)
-
-
-def _listed(value: object) -> list[Any]:
-    """The items of a list or tuple; of anything else, one item that fits nowhere."""
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _check_wholes(name: str, value: object, least: int, most: int, lengths: range) -> None:
-    fits = isinstance(value, list | tuple) and len(value) in lengths
-    if not fits or not all(_is_whole(item, least, most) for item in _listed(value)):
-        count = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-        raise _refuse(name, f"a list of {count} whole numbers from {least} to {most}", value)
-
-
-def _check_rate(name: str, value: object) -> None:
-    if not _is_number(value, 0.0, 1.0):
-        raise _refuse(name, "a number from 0 to 1", value)
-
-
-def _check_text(name: str, value: object, most: int = 128) -> None:
-    if not (isinstance(value, str) and len(value) <= most):
-        raise _refuse(name, f"a string of at most {most} characters", value)
-
-
 def check_slots(name: str, slots: object) -> list[str]:
     """Return a list of slot paths, such as ``stages.1.blocks.4.drop_path``.
 
@@ -111,13 +62,13 @@ def check_slots(name: str, slots: object) -> list[str]:
         ValueError: ``slots`` is no collection of such paths, or it names one of them twice.
     """
     if isinstance(slots, str | bytes | Mapping) or not hasattr(slots, "__iter__"):
-        raise _refuse(name, "a list of slot paths", slots)
+        raise refuse(name, "a list of slot paths", slots)
     found = list(slots)
     if len(found) > _MAX_SLOTS:
         raise ValueError(f"{name} must be a list of at most {_MAX_SLOTS} slot paths, got {len(found)}.")
     for slot in found:
         if not (isinstance(slot, str) and len(slot) <= 256 and _SLOT.fullmatch(slot)):
-            raise _refuse(name, "a list of slot paths such as 'stages.1.blocks.4.drop_path'", slot)
+            raise refuse(name, "a list of slot paths such as 'stages.1.blocks.4.drop_path'", slot)
     if len(set(found)) < len(found):
         twice = next(slot for slot in found if found.count(slot) > 1)
         raise ValueError(f"{name} must name each slot once, got {shortened(twice)} twice.")
@@ -143,22 +94,22 @@ def check_network(
     def named(field: str) -> str:
         return f"{prefix}[{field!r}]" if prefix else field
 
-    _check_wholes(named("layers"), layers, 1, _MAX_BLOCKS, range(1, 9))
-    _check_wholes(named("channels"), channels, 1, _MAX_CHANNELS, range(1, 9))
-    if (stages := len(_listed(layers))) != len(_listed(channels)):
+    check_wholes(named("layers"), layers, 1, _MAX_BLOCKS, range(1, 9))
+    check_wholes(named("channels"), channels, 1, _MAX_CHANNELS, range(1, 9))
+    if (stages := len(listed(layers))) != len(listed(channels)):
         raise ValueError(
             f"{named('channels')} must have one width for each of the {stages} stages of "
             f"layers={shortened(layers)}, got {shortened(channels)}."
         )
-    _check_whole(named("in_chans"), in_chans, 1, _MAX_CHANNELS)
+    check_whole(named("in_chans"), in_chans, 1, _MAX_CHANNELS)
     if pixel_mean is not None:
-        _check_wholes(named("pixel_mean"), pixel_mean, 1, _MAX_SIDE, range(2, 3))
+        check_wholes(named("pixel_mean"), pixel_mean, 1, _MAX_SIDE, range(2, 3))
 
 
 def _check_choice(*choices: str) -> Callable[[str, object], None]:
     def check(name: str, value: object) -> None:
         if value not in choices:
-            raise _refuse(name, f"one of {', '.join(map(repr, choices))}", value)
+            raise refuse(name, f"one of {', '.join(map(repr, choices))}", value)
 
     return check
 
@@ -172,10 +123,10 @@ _CIFAR_ARGS: dict[str, Callable[[str, Any], object]] = {
     "removed": check_slots,
     "closed": check_slots,
     "global_pool": _check_choice("avg", "max", "avgmax", "catavgmax", ""),
-    "drop_rate": _check_rate,
-    "drop_path_rate": _check_rate,
-    "norm_layer": _check_text,
-    "act_layer": _check_text,
+    "drop_rate": check_rate,
+    "drop_path_rate": check_rate,
+    "norm_layer": check_text,
+    "act_layer": check_text,
 }
 
 
@@ -194,7 +145,7 @@ def check_model_args(model_args: object, *, is_cifar: bool) -> dict[str, Any]:
     if model_args is None:
         return {}
     if not isinstance(model_args, Mapping):
-        raise _refuse("model_args", "an object with keyword arguments of the network", model_args)
+        raise refuse("model_args", "an object with keyword arguments of the network", model_args)
     for name, value in model_args.items():
         field = f"model_args[{shortened(name)}]"
         if not (isinstance(name, str) and _KEYWORD.fullmatch(name)):
@@ -233,65 +184,65 @@ def without_classes(model_args: object, num_classes: object) -> Any:
 def _check_plain(name: str, value: object, depth: int = 0) -> None:
     """Check a value of a timm argument that is not known here: plain data of sensible size."""
     if depth > 8:
-        raise _refuse(name, "nested at most 8 deep", value)
+        raise refuse(name, "nested at most 8 deep", value)
     if value is None or isinstance(value, bool):
         return
     if isinstance(value, int | float):
         counts_blocks = any(part in name for part in ("depth", "layers", "blocks", "repeat", "multiplier"))
         most = _MAX_BLOCKS if counts_blocks else _MAX_SIDE if "img_size" in name else 2**20
-        if not _is_number(value, -most, most):
-            raise _refuse(name, f"a number of at most {most}", value)
+        if not is_number(value, -most, most):
+            raise refuse(name, f"a number of at most {most}", value)
     elif isinstance(value, str):
-        _check_text(name, value, 1000)
+        check_text(name, value, 1000)
     elif isinstance(value, list | tuple):
         if len(value) > 1000:
-            raise _refuse(name, "a list of at most 1000 values", value)
+            raise refuse(name, "a list of at most 1000 values", value)
         for item in value:
             _check_plain(name, item, depth + 1)
     elif isinstance(value, Mapping):
         if len(value) > 1000:
-            raise _refuse(name, "an object of at most 1000 values", value)
+            raise refuse(name, "an object of at most 1000 values", value)
         for key, item in value.items():
             if not isinstance(key, str) or _NOT_STRUCTURE.fullmatch(key):
                 raise ValueError(f"{name}[{shortened(key)}] is refused: it does not name structure.")
             _check_plain(f"{name}[{shortened(key)}]", item, depth + 1)
     else:
-        raise _refuse(name, "plain data", value)
+        raise refuse(name, "plain data", value)
 
 
 def _check_size(name: str, value: object) -> None:
-    _check_wholes(name, value, 1, _MAX_SIDE * 4, range(3, 4))
+    check_wholes(name, value, 1, _MAX_SIDE * 4, range(3, 4))
 
 
 def _check_statistics(name: str, value: object) -> None:
-    numbers = _listed(value)
+    numbers = listed(value)
     if not isinstance(value, list | tuple) or len(value) not in range(1, _MAX_CHANNELS + 1):
-        raise _refuse(name, "a list with one number for each image channel", value)
-    if not all(_is_number(number, -1e6, 1e6) for number in numbers):
-        raise _refuse(name, "a list of finite numbers", value)
+        raise refuse(name, "a list with one number for each image channel", value)
+    if not all(is_number(number, -1e6, 1e6) for number in numbers):
+        raise refuse(name, "a list of finite numbers", value)
     if name.endswith("['std']") and not all(number > 0 for number in numbers):
-        raise _refuse(name, "a list of positive numbers", value)
+        raise refuse(name, "a list of positive numbers", value)
 
 
 def _check_share(name: str, value: object) -> None:
-    if not _is_number(value, 1e-3, 100.0):
-        raise _refuse(name, "a share of the image's side", value)
+    if not is_number(value, 1e-3, 100.0):
+        raise refuse(name, "a share of the image's side", value)
 
 
 def _check_layers_named(name: str, value: object) -> None:
-    for layer in _listed(value):
-        _check_text(name, layer, 256)
+    for layer in listed(value):
+        check_text(name, layer, 256)
 
 
 _PRETRAINED_CFG: dict[str, Callable[[str, Any], object]] = {
     **dict.fromkeys(("input_size", "test_input_size", "min_input_size"), _check_size),
     **dict.fromkeys(
-        ("pool_size", "test_pool_size"), lambda name, value: _check_wholes(name, value, 1, _MAX_SIDE, range(1, 4))
+        ("pool_size", "test_pool_size"), lambda name, value: check_wholes(name, value, 1, _MAX_SIDE, range(1, 4))
     ),
     **dict.fromkeys(("crop_pct", "test_crop_pct"), _check_share),
     **dict.fromkeys(("mean", "std"), _check_statistics),
     **dict.fromkeys(("first_conv", "classifier"), _check_layers_named),
-    "num_classes": lambda name, value: _check_whole(name, value, 0, MAX_CLASSES),
+    "num_classes": lambda name, value: check_whole(name, value, 0, MAX_CLASSES),
     "label_names": lambda name, value: check_label_names(name, value),
     "fixed_input_size": _check_choice(True, False),  # type: ignore[arg-type]
     **dict.fromkeys(
@@ -299,13 +250,13 @@ _PRETRAINED_CFG: dict[str, Callable[[str, Any], object]] = {
          "paper_ids", "notes", "label_descriptions"),
         lambda name, value: None,  # texts that nothing acts on, but for the first four
     ),
-    **dict.fromkeys(("architecture", "tag", "interpolation", "crop_mode"), _check_text),
+    **dict.fromkeys(("architecture", "tag", "interpolation", "crop_mode"), check_text),
 }  # fmt: skip
 
 
 def _check_pretrained_cfg(cfg: object) -> None:
     if not isinstance(cfg, Mapping):
-        raise _refuse("pretrained_cfg", "an object that describes the input", cfg)
+        raise refuse("pretrained_cfg", "an object that describes the input", cfg)
     for name, value in cfg.items():
         field = f"pretrained_cfg[{shortened(name)}]"
         if name in _SOURCES:
@@ -332,14 +283,14 @@ def check_label_names(name: str, names: object, count: int | None = None) -> lis
         try:
             numbered = sorted((int(number), label) for number, label in names.items())
         except (TypeError, ValueError):
-            raise _refuse(name, "a mapping from class numbers to names", names) from None
+            raise refuse(name, "a mapping from class numbers to names", names) from None
         if [number for number, _ in numbered] != list(range(len(numbered))):
-            raise _refuse(name, "a mapping that names each class from 0 on", names)
+            raise refuse(name, "a mapping that names each class from 0 on", names)
         names = [label for _, label in numbered]
     if isinstance(names, str | bytes) or not isinstance(names, list | tuple):
-        raise _refuse(name, "a list of class names", names)
+        raise refuse(name, "a list of class names", names)
     for label in names:
-        _check_text(f"{name}: a class name", label, 1000)
+        check_text(f"{name}: a class name", label, 1000)
     if count is not None and len(names) != count:
         raise ValueError(f"{name} must have one name for each of the {count} classes, got {len(names)}.")
     return list(names)
@@ -356,10 +307,10 @@ def check_config(config: object, *, is_cifar: Callable[[str], bool]) -> dict[str
         ValueError: A field is missing, unknown, out of bounds, or chooses something else than structure.
     """
     if not isinstance(config, Mapping):
-        raise _refuse("config.json", "an object", config)
+        raise refuse("config.json", "an object", config)
     if "architecture" not in config:
         raise ValueError(f"config.json has no field 'architecture', only {shortened(sorted(map(str, config)))}.")
-    _check_text("architecture", config["architecture"])
+    check_text("architecture", config["architecture"])
     for name in config:
         if not isinstance(name, str) or _NOT_AT_ROOT.fullmatch(name):
             # A null, or transformers' own name for the usual attention, chooses nothing.
@@ -368,16 +319,16 @@ def check_config(config: object, *, is_cifar: Callable[[str], bool]) -> dict[str
             raise ValueError(f"{shortened(name)} is refused at the root of config.json: it does not name structure.")
     config = {**config, "model_args": without_classes(config.get("model_args"), config.get("num_classes"))}
     checks: dict[str, Callable[[str, Any], object]] = {
-        **dict.fromkeys(("num_classes", "num_labels"), lambda name, value: _check_whole(name, value, 0, MAX_CLASSES)),
+        **dict.fromkeys(("num_classes", "num_labels"), lambda name, value: check_whole(name, value, 0, MAX_CLASSES)),
         "model_args": lambda name, value: check_model_args(value, is_cifar=is_cifar(config["architecture"])),
         "pretrained_cfg": lambda name, value: _check_pretrained_cfg(value),
         "label_names": lambda name, value: check_label_names(name, value, config.get("num_classes")),
         "id2label": check_label_names,
         "side_loss_weight": _check_side_loss_weight,
         "out_features": _check_layers_named,
-        "out_indices": lambda name, value: _check_wholes(name, value, -64, 64, range(65)),
+        "out_indices": lambda name, value: check_wholes(name, value, -64, 64, range(65)),
         "weights_sha256": _check_digest,
-        "base_model": _check_text,
+        "base_model": check_text,
     }
     for name, check in checks.items():
         if config.get(name) is not None:
@@ -388,10 +339,10 @@ def check_config(config: object, *, is_cifar: Callable[[str], bool]) -> dict[str
 
 
 def _check_side_loss_weight(name: str, value: object) -> None:
-    if not _is_number(value, 0.0, 1e6):
-        raise _refuse(name, "a finite number of at least 0", value)
+    if not is_number(value, 0.0, 1e6):
+        raise refuse(name, "a finite number of at least 0", value)
 
 
 def _check_digest(name: str, value: object) -> None:
     if not (isinstance(value, str) and _DIGEST.fullmatch(value)):
-        raise _refuse(name, "64 hexadecimal digits", value)
+        raise refuse(name, "64 hexadecimal digits", value)

@@ -1,6 +1,6 @@
 """ε-ResNet for CIFAR-sized images, pruned or not, for transformers alone: a copy of ``standalone.py`` of timm-eps.
 
-Beside it stand copies of ``config_checks.py`` and ``weight_checks.py``: a file from elsewhere is data, here too.
+Beside it stand copies of ``config_checks.py``, ``value_checks.py`` and ``weight_checks.py``: a file is data, here too.
 
 "Learning Strict Identity Mappings in Deep Residual Networks", X. Yu, Z. Yu, S. Ramalingam, CVPR 2018,
 https://arxiv.org/abs/1804.01661. The network is a pre-activation ResNet of depth 6n + 2. Training with the package
@@ -26,11 +26,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
-from transformers.modeling_outputs import (
-    BackboneOutput,
-    BaseModelOutputWithPoolingAndNoAttention,
-    ImageClassifierOutputWithNoAttention,
-)
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutputWithNoAttention
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention as PooledOutput
 from transformers.utils import cached_file
 from transformers.utils.generic import can_return_tuple
 
@@ -54,10 +51,9 @@ class EpsResNetConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         architecture: timm-eps's name of the unpruned network, ``eps_resnet20`` to ``eps_resnet752``.
-        model_args: timm's keyword arguments: ``removed`` (slots of the residual branches that are gone, such as
-            ``stages.1.blocks.4.drop_path``), ``layers`` (blocks of each stage), ``channels`` (width of each stage),
-            ``in_chans`` (channels of the images), ``pixel_mean`` (their height and width, if the network takes off the
-            mean of each pixel).
+        model_args: timm's keyword arguments: ``removed`` (slots of the branches that are gone), ``layers`` (blocks of
+            each stage), ``channels`` (width of each stage), ``in_chans`` (channels of the images), ``pixel_mean``
+            (their height and width, if the network takes off the mean of each pixel).
         pretrained_cfg: timm's description of the input, which the image processor reads.
 
     Raises:
@@ -92,8 +88,8 @@ class EpsResNetConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.architecture not in _BLOCKS:
             raise ValueError(f"architecture must be one of {', '.join(_BLOCKS)}, got {self.architecture!r}.")
         layers = (_BLOCKS[self.architecture],) * 3
-        network: dict[str, Any] = {"layers": layers, "channels": (16, 32, 64), "in_chans": 3, "removed": ()}
-        network["pixel_mean"] = None
+        network: dict[str, Any] = {"layers": layers, "channels": (16, 32, 64), "in_chans": 3}
+        network |= {"removed": (), "pixel_mean": None}
         for name, value in (self.model_args or {}).items():
             if value is None or name in _IGNORED or (name in _FIXED and value == _FIXED[name]):
                 continue
@@ -176,11 +172,7 @@ class PreActBasic(nn.Module):
 
 
 class EpsResNetPreTrainedModel(PreTrainedModel):
-    """What the ε-ResNet classes share: the stem and the stages, under timm's names, and their initialisation.
-
-    Raises:
-        ValueError: ``removed`` names a slot that this architecture does not have.
-    """
+    """What the ε-ResNet classes share: the stem and the stages, under timm's names, and their initialisation."""
 
     config_class = EpsResNetConfig
     config: EpsResNetConfig
@@ -192,13 +184,9 @@ class EpsResNetPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As :meth:`transformers.PreTrainedModel.from_pretrained`, but strict about the weights.
-
-        Only the classifier may differ from what the file holds, and only with ``ignore_mismatched_sizes=True`` or where
-        the stored network has none.
-
-        Raises:
-            ValueError: The file does not fit what ``config.json`` says, or holds NaN.
+        """As :meth:`transformers.PreTrainedModel.from_pretrained`, but strict about the weights: ValueError if the file
+        does not fit what ``config.json`` says, or holds NaN. Only the classifier may differ, with
+        ``ignore_mismatched_sizes=True`` or where the stored network has none.
         """
         kwargs.setdefault("use_safetensors", True)  # other formats can hold code
         may_differ: set[str] = set()
@@ -282,15 +270,11 @@ def _check_stored(name: Any, kwargs: dict[str, Any]) -> set[str]:
             raise ValueError(f"{WEIGHTS} holds {closed[0]!r}: it is a checkpoint of a training, which timm_eps reads.")
         return found
 
-    check_file(
-        files,
-        layout_of(network.state_dict()),
-        may_differ=classifier if is_replaced else (),
-        adapt=adapt,
-        sha256=stored.get("weights_sha256"),
-    )
+    may_differ = classifier if is_replaced else set()
+    digest = stored.get("weights_sha256")
+    check_file(files, layout_of(network.state_dict()), may_differ=may_differ, adapt=adapt, sha256=digest)
     check_precision(stored.get("dtype") or stored.get("torch_dtype"), files)
-    return classifier if is_replaced else set()
+    return may_differ
 
 
 class EpsResNetModel(EpsResNetPreTrainedModel):
@@ -305,13 +289,11 @@ class EpsResNetModel(EpsResNetPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None
-    ) -> BaseModelOutputWithPoolingAndNoAttention:
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool | None = None) -> PooledOutput:
         """Images (B, C, H, W) to ``last_hidden_state`` (B, 64, H / 4, W / 4) and ``pooler_output`` (B, 64)."""
         hidden_states = self._hidden_states(pixel_values)
         features = self.norm(hidden_states[-1])
-        return BaseModelOutputWithPoolingAndNoAttention(
+        return PooledOutput(
             last_hidden_state=features,
             pooler_output=self.pool(features),
             hidden_states=hidden_states if self._wants_hidden_states(output_hidden_states) else None,

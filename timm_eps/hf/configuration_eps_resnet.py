@@ -14,7 +14,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import TimmWrapperConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from ..files.config_checks import check_config, check_label_names, check_model_args, shortened
+from ..files.config_checks import check_config, check_label_names, check_model_args
+from ..files.value_checks import shortened
 from ..names import base_name, is_cifar_network, twin_name
 from ..surgery.branches import timm_body
 from ..surgery.removal import structure_of

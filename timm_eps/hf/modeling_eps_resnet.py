@@ -1,17 +1,9 @@
-"""The transformers classes: timm's network inside, side supervision beside it, one format on disk.
-
-They are transformers' own timm wrapper with three changes. Weights are initialised as timm does, pruned structures
-save and load, and the classification loss has the paper's side term.
-"""
+"""The transformers classes: timm's network inside, side supervision beside it, one format on disk."""
 
 from __future__ import annotations
 
-import copy
-import os
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -26,226 +18,20 @@ from transformers import (
     TimmWrapperForImageClassification,
     TimmWrapperImageProcessor,
     TimmWrapperModel,
-    TimmWrapperPreTrainedModel,
 )
 from transformers.backbone_utils import BackboneMixin
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..files.weight_checks import check_numbers
-from ..models.eps_resnet import init_weights
-from ..models.stored import set_closed
-from ..surgery.branches import gates, timm_body
-from ..surgery.removal import add_gates, closed_slots, collapsed_copy, record_structure, removed_slots
-from ..surgery.wrapping import recorded
 from .configuration_eps_resnet import EpsResNetConfig
 from .distillation import Distillation
-from .model_files import TransformersFiles, bind_weights, check_outputs, check_rebuilt, staged
+from .pretrained_eps_resnet import KEY_CONVERSIONS, EpsResNetPreTrainedModel, classifier_paths
 from .side_supervision import Tap, half_depth, new_side_head
 
-__all__ = [
-    "EpsResNetBackbone",
-    "EpsResNetForImageClassification",
-    "EpsResNetModel",
-    "EpsResNetPreTrainedModel",
-    "unshared",
-]
-
+__all__ = ["EpsResNetBackbone", "EpsResNetForImageClassification", "EpsResNetModel"]
 
 _logger = logging.get_logger(__name__)
-
-
-def _key_conversions() -> list[WeightConverter | WeightRenaming]:
-    """Checkpoints hold timm's keys; the wrapper's begin with ``timm_model.``, but for the side head's."""
-    return [WeightRenaming(r"^(?!timm_model\.|side_head\.)(.+)", r"timm_model.\1")]
-
-
-class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
-    """What the ε-ResNet classes share: initialisation, loading and saving.
-
-    Attributes:
-        keeps_training_parts (bool | str): Save the model as it trains, with closed branches and the side head, not what
-            it evaluates to: True, or ``"in checkpoints"``, only into directories that are called as Trainer's
-            checkpoints. To resume from; transformers loads what is saved so, timm does not.
-        loads_leniently (bool): True while ``load_state_dict(..., strict=False)`` runs, which torch does not tell hooks.
-    """
-
-    config_class = EpsResNetConfig
-    config: EpsResNetConfig
-    timm_model: Any
-    _weight_conversions: list[WeightConverter | WeightRenaming]
-    keeps_training_parts: bool | str = False
-    is_headless = False
-    records_structure = True  # in its configuration; a stock wrapper does not, and may not save a pruned network
-    loads_leniently: bool = False
-    _no_split_modules = ["PreActBasic"]  # noqa: RUF012  the parent's declaration
-
-    def post_init(self) -> None:
-        # Known from the config alone when loading: a probe or an image processor must see this model's input.
-        described = {name: v for name, v in (self.config.pretrained_cfg or {}).items() if name not in _OF_ARCHITECTURE}
-        self.timm_model.pretrained_cfg = {**self.timm_model.pretrained_cfg, **described}
-        if not any(parameter.is_meta for parameter in self.timm_model.parameters()):
-            for module in self.timm_model.modules():
-                module._is_hf_initialized = True  # by timm, each architecture in its way
-        super().post_init()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
-        """As :meth:`transformers.PreTrainedModel.from_pretrained`, but strict about the weights.
-
-        Only the classifier may differ from what the file holds, and only with ``ignore_mismatched_sizes=True`` or where
-        the stored network has none.
-
-        Raises:
-            ValueError: The file does not fit what ``config.json`` says, or holds NaN. transformers alone would give
-                random weights to what is missing, with a warning.
-        """
-        gives_side_loss_weight = "side_loss_weight" in kwargs
-        kwargs.setdefault("use_safetensors", True)  # other formats can hold code
-        stored = None
-        if kwargs.get("state_dict") is None and pretrained_model_name_or_path is not None:
-            stored = TransformersFiles.of(cls.config_class, pretrained_model_name_or_path, kwargs)
-        asked = bool(kwargs.get("ignore_mismatched_sizes")) or (stored is not None and not stored.num_classes)
-        if stored is not None:
-            stored.check(replaces_classifier=asked or cls.is_headless)
-            kwargs = stored.with_open_gates(kwargs)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        if kwargs.get("state_dict") is None:
-            _check_blocks(model, info, replaces_classifier=asked)
-        if stored is not None and stored.asks_for_side_head and not (gives_side_loss_weight or cls.is_headless):
-            _check_side_head(info)
-        if stored is not None:
-            set_closed(model, stored.closed)
-            record_structure(model)
-        # transformers leaves CPU weights in the mapped file, at odd addresses, where kernels for single images sum in
-        # another order than at aligned ones: logits would differ from timm's and the live model's in the last bits.
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-                tensor.data = tensor.data.clone()
-        return (model, info) if output_loading_info else model
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Takes this class's own keys, those of its files, and timm's for the network alone."""
-        if any(key.startswith("side_head.") for key in state_dict):
-            own = ("timm_model.", "side_head.")
-            state_dict = {key if key.startswith(own) else f"timm_model.{key}": v for key, v in state_dict.items()}
-        whole = any(key.startswith("timm_model.") for key in state_dict)
-        if not strict and not hasattr(state_dict, "_metadata"):
-            # A checkpoint's file says nothing of closed gates, its configuration does: they stay as they are.
-            prefix = "timm_model." if whole else ""
-            notes = {f"{prefix}{slot}.closed": torch.ones((), dtype=torch.bool) for slot in closed_slots(self)}
-            state_dict = {**notes, **state_dict}
-        self.loads_leniently = not strict
-        try:
-            return nn.Module.load_state_dict(self if whole else self.timm_model, state_dict, strict, assign)
-        finally:
-            self.loads_leniently = False
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`torch.nn.Module.state_dict`; a closed gate has an entry of its own."""
-        with recorded(self.timm_model):
-            return super().state_dict(*args, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            init_weights(module)
-        else:
-            super()._init_weights(module)
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save what the model evaluates to: without closed branches and without the side head.
-
-        The files are written to the side first. They are moved into place when the network that the configuration
-        describes has been built again, has the names and shapes of the weights, and computes the same. Arguments are
-        those of :meth:`transformers.PreTrainedModel.save_pretrained`.
-
-        Raises:
-            ValueError: The configuration cannot say what the network is, as after modules were replaced by hand; or
-                weights are NaN or infinite, or of several precisions.
-        """
-        is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name)
-        keeps_parts = self.keeps_training_parts is True or bool(self.keeps_training_parts and is_checkpoint)
-        if keeps_parts:
-            written = copy.copy(self)
-            written.config = copy.deepcopy(self.config)
-        else:
-            written = collapsed_copy(self)
-            written._drop_training_parts()
-        # By itself transformers saves the keys it loaded, which may have been the wrapper's; timm reads its own alone.
-        written._weight_conversions = _key_conversions()
-        # The network knows its structure best, also if it was pruned on its own.
-        record_structure(written)
-        weights = {name: tensor for name, tensor in written.state_dict().items() if not name.endswith(".closed")}
-        if state_dict is not None:
-            if missing := sorted(weights.keys() - state_dict.keys()):
-                raise ValueError(f"state_dict lacks {missing[0]!r} and {len(missing) - 1} more keys of the model.")
-            weights = {name: state_dict[name] for name in weights}
-        for name, tensor in weights.items():
-            if type(tensor) not in (Tensor, nn.Parameter):
-                raise ValueError(
-                    f"{name} is a {type(tensor).__name__}, which config.json cannot describe: save the model before it "
-                    "is quantized or sharded."
-                )
-        check_numbers(weights, source="the model")
-        kinds = {str(tensor.dtype) for tensor in weights.values() if tensor.is_floating_point()}
-        if len(kinds) > 1:
-            raise ValueError(f"The weights are of several precisions, {', '.join(sorted(kinds))}; use model.to(dtype).")
-        if not is_main_process:
-            return
-        with staged(save_directory) as staging:
-            super(EpsResNetPreTrainedModel, written).save_pretrained(staging, state_dict=unshared(weights), **kwargs)
-            check_rebuilt(type(self), staging)
-            if not keeps_parts:  # a checkpoint is written often, and begins with a network that was proven
-                check_outputs(written, staging)
-            bind_weights(staging)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-
-    def _drop_training_parts(self) -> None:
-        self.config.side_loss_weight = 0.0
-
-    @classmethod
-    def from_timm(cls, model: nn.Module, **config_fields: Any) -> Any:
-        """Wrap an existing timm model; nothing is copied.
-
-        ::
-
-            stock = AutoModelForImageClassification.from_pretrained("timm/resnet18.a1_in1k")
-            model = EpsResNetForImageClassification.from_timm(stock)  # the same weights, with gates and class names
-
-        Args:
-            model: A model made by ``timm.create_model``, gated or not, or a stock ``TimmWrapper`` model around one.
-            config_fields: Further fields of :class:`EpsResNetConfig`, such as ``id2label`` or ``side_loss_weight``.
-
-        Raises:
-            ValueError: The model cannot be built again from a name and arguments.
-        """
-        config = EpsResNetConfig.from_timm(model, **config_fields)
-        model = timm_body(model)
-        if not gates(model) and not removed_slots(model):
-            add_gates(model)
-        with torch.device("meta"):
-            wrapper: Any = cls(config)
-        wrapper.timm_model = model
-        if getattr(wrapper, "side_head", None) is not None:
-            wrapper.follow_structure()
-            wrapper.side_head = new_side_head(model)
-            wrapper.side_head.apply(wrapper._init_weights)
-        return wrapper
 
 
 class _Headless(EpsResNetPreTrainedModel):
@@ -255,7 +41,7 @@ class _Headless(EpsResNetPreTrainedModel):
 
     def post_init(self) -> None:
         # A classifier's checkpoint loads here as it is meant to: silently without its last layer.
-        self._keys_to_ignore_on_load_unexpected = [re.escape(name) for name in (*_classifiers(self), "side_head")]
+        self._keys_to_ignore_on_load_unexpected = [re.escape(name) for name in (*classifier_paths(self), "side_head")]
         super().post_init()
 
     def _drop_training_parts(self) -> None:
@@ -387,14 +173,18 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
         if self.config.side_loss_weight:
             self.side_head = new_side_head(self.timm_model)
             self._tap = Tap(half_depth(self.timm_model))
-            self.follow_structure()
+            self._connect()
         super().post_init()
 
-    def follow_structure(self) -> None:
-        """Let the side head read what is at half depth now; whoever changes the structure calls this.
+    def on_structure_change(self) -> None:
+        """Also let the side head read what is at half depth now.
 
         Not left to the forward pass: torch cannot compile that a hook is registered.
         """
+        super().on_structure_change()
+        self._connect()
+
+    def _connect(self) -> None:
         if self.side_head is not None:
             self._tap.connect(self.timm_model)
 
@@ -421,7 +211,7 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
                 **kwargs,
             )
         if has_side and not torch.compiler.is_compiling():
-            self.follow_structure()  # the network inside may have been pruned on its own
+            self._connect()  # the network inside may have been pruned on its own
         if has_side:
             self._tap.listen()
         try:
@@ -477,49 +267,6 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
         self.side_head = None
 
 
-def unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, those that stand under several names as often as that: timm asks for every name."""
-    seen: set[int] = set()
-    result = {}
-    for key, tensor in state_dict.items():
-        place = tensor.untyped_storage().data_ptr()
-        result[key] = tensor.clone() if place in seen else tensor.contiguous()
-        seen.add(place)
-    return result
-
-
-# The names of layers are those of the architecture; a file that says otherwise would switch checks off.
-_OF_ARCHITECTURE = ("classifier", "first_conv")
-
-
-def _classifiers(model: EpsResNetPreTrainedModel) -> tuple[str, ...]:
-    """Paths of the last layers in the timm model; networks with a distillation token have two."""
-    named = model.timm_model.pretrained_cfg.get("classifier") or ()
-    return (named,) if isinstance(named, str) else tuple(named)
-
-
-def _check_blocks(model: Any, info: Mapping[str, Iterable[str]], *, replaces_classifier: bool) -> None:
-    """Raise ValueError if loading left out, or found too much, of what the caller did not ask to replace."""
-    side_head = ("side_head.",)
-    fresh = tuple(f"timm_model.{name}." for name in _classifiers(model)) if replaces_classifier else ()
-    for verb, keys in (("lack", info["missing_keys"]), ("also hold", info["unexpected_keys"])):
-        if strangers := sorted(key for key in keys if not key.startswith((*side_head, *fresh))):
-            raise ValueError(
-                f"The weights do not fit the {model.config.architecture} that config.json describes with "
-                f"{len(removed_slots(model))} removed branches: they {verb} {strangers[0]!r} and {len(strangers) - 1} "
-                'more. Keep the list model_args["removed"] with the weights that it was saved with.'
-            )
-
-
-def _check_side_head(info: Mapping[str, Iterable[str]]) -> None:
-    """Raise ValueError if loading did not find all of a side head that the file asks for."""
-    if missing := sorted(key for key in info["missing_keys"] if key.startswith("side_head.")):
-        raise ValueError(
-            f"config.json has a side_loss_weight, but the weights lack {missing[0]!r} and {len(missing) - 1} more of "
-            "the side head. Delete the field; passed to from_pretrained it makes a new side head."
-        )
-
-
 AutoConfig.register(EpsResNetConfig.model_type, EpsResNetConfig, exist_ok=True)
 AutoModel.register(EpsResNetConfig, EpsResNetModel, exist_ok=True)
 AutoModelForImageClassification.register(EpsResNetConfig, EpsResNetForImageClassification, exist_ok=True)
@@ -529,4 +276,4 @@ AutoImageProcessor.register(
     image_processor_classes={"pil": TimmWrapperImageProcessor, "torchvision": TimmWrapperImageProcessor},
     exist_ok=True,
 )
-register_checkpoint_conversion_mapping(EpsResNetConfig.model_type, _key_conversions(), overwrite=True)
+register_checkpoint_conversion_mapping(EpsResNetConfig.model_type, KEY_CONVERSIONS, overwrite=True)

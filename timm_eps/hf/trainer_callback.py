@@ -24,8 +24,9 @@ from ..pruner import EpsilonPruner
 from ..surgery.distributed import on_first_forward, wrap_again
 from ..surgery.loading import LoadedStructure, keys_of
 from ..surgery.optimizers import Optimizers, forget, innermost
-from ..surgery.removal import bounding_parameters, removed_slots, replay_removed
-from .modeling_eps_resnet import EpsResNetPreTrainedModel
+from ..surgery.parameters import bounding_parameters
+from ..surgery.removal import removed_slots, replay_removed
+from .pretrained_eps_resnet import EpsResNetPreTrainedModel
 
 __all__ = ["EpsilonCallback"]
 

@@ -13,7 +13,7 @@ from transformers import TimmWrapperConfig
 
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..hf.model_files import staged
-from ..hf.modeling_eps_resnet import unshared
+from ..hf.pretrained_eps_resnet import unshared
 from ..names import base_name
 from ..surgery.branches import block_path, evaluating, gates, probe_batch, timm_body
 from ..surgery.removal import check_gated, collapsed_copy, natural_order, removed_slots, same_outputs

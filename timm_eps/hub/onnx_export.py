@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..models.eps_resnet import make_shortcuts_convolutions
+from ..models.cifar_blocks import make_shortcuts_convolutions
 from ..surgery.branches import probe_batch, timm_body
 from ..surgery.removal import check_gated, collapsed_copy
 

@@ -13,15 +13,13 @@ Every residual branch ends in a bias-free convolution, so that weight decay can 
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, get_device_dtype, get_norm_act_layer
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, get_norm_act_layer
 from timm.models import (
     build_model_with_cfg,
-    checkpoint_seq,
     generate_default_cfgs,
     register_model,
     register_notrace_module,
@@ -33,119 +31,13 @@ from ..gate import EpsilonGate
 from ..names import CIFAR_DEPTHS
 from ..surgery.removal import replay_removed
 from ..surgery.wrapping import guard_saving
+from .cifar_blocks import PixelMean, PreActBasic, Stage, init_weights
 from .stored import create_stored, set_closed
 
 __all__ = ["EpsResNet"]  # register_model adds the entrypoints
 
 # An fx trace would drop the response, which is written and not returned; as a leaf the gate stays whole.
 register_notrace_module(EpsilonGate)
-
-
-class PoolPadShortcut(nn.Module):
-    """Parameter-free shortcut where a stage halves the resolution: 2x2 average pooling, zero channels on both sides.
-
-    (B, C, H, W) -> (B, C', H / 2, W / 2), the C channels in the middle of the C'. Odd sizes round up, as those of the
-    strided convolution beside it.
-    """
-
-    def __init__(self, in_chs: int, out_chs: int) -> None:
-        super().__init__()
-        self.in_chs, self.out_chs = in_chs, out_chs
-        self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
-        before = (out_chs - in_chs) // 2
-        self.padding = (0, 0, 0, 0, before, out_chs - in_chs - before)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.pad(self.pool(x), self.padding)
-
-    @torch.no_grad()
-    def as_convolution(self) -> nn.Sequential:
-        """Pooling and a 1x1 convolution of zeros and ones, which compute the same."""
-        convolution = nn.Conv2d(self.in_chs, self.out_chs, 1, bias=False)
-        convolution.weight.copy_(torch.eye(self.out_chs, self.in_chs).roll(self.padding[4], 0)[:, :, None, None])
-        return nn.Sequential(self.pool, convolution)
-
-    def extra_repr(self) -> str:
-        return f"padding={self.padding}"
-
-
-def make_shortcuts_convolutions(body: nn.Module) -> None:
-    """Change a network, in place, to one that computes the same without padding channels, which some tools cannot."""
-    like = next(body.parameters())
-    for path, module in list(body.named_modules()):
-        if isinstance(module, PoolPadShortcut):
-            body.set_submodule(path, module.as_convolution().to(like))
-
-
-class PreActBasic(nn.Module):
-    """Basic block x + S(conv(BN-ReLU(conv(BN-ReLU(x))))), shape (B, C, H, W) -> (B, C', H / stride, W / stride).
-
-    Unlike timm's, it takes a shortcut without parameters, and can do without the first BN-ReLU.
-    """
-
-    def __init__(
-        self,
-        in_chs: int,
-        out_chs: int,
-        norm_layer: Callable[..., nn.Module],
-        stride: int = 1,
-        preact: bool = True,
-        drop_path_rate: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.downsample = nn.Identity() if stride == 1 and in_chs == out_chs else PoolPadShortcut(in_chs, out_chs)
-        self.norm1 = norm_layer(in_chs, **dd) if preact else nn.Identity()
-        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **dd)
-        self.norm2 = norm_layer(out_chs, **dd)
-        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **dd)
-        drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else None
-        self.drop_path = EpsilonGate(drop_path=drop_path, single_zero=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        residual = self.conv1(self.norm1(x))
-        residual = self.conv2(self.norm2(residual))
-        return self.drop_path(residual) + self.downsample(x)
-
-
-class Stage(nn.Module):
-    """Blocks of one width; removed ones are identities, so the others keep their names."""
-
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-    def reparameterize(self) -> None:
-        """Drop the identities, for inference alone: ``timm.utils.reparameterize_model`` calls it."""
-        # Under their old names: what was trained can still be loaded.
-        left = {name: block for name, block in self.blocks.named_children() if not isinstance(block, nn.Identity)}
-        self.blocks = nn.Sequential(OrderedDict(left))
-
-
-class PixelMean(nn.Module):
-    """Subtracts a mean of its own from each pixel: (B, C, H, W) -> (B, C, H, W), of one height and width.
-
-    The paper's input on CIFAR. No image processor can do it, so it is a part of the network; image processors take off
-    the mean of the channels, and ``mean`` (C, H, W) is what is left, in units of the normalised images.
-    """
-
-    if TYPE_CHECKING:  # TorchScript cannot read it
-        mean: Tensor
-
-    def __init__(self, channels: int, height: int, width: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(channels, height, width, device=device, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x - self.mean
 
 
 class EpsResNet(nn.Module):
@@ -238,7 +130,8 @@ class EpsResNet(nn.Module):
         self.head_hidden_size = self.head.num_features
         # timm gives the network its configuration later; what is removed now is found on images of this size.
         self.pretrained_cfg = {"input_size": (in_chans, *(self.only_img_size or (32, 32)))}
-        replay_removed(self, removed)
+        sizes = tuple(layers), tuple(channels), num_classes, in_chans, self.only_img_size
+        replay_removed(self, removed, (sizes, global_pool, drop_rate, drop_path_rate, norm_layer, act_layer))
         set_closed(self, closed)
         guard_saving(self)
         self.init_weights()
@@ -363,15 +256,6 @@ def _check_pooling(num_classes: int, global_pool: str) -> None:
         )
 
 
-def init_weights(module: nn.Module) -> None:
-    """Initialise one convolution or linear layer; norms come into being as they should start."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.01)
-        nn.init.zeros_(module.bias)
-
-
 def _wanted_indices(total: int, indices: int | Sequence[int] | None) -> list[int]:
     """Positions of the wanted intermediates: all if None, the last n if a number; negative ones count from the end."""
     if indices is None:
@@ -433,55 +317,16 @@ def _create_eps_resnet(variant: str, depth: int, pretrained: bool = False, /, **
     return create_stored(variant, build, pretrained, kwargs)
 
 
-@register_model
-def eps_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """3 blocks a stage, 0.27 M parameters."""
-    return _create_eps_resnet("eps_resnet20", 20, pretrained, **kwargs)
+def _register(depth: int) -> None:
+    name = f"eps_resnet{depth}"
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create_eps_resnet(name, depth, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f"The network of depth {depth}; takes the keywords of :class:`EpsResNet`."
+    register_model(entrypoint)
 
 
-@register_model
-def eps_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """5 blocks a stage, 0.46 M parameters."""
-    return _create_eps_resnet("eps_resnet32", 32, pretrained, **kwargs)
-
-
-@register_model
-def eps_resnet44(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """7 blocks a stage, 0.66 M parameters."""
-    return _create_eps_resnet("eps_resnet44", 44, pretrained, **kwargs)
-
-
-@register_model
-def eps_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """9 blocks a stage, 0.85 M parameters."""
-    return _create_eps_resnet("eps_resnet56", 56, pretrained, **kwargs)
-
-
-@register_model
-def eps_resnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """18 blocks a stage, 1.73 M parameters; CIFAR and SVHN in the paper."""
-    return _create_eps_resnet("eps_resnet110", 110, pretrained, **kwargs)
-
-
-@register_model
-def eps_resnet200(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """33 blocks a stage, 3.19 M parameters; CIFAR and SVHN in the paper."""
-    return _create_eps_resnet("eps_resnet200", 200, pretrained, **kwargs)
-
-
-@register_model
-def eps_resnet302(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """50 blocks a stage, 4.84 M parameters; SVHN in the paper."""
-    return _create_eps_resnet("eps_resnet302", 302, pretrained, **kwargs)
-
-
-@register_model
-def eps_resnet500(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """83 blocks a stage, 8.05 M parameters; CIFAR in the paper."""
-    return _create_eps_resnet("eps_resnet500", 500, pretrained, **kwargs)
-
-
-@register_model
-def eps_resnet752(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """125 blocks a stage, 12.13 M parameters; CIFAR in the paper."""
-    return _create_eps_resnet("eps_resnet752", 752, pretrained, **kwargs)
+for _depth in CIFAR_DEPTHS:
+    _register(_depth)

@@ -8,6 +8,7 @@ ImageNet.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -100,13 +101,21 @@ def _build(
     add_gates(model)
     if not pretrained and load is None:
         _revive(model)
-    replay_removed(model, removed)
+    replay_removed(model, removed, _key(entrypoint, kwargs))
     set_closed(model, closed)
     if load is not None:
         load(model)
     elif pretrained:
         model.base_model = cfg.hf_hub_id  # type: ignore[assignment]
     return _features(model, entrypoint, cfg, kwargs, features) if features.get("features_only") else model
+
+
+def _key(entrypoint: Callable[..., nn.Module], kwargs: dict[str, Any]) -> tuple[Any, str] | None:
+    """Equal for twins of one structure; None if the keywords cannot be compared."""
+    try:
+        return entrypoint, json.dumps(kwargs, sort_keys=True)
+    except TypeError:
+        return None
 
 
 def _revive(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from .branches import evaluating, gates, probe_batch, timm_body
 from .optimizers import decays
-from .removal import bounding_parameters
+from .parameters import bounding_parameters
 
 __all__ = ["is_zero_scale", "silent_branches", "warn_of_frozen", "warn_of_silent", "warn_of_undecayed"]
 

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import is_exportable, is_scriptable, use_fused_attn
 from torch import Tensor, nn
 
 from ..gate import EpsilonGate
-from .branches import gates, probe_batch, slots_by_block, traces_open_and_shut
+from .branches import gates, input_size, probe_batch, slots_by_block, traces_open_and_shut
 from .standins import Chain, Passthrough, ZeroBranch
 from .tracing import Call, Trace, meta_copy, random_copy, random_like, shapes, tensors, trace
 
-__all__ = ["Edit", "Plan", "plan_collapse"]
+__all__ = ["Edit", "Plan", "plan_by_key", "plan_collapse"]
 
 
 class Edit(NamedTuple):
@@ -61,6 +63,31 @@ class Plan(NamedTuple):
 
     slots: list[str]
     edits: list[Edit]
+
+
+# The last plans of networks whose structure is known by a key: who loads a pruned network builds it more than once.
+_PLANS: OrderedDict[Hashable, list[Plan]] = OrderedDict()
+_MOST_PLANS = 8
+
+
+def plan_by_key(body: nn.Module, slots: set[str], key: Hashable) -> list[Plan]:
+    """:func:`plan_collapse`, remembered.
+
+    Args:
+        body: As for :func:`plan_collapse`.
+        slots: Slot paths.
+        key: Equal for networks of one structure alone: what their constructor was called with. None is never equal.
+    """
+    if key is None:
+        return plan_collapse(body, slots)
+    settings = use_fused_attn(), is_exportable(), is_scriptable()  # timm builds some modules by these
+    whole = (key, settings, input_size(body), frozenset(slots), frozenset(gates(body)))
+    if whole not in _PLANS:
+        _PLANS[whole] = plan_collapse(body, slots)
+        if len(_PLANS) > _MOST_PLANS:
+            _PLANS.popitem(last=False)
+    _PLANS.move_to_end(whole)
+    return _PLANS[whole]
 
 
 @torch.inference_mode(mode=False)  # a graph is needed, whatever the caller does without

@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..files.config_checks import check_slots, shortened
+from ..files.config_checks import check_slots
+from ..files.value_checks import shortened
 from ..gate import EpsilonGate, check_epsilon
 from ..names import twin_name
 from .branches import (
@@ -31,7 +32,7 @@ from .branches import (
     probe_batch,
     timm_body,
 )
-from .collapse import Plan, plan_collapse
+from .collapse import Plan, plan_by_key, plan_collapse
 from .copies import note_copies
 from .module_hooks import carrying_hooks
 from .tracing import tensors
@@ -39,14 +40,11 @@ from .wrapping import guard_saving
 
 __all__ = [
     "add_gates",
-    "bounding_parameters",
     "check_gated",
     "check_known",
     "closed_slots",
     "collapsed_copy",
     "natural_order",
-    "param_groups",
-    "record_structure",
     "remove",
     "remove_closed",
     "removed_slots",
@@ -108,48 +106,6 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
         gate.train(body.training)
     note_copies(body)
     return list(found)
-
-
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups under which weight decay can empty a closed branch.
-
-    The weights of convolutions and linear layers are decayed. If a branch ends in a norm or a layer scale, the
-    parameters of this norm or scale are decayed too, because they alone bound the output. No other bias, norm or scale
-    is decayed.
-
-    Args:
-        model: A model with gates.
-        weight_decay: L2 coefficient of the decayed group.
-
-    Returns:
-        Two groups, decayed and not, for any ``torch.optim`` optimizer. Parameters that need no gradient are left out.
-
-    Raises:
-        ValueError: ``weight_decay`` is negative or NaN, or the model has no gates.
-
-    Example::
-
-        optimizer = torch.optim.SGD(timm_eps.param_groups(model, weight_decay=5e-3), lr=0.1, momentum=0.9)
-    """
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}.")
-    check_gated(model)
-    bounding = bounding_parameters(model)
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 or parameter in bounding else spared).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-
-
-def bounding_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that stand last in a branch, and so bound its response: of a convolution, a norm or a scale."""
-    body = timm_body(model)
-    ends = [module for modules in branch_ends(body).values() for module in modules]
-    # A layer scale is a module at the end of the branch, or a parameter that the block itself holds.
-    ends += [body.get_submodule(slot.rpartition(".")[0]) for slot in gates(body)]
-    return {parameter for end in ends for parameter in end.parameters(recurse=False)}
 
 
 def slots_without_weights(body: nn.Module, keys: Collection[str]) -> list[str]:
@@ -246,12 +202,13 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
 
 
 @torch.inference_mode(mode=False)  # what is made here will be trained
-def replay_removed(model: nn.Module, removed: Iterable[str]) -> None:
+def replay_removed(model: nn.Module, removed: Iterable[str], key: Hashable = None) -> None:
     """Give a newly built model the structure of a pruned one, in place. Needs no weights, on any device.
 
     Args:
         model: The model with all its branches, or with those that are not in ``removed``.
         removed: Slot paths as :func:`remove_closed` returned them.
+        key: What the constructor of the model was called with, if that is known: see :func:`.collapse.plan_by_key`.
 
     Raises:
         ValueError: A path is not a slot of this model, or names a branch around another one that is not named.
@@ -264,7 +221,7 @@ def replay_removed(model: nn.Module, removed: Iterable[str]) -> None:
     if not slots:
         return
     with carrying_hooks(body, _replaced(body, slots)):
-        _carry_out(body, plan_collapse(body, slots))
+        _carry_out(body, plan_by_key(body, slots, key))
     if more := found.keys() - gates(body).keys() - slots:
         raise ValueError(f"removed lacks {min(more)!r}, which stands inside a branch that it names.")
     _record(model, {*removed_slots(body), *slots})
@@ -314,25 +271,19 @@ def same_outputs(some: Any, others: Any) -> bool:
 
 
 def _record(model: nn.Module, removed: Iterable[str]) -> None:
-    """Note which branches are removed, where timm's own ``save_for_hf`` reads it when it saves."""
+    """Note which branches are removed, where timm's own ``save_for_hf`` reads it when it saves.
+
+    Nothing else writes this down. What else must follow the structure, such as a configuration, does so in the model's
+    method ``on_structure_change``, if it has one.
+    """
     body: Any = timm_body(model)
     body.removed = sorted(removed, key=natural_order)
     cfg = getattr(body, "pretrained_cfg", None) or {}
     if "architecture" in cfg:  # only the twin can be built without these branches
         body.pretrained_cfg = {**cfg, "architecture": twin_name(cfg["architecture"])}
     body._model_args = {**getattr(body, "_model_args", {}), "removed": body.removed}
-    record_structure(model)
-    if follow := getattr(model, "follow_structure", None):
-        follow()
-
-
-def record_structure(model: nn.Module) -> None:
-    """Let the configuration of a transformers model say which branches are removed and which gates are closed."""
-    if not getattr(model, "records_structure", False):
-        return
-    config: Any = model.config
-    others = {name: v for name, v in (config.model_args or {}).items() if name not in ("removed", "closed")}
-    config.model_args = others | structure_of(model)
+    if (hook := getattr(model, "on_structure_change", None)) is not None:
+        hook()
 
 
 def structure_of(model: nn.Module) -> dict[str, list[str]]:

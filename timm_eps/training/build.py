@@ -19,7 +19,7 @@ from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..hf.modeling_eps_resnet import EpsResNetForImageClassification
 from ..learning_rate import RestartingLR
 from ..pruner import EpsilonPruner
-from ..surgery.removal import param_groups
+from ..surgery.parameters import param_groups
 from . import data, start
 from .arguments import Arguments, DataArguments, ModelArguments, PaperArguments, TrainingArguments
 from .inputs import ImageData
