@@ -353,6 +353,7 @@ def test_a_full_disk_at_the_end(whole, tmp_path, monkeypatch, error):
         raise error
 
     with monkeypatch.context() as patched:
+        patched.setattr(publishing, "save", test_resume.REAL_SAVE)
         patched.setattr(publishing, "save_pretrained", fail)
         with pytest.raises(OSError, match=r"could not be saved in .*No space left.*Go on with .*checkpoint-16\."):
             run(tmp_path / "out", *EVERY_3)

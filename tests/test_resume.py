@@ -39,6 +39,9 @@ def train_only(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(train_hf.report, "paired_latency", lambda pair, *_: dict.fromkeys(pair, 1.0))
 
 
+REAL_SAVE = train_hf.publishing.save
+
+
 def save_weights(model, output_dir: str, remedy: str, *, results: dict, **others) -> None:
     """In place of the whole directory, which tests of its own are about, what :func:`outcome` reads."""
     save_file(dict(model.timm_model.state_dict()), Path(output_dir) / "model.safetensors")

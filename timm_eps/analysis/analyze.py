@@ -21,7 +21,7 @@ from ..surgery.branches import gates
 from ..surgery.removal import closed_slots, remove
 from .evaluation import Batch, Loss, Score, evaluate, read_batches
 from .live_network import LiveNetwork, batch_of
-from .measure import BranchTimes, Size, branch_times, gated_copy, open_slots, pruned_copy, size_of, size_without
+from .measure import BranchTimes, Size, branch_times, open_slots, pruned_copy, size_of
 from .report import Analysis
 from .suffix import scores_without_each
 from .worth import Branch, Step
@@ -70,14 +70,15 @@ def analyze(
     for name, value in (("rerank", rerank), *(("batch_sizes", size) for size in batch_sizes)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-    net = gated_copy(model)
+    live = LiveNetwork(model, [], loss)
+    net = live.copy()
     net = pruned_copy(net, closed_slots(net))
     classes = getattr(net, "num_classes", 0)
     if not classes:
         raise ValueError(f"{type(net).__name__} has no classifier, so it has no loss to analyze by; give it one.")
     if not (slots := open_slots(net)):
         raise ValueError(f"{type(net).__name__} has no open branch: all of them are closed or removed.")
-    live = LiveNetwork(model, read_batches(batches, classes), loss)
+    live.batches = read_batches(batches, classes)
     passes = 1 + len(slots) + sum(min(rerank, left) for left in range(1, len(slots)))
     with tqdm(total=passes * len(live.batches), desc="analyze", disable=not progress, leave=False) as bar:
         runs = _Runs(live, bar.update)
@@ -85,10 +86,10 @@ def analyze(
         times = {size: branch_times(net, batch_of(net, live.batches, size)) for size in batch_sizes}
         singles = runs.without_each(net, slots)
         curve = _curve(net, runs, dense, singles, rerank, times)
-    whole = size_without(net, [], live.image_shape)
+    whole = live.size_without([])
     branches = []
     for slot in slots:
-        left = size_without(net, [slot], live.image_shape)
+        left = live.size_without([slot])
         saved = whole.parameters - left.parameters, whole.macs - left.macs
         own_times = {size: found.saved[slot] for size, found in times.items()}
         branches.append(Branch(slot, singles[slot].loss - dense.loss, responses[slot], *saved, own_times))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import Budget
-from ..surgery.branches import gates
-from ..surgery.removal import closed_slots
+from ..surgery.branches import gates, timm_body
+from ..surgery.removal import closed_slots, removed_slots
+from ..surgery.tracing import shared_copy
 from .evaluation import Batch, Loss, evaluate, to_network
 from .measure import (
     REPEATS,
@@ -39,15 +40,27 @@ class LiveNetwork:
         self.model, self.batches, self.loss = model, batches, loss
         self._sizes: dict[frozenset[str], Size] = {}
         self._counts: dict[Budget, dict[frozenset[str], float]] = {}
+        self._gated: tuple[list[int], nn.Module] | None = None
 
     @property
     def image_shape(self) -> tuple[int, ...]:
         """(C, H, W) of an image."""
         return tuple(self.batches[0].images.shape[1:])
 
+    def copy(self) -> nn.Module:
+        """A copy of the network as it is now, with gates and the same weights; where gates belong is found out once."""
+        body = timm_body(self.model)
+        if gates(body) or removed_slots(body):
+            return gated_copy(body)
+        # The same modules over the same memory.
+        now = [*map(id, body.modules()), *(tensor.data_ptr() for tensor in (*body.parameters(), *body.buffers()))]
+        if self._gated is None or self._gated[0] != now:
+            self._gated = now, gated_copy(body)
+        return shared_copy(self._gated[1])
+
     def check(self, slots: Iterable[str]) -> None:
         """Raise ValueError if other branches are open by now than these."""
-        if different := set(open_slots(gated_copy(self.model))) ^ set(slots):
+        if different := set(open_slots(self.copy())) ^ set(slots):
             raise ValueError(
                 f"The model is not the one that was analyzed: they differ at {min(different)!r}, which was closed, "
                 "removed or added since. Analyze the model as it is now."
@@ -55,7 +68,7 @@ class LiveNetwork:
 
     def loss_without(self, slots: Iterable[str]) -> float:
         """Mean loss of an image without these branches."""
-        net = gated_copy(self.model)
+        net = self.copy()
         for slot in slots:
             gates(net)[slot].closed = True
         return evaluate(net, self.batches, self.loss).loss
@@ -64,7 +77,7 @@ class LiveNetwork:
         """Parameters and multiply-adds without these branches."""
         key = frozenset(slots)
         if key not in self._sizes:
-            net = gated_copy(self.model)
+            net = self.copy()
             self._sizes[key] = size_without(net, {*key, *closed_slots(net)}, self.image_shape)
         return self._sizes[key]
 
@@ -73,7 +86,7 @@ class LiveNetwork:
         key = frozenset(slots)
         counts = self._counts.setdefault(budget, {})
         if key not in counts:
-            net = gated_copy(self.model)
+            net = self.copy()
             counts[key] = budget.count(network_without(net, {*key, *closed_slots(net)}), self.image_shape)
         return counts[key]
 
@@ -85,7 +98,7 @@ class LiveNetwork:
             dense: Milliseconds of the dense network to go by: what is measured is then relative to the dense network
                 as it is measured in turn, and the drift of the machine cancels out.
         """
-        net = gated_copy(self.model)
+        net = self.copy()
         net = pruned_copy(net, closed_slots(net))
         batch = batch_of(net, self.batches, batch_size)
         repeats = repeats_for(net, batch, 2 * REPEATS)
