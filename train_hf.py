@@ -234,7 +234,7 @@ def publish(args: Arguments, run: Run, results: dict[str, Any], repo_id: str | N
     model, images, sample = run.final, run.images, run.images.sample(32, run.device)
     live = publishing.logits_of(model, sample)
     timm_eps.remove_closed(model)
-    results |= publishing.compare(args.pruning, model, sample) | publishing.facts(args, run)
+    results |= publishing.compare(args, model, sample) | publishing.facts(args, run)
     history = run.pruner.history if run.pruner else []
     saved = {"results": results, "history": history, **args.saving.extras()}
     publishing.save(model, args.output_dir, run.remedy(), repo_id=repo_id, **saved)

@@ -27,7 +27,7 @@ from test_resume import (  # noqa: F401  the fixtures are for all tests here as 
     LATEST,
     SHORT,
     _one_thread,
-    _only_training,
+    _weights_only,
     folder_of_images,
     names,
     outcome,

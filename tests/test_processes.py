@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_resume import _only_training, train_only  # noqa: F401  the fixture is for all tests here as well
+from test_resume import train_only
 from test_train_hf import _one_thread, without_times  # noqa: F401
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -64,6 +64,11 @@ def launch(out: Path, todo: dict[str, list[str] | None]) -> subprocess.Completed
     )  # fmt: skip
     # As it is: text mode would make a line of each step of a progress bar.
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture(autouse=True)
+def _only_training(monkeypatch):
+    train_only(monkeypatch)
 
 
 def alone(out: Path, *arguments: str) -> dict:

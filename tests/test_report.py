@@ -14,7 +14,14 @@ from test_hub import RESULTS
 from torch import nn
 
 from timm_eps import report
-from timm_eps.report import comparison_table, count_macs, count_parameters, draw_blocks, paired_latency
+from timm_eps.report import (
+    comparison_table,
+    count_macs,
+    count_parameters,
+    draw_blocks,
+    paired_latency,
+    spread_of_ratios,
+)  # fmt: skip
 from timm_eps.surgery.branches import evaluating
 
 
@@ -90,6 +97,24 @@ def test_table():
         "| training time | 10 s | 5 s | 0.50× |",
         "| accuracy | 40.00 % | 50.00 % | +10.00 points |",
     ]
+
+
+def test_table_of_runtimes_with_the_spread_of_their_gain():
+    onnx = {f"{prefix}onnx_latency_batch{size}_seconds": seconds
+            for prefix, seconds in (("dense_", 0.004), ("", 0.001)) for size in (128, 1)}  # fmt: skip
+    lines = comparison_table({**RESULTS, **onnx, "latency_batch1_speedup_quartiles": [1.9, 2.125]}).splitlines()
+    assert [line for line in lines if "latency" in line] == [
+        "| latency at batch 1 | 2.0 ms | 1.0 ms | 2.00 (1.90 to 2.12)× faster |",
+        "| latency at batch 128 | 200.0 ms | 100.0 ms | 2.00× faster |",
+        "| latency at batch 1, ONNX Runtime | 4.0 ms | 1.0 ms | 4.00× faster |",
+        "| latency at batch 128, ONNX Runtime | 4.0 ms | 1.0 ms | 4.00× faster |",
+    ]
+
+
+def test_spread_is_that_of_ratios_turn_by_turn():
+    drifting = [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert spread_of_ratios([2 * second for second in drifting], drifting) == [2.0, 2.0]
+    assert spread_of_ratios([2.0, 3.0, 4.0], [1.0, 1.0, 1.0]) == [2.0, 4.0]
 
 
 @pytest.mark.parametrize("responses", [[0.0] * 9, [float("nan")] * 9, [float("inf"), *[1.0] * 8]])

@@ -36,22 +36,27 @@ LATEST = ["--resume_from_checkpoint"]
 def train_only(patched: pytest.MonkeyPatch) -> None:
     """What comes after the training has tests of its own, and takes longer than these trainings."""
     patched.setattr(train_hf.publishing, "check_reload", lambda *_: "not tried")
-    patched.setattr(train_hf.report, "paired_latency", lambda pair, *_: dict.fromkeys(pair, 1.0))
+    patched.setattr(train_hf.report, "paired_seconds", lambda pair, *_: dict.fromkeys(pair, [1.0] * 3))
 
 
 REAL_SAVE = train_hf.publishing.save
 
 
 def save_weights(model, output_dir: str, remedy: str, *, results: dict, **others) -> None:
-    """In place of the whole directory, which tests of its own are about, what :func:`outcome` reads."""
+    """In place of :func:`.publishing.save`: a directory of the same weights and results, without the rest."""
     save_file(dict(model.timm_model.state_dict()), Path(output_dir) / "model.safetensors")
     (Path(output_dir) / "all_results.json").write_text(json.dumps(results))
 
 
+def weights_only(patched: pytest.MonkeyPatch) -> None:
+    """:func:`train_only`, and of the result what :func:`outcome` reads."""
+    train_only(patched)
+    patched.setattr(train_hf.publishing, "save", save_weights)
+
+
 @pytest.fixture(autouse=True)
-def _only_training(monkeypatch):
-    train_only(monkeypatch)
-    monkeypatch.setattr(train_hf.publishing, "save", save_weights)
+def _weights_only(monkeypatch):
+    weights_only(monkeypatch)
 
 
 def run(out: Path, *arguments: str) -> dict:
@@ -104,8 +109,7 @@ def state_of(checkpoint: Path) -> dict:
 def whole(tmp_path_factory) -> Path:
     """An uninterrupted run with a checkpoint every three steps, not to be written to."""
     with pytest.MonkeyPatch.context() as patched:
-        train_only(patched)
-        patched.setattr(train_hf.publishing, "save", save_weights)
+        weights_only(patched)
         out = tmp_path_factory.mktemp("whole") / "out"
         results = run(out, *EVERY_3)
     assert results["blocks_kept"] == 3
@@ -369,7 +373,7 @@ def before_call(number, function):
     return call
 
 train_hf.publishing.check_reload = lambda *_: "not tried"
-train_hf.report.paired_latency = lambda pair, *_: dict.fromkeys(pair, 1.0)
+train_hf.report.paired_seconds = lambda pair, *_: dict.fromkeys(pair, [1.0] * 3)
 
 def save_weights(model, output_dir, remedy, *, results, **others):
     save_file(dict(model.timm_model.state_dict()), Path(output_dir) / "model.safetensors")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_resume import _only_training, train_only  # noqa: F401  the fixture is for all tests here as well
+from test_resume import _weights_only, weights_only  # noqa: F401  the fixture is for all tests here as well
 from test_train_hf import _one_thread  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,7 +44,7 @@ def tracked(tmp_path_factory) -> tuple[Path, dict, list[dict]]:
     out, pruners = tmp_path_factory.mktemp("tracked"), []
     init = EpsilonPruner.__init__
     with pytest.MonkeyPatch.context() as patched:
-        train_only(patched)
+        weights_only(patched)
         patched.setattr(EpsilonPruner, "__init__", lambda self, *a, **k: (pruners.append(self), init(self, *a, **k))[1])
         results = run(out, *GATED, *TENSORBOARD, "--logging_steps", "3", "--compare_dense")
     [pruner] = pruners

@@ -423,7 +423,7 @@ def from_config() -> EpsResNetForImageClassification:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_biases_that_bound_a_branch_decay_by_the_factor_of_weight_decay(tmp_path, make, optimizer):
     model = make()
-    bounding = timm_eps.surgery.removal.bounding_parameters(model)
+    bounding = timm_eps.surgery.parameters.bounding_parameters(model)
     parameters = dict(model.named_parameters())
     biases = {name: parameter for name, parameter in parameters.items() if "bn" in name and name.endswith("bias")}
     last = {name for name, parameter in biases.items() if parameter in bounding}
@@ -451,7 +451,7 @@ def test_biases_that_bound_a_branch_decay_by_the_factor_of_weight_decay(tmp_path
 def test_what_trainer_decays_is_not_decayed_twice(tmp_path):
     """By SGD, whose weight decay differs from the callback's in the last bits only."""
     model = from_timm()
-    bounding = timm_eps.surgery.removal.bounding_parameters(model)
+    bounding = timm_eps.surgery.parameters.bounding_parameters(model)
     scales = {n: p for n, p in model.named_parameters() if p in bounding and not n.endswith("bias")}
     assert scales
     with torch.no_grad():

@@ -27,8 +27,10 @@ __all__ = [
     "draw_blocks",
     "hardware",
     "paired_latency",
+    "paired_seconds",
     "peak_memory",
     "reset_peak_memory",
+    "spread_of_ratios",
 ]
 
 
@@ -64,7 +66,21 @@ def hardware(device: torch.device | str) -> str:
 def paired_latency(
     models: Mapping[str, nn.Module], batch: Tensor, repeats: int = 15, warmup: int = 3
 ) -> dict[str, float]:
-    """Median seconds of a forward pass, measured in turn so that all models see the same drift of the machine.
+    """Median seconds of a forward pass, of those of :func:`paired_seconds`, whose arguments it takes."""
+    return {name: statistics.median(found) for name, found in paired_seconds(models, batch, repeats, warmup).items()}
+
+
+def spread_of_ratios(some: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Lower and upper quartile of the ratios of times that were measured in turn."""
+    ratios = [one / other for one, other in zip(some, others, strict=True)]
+    lower, _, upper = statistics.quantiles(ratios, n=4)
+    return [lower, upper]
+
+
+def paired_seconds(
+    models: Mapping[str, nn.Module], batch: Tensor, repeats: int = 15, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of forward passes, measured in turn so that all models see the same drift of the machine.
 
     The order is drawn anew in each turn: a model that always follows the same other one finds its cache as that one
     left it.
@@ -90,7 +106,7 @@ def paired_latency(
                 stop = time.perf_counter()  # before the modules' modes come back, which takes longer the more there are
             if turn >= warmup:
                 seconds[name].append(stop - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
@@ -123,8 +139,11 @@ def comparison_table(results: Mapping[str, Any]) -> str:
         before, after = results[f"dense_{key}"], results[key]
         return f"−{100 * (1 - after / before):.1f} %"
 
-    def faster(batch: str) -> str:
-        return f"{results[f'dense_{batch}'] / results[batch]:.2f}× faster"
+    def faster(key: str) -> str:
+        times = f"{results[f'dense_{key}'] / results[key]:.2f}"
+        if spread := results.get(key.replace("_seconds", "_speedup_quartiles")):
+            times += f" ({spread[0]:.2f} to {spread[1]:.2f})"
+        return f"{times}× faster"
 
     def percent(value: float | None) -> str:
         return "not trained" if value is None else f"{100 * value:.2f} %"
@@ -141,9 +160,8 @@ def comparison_table(results: Mapping[str, Any]) -> str:
         row("parameters", results["dense_params"], results["params"], "{:,}".format, gone("params")),
         row("multiply-adds an image", results["dense_macs"], results["macs"], "{:,}".format, gone("macs")),
     ]
-    for key in sorted((k for k in results if k.startswith("latency_batch")), key=len):
-        size = key.removeprefix("latency_batch").removesuffix("_seconds")
-        lines.append(row(f"latency at batch {size}", results[f"dense_{key}"], results[key], _milliseconds, faster(key)))
+    for key, what in _timed(results):
+        lines.append(row(what, results[f"dense_{key}"], results[key], _milliseconds, faster(key)))
     if "dense_train_seconds" in results:
         times = results["dense_train_seconds"], results["train_seconds"]
         lines.append(row("training time", *times, "{:.0f} s".format, f"{times[1] / times[0]:.2f}×"))
@@ -205,14 +223,22 @@ def _plain_table(results: Mapping[str, Any]) -> str:
         "parameters": f"{results['params']:,}",
         "multiply-adds an image": f"{results['macs']:,}",
     }
-    for key in sorted((k for k in results if k.startswith("latency_batch")), key=len):
-        size = key.removeprefix("latency_batch").removesuffix("_seconds")
-        rows[f"latency at batch {size}"] = _milliseconds(results[key])
+    rows |= {what: _milliseconds(results[key]) for key, what in _timed(results)}
     rows["accuracy"] = f"{100 * results['eval_accuracy']:.2f} %"
     if "test_accuracy" in results:
         rows["accuracy, test split"] = f"{100 * results['test_accuracy']:.2f} %"
     lines = [f"| {what} | {value} |" for what, value in rows.items()]
     return "\n".join([f"| {results['architecture']} | |", "|---|---:|", *lines])
+
+
+def _timed(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Keys of the latencies that were measured, and what they are of: by runtime, then by batch size."""
+    found = []
+    for key in results:
+        if timed := re.fullmatch(r"(onnx_)?latency_batch(\d+)_seconds", key):
+            runtime = ", ONNX Runtime" if timed[1] else ""
+            found.append((bool(timed[1]), int(timed[2]), key, f"latency at batch {timed[2]}{runtime}"))
+    return [(key, what) for _, _, key, what in sorted(found)]
 
 
 def _milliseconds(seconds: float) -> str:

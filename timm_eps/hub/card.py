@@ -123,7 +123,7 @@ def _summary(architecture: str, total: int, kept: int, results: Mapping[str, Any
 def _provenance(results: Mapping[str, Any]) -> str:
     return (
         f"One run, seed {results['seed']}. Multiply-adds are counted over convolutions and matrix products. Latencies "
-        f"are medians of forward passes in turn on {results['hardware']}."
+        f"are medians of forward passes in turn on {results['hardware']}; brackets hold the quartiles of their ratios."
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from ..gate import EpsilonGate
 from ..hub import onnx_export
 from ..hub.failures import NETWORK_ERRORS, one_line
 from ..hub.saving import push_to_hub, save_pretrained
-from .arguments import Arguments, ModelArguments, PruningArguments, SavingArguments, hub_id, used_arguments
+from .arguments import Arguments, ModelArguments, SavingArguments, hub_id, used_arguments
 from .directory_lock import locked
 from .inputs import ImageData
 from .run import Run
@@ -40,13 +42,17 @@ __all__ = [
 _PUSH_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, RuntimeError)
 
 
-def compare(args: PruningArguments, model: Any, images: Tensor) -> dict[str, Any]:
-    """Structure, size and speed of the pruned network beside the unpruned one of its architecture."""
-    batch_sizes = {1, 128} | ({args.latency_batch_size} if args.target_latency else set())
+def compare(args: Arguments, model: Any, images: Tensor) -> dict[str, Any]:
+    """Structure, size and speed of the pruned network beside the unpruned one of its architecture.
+
+    Speed is that of torch, and with ``--with_onnx`` that of ONNX Runtime as well, where it is installed.
+    """
+    batch_sizes = {1, 128} | ({args.pruning.latency_batch_size} if args.pruning.target_latency else set())
     arguments = dict(model.config.model_args)
     removed = arguments.pop("removed", [])
     arguments.pop("closed", None)
     dense = timm.create_model(model.config.architecture, num_classes=model.config.num_labels, **arguments)
+    dense.pretrained_cfg = model.timm_model.pretrained_cfg  # an exported file takes images of one size
     dense.to(images.device)
     total = sum(isinstance(module, EpsilonGate) for module in dense.modules())
     found = {"blocks_total": total, "blocks_kept": total - len(removed), "removed": removed}
@@ -54,10 +60,23 @@ def compare(args: PruningArguments, model: Any, images: Tensor) -> dict[str, Any
     for prefix, network in pair.items():
         found[f"{prefix}params"] = report.count_parameters(network)
         found[f"{prefix}macs"] = report.count_macs(network, images[:1])
-    for batch_size in batch_sizes:
-        batch = images.repeat(math.ceil(batch_size / len(images)), 1, 1, 1)[:batch_size]
-        for prefix, latency in report.paired_latency(pair, batch).items():
-            found[f"{prefix}latency_batch{batch_size}_seconds"] = latency
+    batches = {size: images.repeat(math.ceil(size / len(images)), 1, 1, 1)[:size] for size in sorted(batch_sizes)}
+    found |= _latencies(pair, batches)
+    if args.saving.with_onnx and find_spec("onnxruntime"):
+        sessions = {prefix: onnx_export.OnnxNetwork(network) for prefix, network in pair.items()}
+        on_cpu = {size: batch.cpu() for size, batch in batches.items()}
+        found |= _latencies(sessions, on_cpu, "onnx_")
+    return found
+
+
+def _latencies(pair: dict[str, nn.Module], batches: dict[int, Tensor], runtime: str = "") -> dict[str, Any]:
+    """Median latencies, and the quartiles of how many times as fast the pruned network is, turn by turn."""
+    found: dict[str, Any] = {}
+    for size, batch in batches.items():
+        name = f"{runtime}latency_batch{size}"
+        seconds = report.paired_seconds(pair, batch)
+        found |= {f"{prefix}{name}_seconds": statistics.median(values) for prefix, values in seconds.items()}
+        found[f"{name}_speedup_quartiles"] = report.spread_of_ratios(seconds["dense_"], seconds[""])
     return found
 
 
