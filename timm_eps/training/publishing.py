@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,7 +69,7 @@ def compare(args: Arguments, model: Any, images: Tensor) -> dict[str, Any]:
     return found
 
 
-def _latencies(pair: dict[str, nn.Module], batches: dict[int, Tensor], runtime: str = "") -> dict[str, Any]:
+def _latencies(pair: Mapping[str, nn.Module], batches: dict[int, Tensor], runtime: str = "") -> dict[str, Any]:
     """Median latencies, and the quartiles of how many times as fast the pruned network is, turn by turn."""
     found: dict[str, Any] = {}
     for size, batch in batches.items():
