@@ -1,6 +1,6 @@
 """ε-ResNet beside what one would use instead.
 
-    python -m benchmarks --quick              # the small table anew, three seeds, compared with the stored figures
+    python -m benchmarks --quick              # the small tables anew, three seeds, compared with the stored figures
     python -m benchmarks                      # all that is not stored yet: hours on two cores; goes on where it stopped
     python -m benchmarks --only table --data glyphs --methods dense budget --at_once 1 --threads 2
 
@@ -22,6 +22,8 @@ from benchmarks import curves, glyphs, plan, results
 from benchmarks.comparisons import COMPARISONS, FEW, ROOT
 from benchmarks.jobs import KEEPS_MEMORY, Job, Runner, Store
 from benchmarks.methods import METHODS
+from benchmarks.pretrained import prepare, tables
+from benchmarks.pretrained.run import read_records
 from timm_eps.training.launching import available_cores
 
 HERE = Path(__file__).parent
@@ -75,7 +77,21 @@ def run_again(args: argparse.Namespace) -> None:
     Runner(fresh, directory, args.at_once, args.threads).run(jobs)
     print("\n".join(["", *results.methods_table(fresh, "digits", FEW), ""]))
     print(results.compared(fresh, Store(HERE / "results.json"), jobs))
+    run_pretrained_again(args, directory)
     print(f"\n{(time.monotonic() - start) / 60:.0f} minutes, {args.at_once} processes of {args.threads} threads.")
+
+
+def run_pretrained_again(args: argparse.Namespace, directory: Path) -> None:
+    """The small comparison on pretrained weights, if they and the images are there."""
+    if not (prepare.DIRECTORY / prepare.IMAGES).exists():
+        print("\nWithout the pretrained network: python -m benchmarks.pretrained.prepare says what it needs.")
+        return
+    records = directory / "pretrained.jsonl"
+    command = [sys.executable, "-m", "benchmarks.pretrained", "--quick", "--output", str(records)]
+    command += ["--work", str(directory / "pretrained"), "--at_once", str(args.at_once), "--threads", str(args.threads)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    fresh, stored = read_records(records), json.loads((HERE / "pretrained.json").read_text())
+    print(f"\n{tables.compared(tables.by_job(fresh), tables.by_job(stored))}")
 
 
 def main() -> None:

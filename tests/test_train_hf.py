@@ -39,6 +39,13 @@ def _one_thread(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _not_loaded_again(request, monkeypatch):
+    """The first test and those that start the script in a process of its own load what they saved; once is enough."""
+    if request.node.name != "test_everything_is_written":
+        monkeypatch.setattr(train_hf.publishing, "check_reload", lambda *_: "not tried")
+
+
 def run(tmp_path, *arguments: str, name: str = "out") -> dict:
     keep = [] if {"--keep", "--no_gates"} & set(arguments) else ["--keep", "3"]
     return train_hf.main([*SHORT, *keep, "--output_dir", str(tmp_path / name), *arguments])

@@ -14,6 +14,7 @@ from scipy.stats import spearmanr, t
 from benchmarks.pretrained.cases import CASES
 from benchmarks.pretrained.methods import METHODS, TIMED_BATCH, Job
 from benchmarks.pretrained.run import job_of
+from benchmarks.results import mean_and_spread
 
 SIMPLE = ("last", "even", "random")
 Records = dict[Job, dict[str, Any]]
@@ -135,6 +136,24 @@ def table(
                 ]
                 rows.append("| " + " | ".join(cells) + " |")
     return [*lines, *rows]
+
+
+def compared(fresh: Records, stored: Records) -> str:
+    """Accuracy of new trainings beside that of the stored ones; says which differ by more than the latter spread."""
+    lines = ["| | distilled | stored, % | now, % | |", "|---|---|---:|---:|---|"]
+    rows = {
+        (job.case, job.images, job.keep, job.method, job.distilled): None for job in fresh if "accuracy" in fresh[job]
+    }
+    for row in rows:
+        before, now = ([100 * value for value in accuracies(records, *row).values()] for records in (stored, fresh))
+        outcome = "nothing stored"
+        if before:
+            spread = statistics.stdev(before) if len(before) > 1 else 0.0
+            differs = abs(statistics.mean(now) - statistics.mean(before)) > spread
+            outcome = "**differs**" if differs else "within the spread"
+        shown = (mean_and_spread(values, "{:.2f}") if values else "" for values in (before, now))
+        lines.append(f"| {' | '.join([METHODS[row[3]].name, 'yes' if row[4] else '', *shown, outcome])} |")
+    return "\n".join(lines)
 
 
 def _mean(runs: Sequence[dict[str, Any]], key: str) -> str:
