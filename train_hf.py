@@ -76,13 +76,14 @@ def begin(args: Arguments, accelerator: Accelerator, images: ImageData) -> tuple
     set_seed(args.training.seed)
     model = trained = build.model(args.model, args.paper, images).to(accelerator.device)
     results: dict[str, Any] = {}
-    if epochs := beginning.dense_epochs(args, images):
+    is_trained = beginning.knows_classes(args.model, images)
+    if epochs := beginning.dense_epochs(args, is_trained):
         accelerator.print(f"The dense network is fine-tuned first, for {epochs} epochs.")
         first = args.changed(num_train_epochs=epochs, teacher=None)
         run, dense = train(first, accelerator, images, is_dense=True)
         accelerator.print(f"It took {dense['train_seconds']:.0f} s; accuracy {dense['eval_accuracy']:.4f}.")
         trained, results = run.final, beginning.as_dense(dense)
-    elif beginning.knows_classes(args.model, images):
+    elif is_trained:
         results = beginning.before(model, evaluate(args, accelerator, images, model), images)
     beginning.teach(args, accelerator, images, model, trained)
     beginning.cut(args, accelerator, images, model, trained)
@@ -237,9 +238,10 @@ def publish(args: Arguments, run: Run, results: dict[str, Any], repo_id: str | N
     results |= publishing.compare(args, model, sample) | publishing.facts(args, run)
     history = run.pruner.history if run.pruner else []
     saved = {"results": results, "history": history, **args.saving.extras()}
-    publishing.save(model, args.output_dir, run.remedy(), repo_id=repo_id, **saved)
+    publishing.save(model, args.output_dir, run.remedy, repo_id=repo_id, **saved)
     print(f"\n{report.outcome(results)}\n\n{report.comparison_table(results)}\n")
-    print("\n\n".join(each for each in (report.class_changes(results), publishing.left_out(images)) if each))
+    for said in filter(None, (report.class_changes(results), publishing.left_out(images))):
+        print(f"{said}\n")
     print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
     print(publishing.check_reload(args.output_dir, live, sample, images.pictures(len(sample))) + ".")
     if repo_id is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import SLOTS, close, mostly_slow, tiny_net
@@ -15,7 +17,7 @@ from torch import nn
 
 import timm_eps
 from timm_eps import EpsilonPruner
-from timm_eps.budget import TargetLatency
+from timm_eps.budget import Keep, TargetLatency
 from timm_eps.criteria import Importance, LeaveOneOut, Response, Seen, ranked_by
 from timm_eps.report import count_macs, count_parameters
 from timm_eps.surgery.branches import gates
@@ -267,3 +269,49 @@ def test_a_schedule_of_ones_own():
     ):
         with pytest.raises(ValueError, match=message):
             EpsilonPruner(tiny_net(), schedule=EverySecondEpoch(), **given)
+
+
+def test_a_budget_that_cannot_be_counted_says_so():
+    with pytest.raises(ValueError, match=r"Keep\(0\.5\) counts branches: use keep="):
+        EpsilonPruner(tiny_net(), schedule=timm_eps.CostEpsilon(Keep(0.5)))
+    with pytest.raises(ValueError, match="has no method count"):
+        EpsilonPruner(
+            tiny_net(), schedule=timm_eps.CostEpsilon(type("Mine", (timm_eps.Budget,), {"argument": "mine"})(0.5))
+        )
+
+
+def test_a_state_of_another_budget_is_refused():
+    _, pruner = pruned(schedule=timm_eps.CostEpsilon(Bytes(0.5), ramp_epochs=3))
+    other = EpsilonPruner(tiny_net(num_classes=5), target_params=0.5, ramp_epochs=3)
+    with pytest.raises(ValueError, match="is of another budget than TargetParams"):
+        other.load_state_dict(pruner.state_dict())
+
+
+def test_a_schedule_that_leaves_a_branch_out_is_named():
+    with pytest.raises(ValueError, match=r"says no epsilon for 'stages\.0\.blocks\.0\.drop_path'"):
+        EpsilonPruner(tiny_net(), schedule=lambda epoch, responses, total: {})
+
+
+def test_nothing_is_touched_before_the_arguments_are_checked():
+    model, optimizer = timm.create_model("test_resnet"), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ValueError, match="criterion"):
+        EpsilonPruner(model, optimizer, keep=0.5, criterion="nonsense")
+    assert not gates(model)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_the_batch_size_of_a_latency_is_its_own(monkeypatch):
+    model = tiny_net(num_classes=5)
+    data = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 5)]
+    report = timm_eps.analyze(model, data, batch_sizes=(1, 4), progress=False)
+    report = dataclasses.replace(report, live=None)  # the choice by the numbers alone
+    for size in (1, 4):
+        assert report.choose(budget=TargetLatency(0.6, size)) == report.choose(target_latency=0.6, batch_size=size)
+    with pytest.raises(ValueError, match="batch_size=2 was not measured"):
+        report.choose(budget=TargetLatency(0.6, 2))
+
+
+def test_a_schedule_of_ones_own_in_trainer(tmp_path):
+    trainer = make_trainer(tmp_path, budget={"schedule": EverySecondEpoch(), "patience": 1}, num_train_epochs=5)
+    trainer.train()
+    assert len(removed_slots(trainer.model)) == 2

@@ -198,6 +198,8 @@ def test_all_gated_networks_are_instances_of_the_mixin():
     assert isinstance(twin, EpsilonMixin)
     assert not isinstance(plain, EpsilonMixin)
     assert not isinstance(twin, GatedResNet), "which is more than gates"
+    assert isinstance(torch.nn.DataParallel(twin), EpsilonMixin)
+    assert not isinstance(torch.nn.Linear(1, 1), EpsilonMixin)
     assert isinstance(timm.create_model("eps_a_resnet_of_ones_own"), GatedResNet)
     timm_eps.add_gates(plain)
     assert isinstance(plain, EpsilonMixin)

@@ -19,7 +19,7 @@ import train_hf
 from timm_eps.analysis.measure import size_of
 from timm_eps.budget import Keep, TargetLatency, TargetMacs, TargetParams
 from timm_eps.surgery.branches import gates
-from timm_eps.training import start
+from timm_eps.training import choices
 from timm_eps.training.evaluation import Evaluation
 from timm_eps.training.losses import label_mixer, smooth_labels
 from timm_eps.training.ordered import first_within
@@ -253,14 +253,14 @@ def test_a_new_classifier_is_trained_first(tmp_path, capsys):
 def test_a_saved_teacher_must_fit(dense, tmp_path):
     names = [str(digit) for digit in range(10)]
     cfg = timm.create_model(f"local-dir:{dense}").pretrained_cfg
-    teacher = start.load_teacher(str(dense), names, cfg)
+    teacher = choices.load_teacher(str(dense), names, cfg)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     with pytest.raises(ValueError, match="has 10 classes, the data set has 3"):
-        start.load_teacher(str(dense), names[:3], cfg)
+        choices.load_teacher(str(dense), names[:3], cfg)
     with pytest.raises(ValueError, match="has the classes"):
-        start.load_teacher(str(dense), names[::-1], cfg)
+        choices.load_teacher(str(dense), names[::-1], cfg)
     with pytest.raises(ValueError, match="reads images with mean"):
-        start.load_teacher(str(dense), names, {**cfg, "mean": (0.1, 0.2, 0.3)})
+        choices.load_teacher(str(dense), names, {**cfg, "mean": (0.1, 0.2, 0.3)})
     results = run(dense, tmp_path / "out", "--keep", "4", "--num_train_epochs", "1", "--teacher", str(dense))
     assert "teacher" not in results["arguments"], "a path of this machine"
 

@@ -188,7 +188,7 @@ def test_trained_pushed_loaded_and_tuned_on_other_labels(hub, tmp_path, monkeypa
     first += ["--output_dir", "first", "--push_to_hub", "--hub_model_id", "me/first"]
     train_hf.main([*first, "--with_remote_code", "--with_onnx"])
     said = capsys.readouterr().out
-    assert "| latency at batch 1, ONNX Runtime |" in said
+    assert "| latency at batch 1, ONNX Runtime on CPUs |" in said
     assert f"Pushed to {hub.endpoint}/me/first" in said
     assert hub.commits("me/first") == ["initial commit", "Trained on scikit-learn digits, 5 blocks left"]
     local = {p.relative_to(tmp_path / "first").as_posix() for p in (tmp_path / "first").rglob("*") if p.is_file()}

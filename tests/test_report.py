@@ -106,8 +106,8 @@ def test_table_of_runtimes_with_the_spread_of_their_gain():
     assert [line for line in lines if "latency" in line] == [
         "| latency at batch 1 | 2.0 ms | 1.0 ms | 2.00 (1.90 to 2.12)× faster |",
         "| latency at batch 128 | 200.0 ms | 100.0 ms | 2.00× faster |",
-        "| latency at batch 1, ONNX Runtime | 4.0 ms | 1.0 ms | 4.00× faster |",
-        "| latency at batch 128, ONNX Runtime | 4.0 ms | 1.0 ms | 4.00× faster |",
+        "| latency at batch 1, ONNX Runtime on CPUs | 4.0 ms | 1.0 ms | 4.00× faster |",
+        "| latency at batch 128, ONNX Runtime on CPUs | 4.0 ms | 1.0 ms | 4.00× faster |",
     ]
 
 

@@ -36,13 +36,13 @@ LATEST = ["--resume_from_checkpoint"]
 def train_only(patched: pytest.MonkeyPatch) -> None:
     """What comes after the training has tests of its own, and takes longer than these trainings."""
     patched.setattr(train_hf.publishing, "check_reload", lambda *_: "not tried")
-    patched.setattr(train_hf.report, "paired_seconds", lambda pair, *_: dict.fromkeys(pair, [1.0] * 3))
+    patched.setattr(train_hf.publishing, "paired_seconds", lambda pair, *_: dict.fromkeys(pair, [1.0] * 3))
 
 
 REAL_SAVE = train_hf.publishing.save
 
 
-def save_weights(model, output_dir: str, remedy: str, *, results: dict, **others) -> None:
+def save_weights(model, output_dir: str, remedy, *, results: dict, **others) -> None:
     """In place of :func:`.publishing.save`: a directory of the same weights and results, without the rest."""
     save_file(dict(model.timm_model.state_dict()), Path(output_dir) / "model.safetensors")
     (Path(output_dir) / "all_results.json").write_text(json.dumps(results))
@@ -373,7 +373,7 @@ def before_call(number, function):
     return call
 
 train_hf.publishing.check_reload = lambda *_: "not tried"
-train_hf.report.paired_seconds = lambda pair, *_: dict.fromkeys(pair, [1.0] * 3)
+train_hf.publishing.paired_seconds = lambda pair, *_: dict.fromkeys(pair, [1.0] * 3)
 
 def save_weights(model, output_dir, remedy, *, results, **others):
     save_file(dict(model.timm_model.state_dict()), Path(output_dir) / "model.safetensors")

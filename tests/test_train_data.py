@@ -36,7 +36,9 @@ def _one_thread(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr("timm_eps.training.launching.available_cores", lambda: 1)
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
-    monkeypatch.setattr(train_hf.report, "paired_seconds", lambda networks, images: dict.fromkeys(networks, [1.0] * 3))
+    monkeypatch.setattr(
+        train_hf.publishing, "paired_seconds", lambda networks, images: dict.fromkeys(networks, [1.0] * 3)
+    )
     yield
     torch.set_num_threads(threads)
 

@@ -87,7 +87,7 @@ def train(arguments: list[str], kill_rank: int | None = None) -> dict:
         mock.patch.object(train_hf, "end_epoch", and_compare),
         mock.patch.object(EpsilonPruner, "step", and_die if kill_rank is not None else step),
         mock.patch.object(train_hf.publishing, "check_reload", return_value="not tried"),
-        mock.patch.object(train_hf.report, "paired_seconds", return_value={"dense_": [1.0] * 3, "": [1.0] * 3}),
+        mock.patch.object(train_hf.publishing, "paired_seconds", return_value={"dense_": [1.0] * 3, "": [1.0] * 3}),
     ):
         train_hf.main(arguments)
     return seen

@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Budget:
-    """How much may stay, in one unit: the four below, and those of your own, which say what a network has of it.
+    """How much may stay, in one unit. There are four; one of your own says by ``count`` what a network has.
 
     Example::
 
@@ -82,7 +82,7 @@ class Budget:
             network: The timm model with what is left of it, on the meta device: shapes without numbers.
             image_shape: (C, H, W) of the images that it is configured for.
         """
-        raise NotImplementedError(f"{type(self).__name__} is not counted.")
+        raise ValueError(f"{self!r} cannot be counted: {type(self).__name__} has no method count.")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.value!r})"
@@ -93,6 +93,9 @@ class Keep(Budget):
 
     argument = "keep"
     unit = "branches"
+
+    def count(self, network: nn.Module, image_shape: Sequence[int]) -> float:
+        raise ValueError(f"{self!r} counts branches: use keep=, or BudgetEpsilon.")
 
     def goal(self, dense: float) -> float:
         return min(max(1, round(self.value * dense) if self.is_fraction else self.value), dense)

@@ -45,6 +45,7 @@ class CostEpsilon(BudgetEpsilon):
         super().__init__(1, warmup_epochs, ramp_epochs)
         self.budget = budget
         self.costs: _Counts | _Times | None = None
+        self._began_dense = True
 
     def attach(self, model: nn.Module) -> None:
         """Measure the model that is to be trained.
@@ -54,6 +55,7 @@ class CostEpsilon(BudgetEpsilon):
                 has lost branches already: a state that is loaded next says what the dense network had.
         """
         body = timm_body(model)
+        self._began_dense = not removed_slots(body)
         if isinstance(self.budget, TargetLatency):
             self.costs = _Times(body, self.budget.batch_size)
         else:
@@ -107,6 +109,11 @@ class CostEpsilon(BudgetEpsilon):
         assert self.costs is not None, "attached when the pruner was made"
         if missing := self.costs.state_dict().keys() ^ state.keys():
             raise ValueError(f"The pruner's state is of another budget than {self.budget!r}: it differs in {missing}.")
+        if isinstance(self.costs, _Counts) and self._began_dense and state["dense"] != self.costs.dense:
+            raise ValueError(
+                f"The pruner's state is of another budget than {self.budget!r}, or of another network: its dense "
+                f"network had {state['dense']:g}, this one has {self.costs.dense:g}."
+            )
         for name, value in state.items():
             setattr(self.costs, name, value)
 

@@ -24,7 +24,7 @@ def base_name(architecture: str) -> str:
 
 
 def note_original(architecture: str) -> None:
-    """Note that a name with ``eps_`` is no twin's: a network with gates of its own, which timm has not without them."""
+    """Note that a name with ``eps_`` is of no twin: timm has no such network without gates."""
     _ORIGINAL[architecture] = architecture
 
 

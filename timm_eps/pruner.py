@@ -16,23 +16,21 @@ from .cost_schedule import CostEpsilon, schedule_from
 from .criteria import Criterion
 from .gate import EpsilonGate
 from .importance import note_step, sum_gradients
-from .schedule import Schedule
+from .schedule import BudgetEpsilon, Schedule
 from .surgery.branches import check_input, gates, timm_body
 from .surgery.checks import warn_of_frozen, warn_of_silent, warn_of_undecayed
 from .surgery.copies import note_copies
 from .surgery.distributed import share_measured
 from .surgery.followers import follow, left_behind
 from .surgery.frozen import FrozenBranches
-from .surgery.loading import LoadedStructure
+from .surgery.loading import LoadedStructure, lost_since
 from .surgery.optimizers import Optimizers, forget, innermost
 from .surgery.removal import add_gates, remove, removed_slots, replay_removed
-from .thresholds import Thresholds, keep_one_open
+from .thresholds import Thresholds, keep_one_open, ranking_for
 
 _logger = logging.getLogger(__name__)
 
 __all__ = ["EpsilonPruner"]
-
-_STATE = {"epoch", "epsilon", "removed", "streaks", "closed", "responses", "importances", "history"}
 
 
 class EpsilonPruner:
@@ -69,10 +67,12 @@ class EpsilonPruner:
         criterion: With a budget, ranking of the branches: ``'response'``, the largest of an epoch; ``'importance'``,
             the change of the loss without the branch, measured over the steps of the optimizer; ``'last'``, the last
             branches of the network first; an object of :mod:`timm_eps.criteria`, or your own. With any criterion except
-            the response, each branch that is due gets its own ε, twice its response.
+            the response, each branch that is due gets its own ε, twice its response. Importance needs the optimizer;
+            with ``keep`` it leaves each stage its share.
         schedule: Instead of ``epsilon`` or a budget, an object that says ε in each epoch: one of
             :mod:`timm_eps.schedule`, or your own.
-        prune_frozen: Whether to remove branches none of whose parameters needs a gradient. By default they stay.
+        prune_frozen: Whether to remove branches none of whose parameters needs a gradient. They stay and count as kept
+            by default.
         followers: Averages of the model's weights: timm's ``ModelEmaV3``, torch's ``AveragedModel``, or the copy in it.
             After each step they have the same closed and removed branches as the model.
 
@@ -113,7 +113,8 @@ class EpsilonPruner:
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience must be a whole number of epochs, at least 1, got {patience!r}.")
         targets = {"target_params": target_params, "target_macs": target_macs, "target_latency": target_latency}
-        self.schedule = schedule_from(epsilon, keep, targets, warmup_epochs, ramp_epochs, schedule)
+        schedule = schedule_from(epsilon, keep, targets, warmup_epochs, ramp_epochs, schedule)
+        ranking = ranking_for(schedule, criterion)
         self.model = model
         self.patience = patience
         self.live_removal = live_removal
@@ -135,15 +136,16 @@ class EpsilonPruner:
         self._streaks = dict.fromkeys(gates(model), 0)
         self._stuck: set[str] = set()  # closed, but proven to be needed: not tried again until another one is ready
         self.total = len(self._streaks) + len(removed_slots(model))
-        self._thresholds = Thresholds(model, self.schedule, criterion, self.total)
+        self._thresholds = Thresholds(model, schedule, ranking, self.total)
         if isinstance(keep, numbers.Integral) and keep > self.total:
             raise ValueError(f"keep={keep} branches, but {type(timm_body(model)).__name__} has only {self.total}.")
-        if isinstance(self.schedule, CostEpsilon):
-            self.schedule.attach(model)
+        if isinstance(schedule, CostEpsilon):
+            schedule.attach(model)
         self._set_thresholds(self._thresholds.first())
         LoadedStructure(model, self._lose).install(timm_body(model))
         self._take_along()
-        warn_of_frozen([slot for slot in self._streaks if slot in self._staying], self.total, self.wanted)
+        staying, to_go = self._staying, self.total - self.wanted if isinstance(schedule, BudgetEpsilon) else 1
+        warn_of_frozen([slot for slot in self._streaks if slot in staying], self.total, to_go)
         warn_of_silent(model)
         if self._optimizers:
             warn_of_undecayed(model, self._optimizers)
@@ -184,6 +186,11 @@ class EpsilonPruner:
     @property
     def _is_measuring(self) -> bool:
         return self._thresholds.is_measuring(self.epoch, len(self._streaks))
+
+    @property
+    def schedule(self) -> Schedule:
+        """What says ε in each epoch."""
+        return self._thresholds.schedule
 
     @property
     def wanted(self) -> int:
@@ -275,14 +282,7 @@ class EpsilonPruner:
         Raises:
             ValueError: The state belongs to another architecture, or the model lacks blocks that the state still has.
         """
-        if missing := _STATE - state.keys():
-            raise ValueError(f"Not the state of an EpsilonPruner: it lacks {sorted(missing)}.")
-        already = set(removed_slots(self.model))
-        if lost := already - set(state["removed"]):
-            raise ValueError(f"The model has already lost {sorted(lost)[0]!r}, which the pruner's state still has.")
-        if strangers := (gates(self.model).keys() | already) ^ (state["streaks"].keys() | set(state["removed"])):
-            raise ValueError(f"The pruner's state is of another model: they differ at {min(strangers)!r}.")
-        replay_removed(self.model, set(state["removed"]) - already)
+        replay_removed(self.model, lost_since(self.model, state))
         found = gates(self.model)
         if isinstance(self.schedule, CostEpsilon):
             self.schedule.load_state_dict(state.get("budget", {}))
@@ -321,6 +321,8 @@ class EpsilonPruner:
         return removed
 
     def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
+        if lacking := gates(self.model).keys() - thresholds.keys():
+            raise ValueError(f"The schedule says no epsilon for {min(lacking)!r}; it must for each branch it is given.")
         self.epsilon = max(thresholds.values(), default=0.0)
         measuring, staying = self._is_measuring, self._staying
         for slot, gate in gates(self.model).items():

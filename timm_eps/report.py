@@ -236,7 +236,7 @@ def _timed(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     for key in results:
         if timed := re.fullmatch(r"(onnx_)?latency_batch(\d+)_seconds", key):
-            runtime = ", ONNX Runtime" if timed[1] else ""
+            runtime = ", ONNX Runtime on CPUs" if timed[1] else ""
             found.append((bool(timed[1]), int(timed[2]), key, f"latency at batch {timed[2]}{runtime}"))
     return [(key, what) for _, _, key, what in sorted(found)]
 

@@ -19,7 +19,8 @@ __all__ = ["BudgetEpsilon", "ConstantEpsilon", "Schedule"]
 class Schedule(Protocol):
     """What :class:`timm_eps.EpsilonPruner` asks for the thresholds of an epoch.
 
-    A schedule of one's own needs this one method, and none of these classes::
+    A schedule of one's own needs this one method, and none of these classes. It decides by its arguments alone: a
+    checkpoint does not hold it::
 
         class Rising:
             def __call__(self, epoch, responses, total):

@@ -18,9 +18,21 @@ from .surgery.branches import gates, timm_body
 from .surgery.distributed import agreed
 from .surgery.removal import removed_slots
 
-__all__ = ["Thresholds", "keep_one_open"]
+__all__ = ["Thresholds", "keep_one_open", "ranking_for"]
 
 _logger = logging.getLogger(__name__)
+
+
+def ranking_for(schedule: Schedule, criterion: str | Criterion) -> Criterion:
+    """The criterion that a name stands for, or that is given.
+
+    Raises:
+        ValueError: It is unknown, or the schedule has no use for it.
+    """
+    ranking = criterion_from(criterion)
+    if not isinstance(schedule, BudgetEpsilon) and not isinstance(ranking, Response):
+        raise ValueError(f"criterion={criterion!r} goes with keep; any other epsilon is one for the responses.")
+    return ranking
 
 
 class Thresholds:
@@ -29,18 +41,12 @@ class Thresholds:
     Args:
         model: The model with gates.
         schedule: Says ε, or how many branches are due.
-        criterion: Ranks the branches of a schedule by budget.
+        ranking: Ranks the branches of a schedule by budget, as :func:`ranking_for` returned it.
         total: Number of branches of the unpruned network.
-
-    Raises:
-        ValueError: The criterion is unknown, or the schedule has no use for it.
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule, criterion: str | Criterion, total: int) -> None:
-        self.ranking = criterion_from(criterion)
-        if not isinstance(schedule, BudgetEpsilon) and not isinstance(self.ranking, Response):
-            raise ValueError(f"criterion={criterion!r} goes with keep; any other epsilon is one for the responses.")
-        self.model, self.schedule, self.total = model, schedule, total
+    def __init__(self, model: nn.Module, schedule: Schedule, ranking: Criterion, total: int) -> None:
+        self.model, self.schedule, self.ranking, self.total = model, schedule, ranking, total
 
     @property
     def wanted(self) -> int:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from ..budget import BUDGETS, Budget, Keep, TargetLatency, TargetMacs, check_reachable
+from ..budget import BUDGETS, Budget, Keep, TargetLatency, TargetMacs, TargetParams, check_reachable
 from .live_network import LiveNetwork
 from .selection import least_loss, within_measured, without_superfluous
 from .worth import Branch, Step
@@ -15,6 +15,8 @@ from .worth import Branch, Step
 __all__ = ["choose"]
 
 Cost = Callable[[list[str]], float]
+# What a report has of a branch and of a step, and the live network of a structure.
+_FIELDS: dict[type[Budget], str] = {TargetParams: "parameters", TargetMacs: "macs"}
 
 
 def choose(
@@ -59,8 +61,7 @@ def choose(
         return chooser.best(predicted, goal)
     if count is not None:
         return chooser.best(count, goal)
-    place = 1 if isinstance(budget, TargetMacs) else 0
-    return chooser.best(lambda slots: live.size_without(slots)[place], goal)
+    return chooser.best(lambda slots: getattr(live.size_without(slots), _FIELDS[type(budget)]), goal)
 
 
 def _of_branch(branch: Branch, budget: Budget, batch_size: int) -> float:
@@ -68,7 +69,7 @@ def _of_branch(branch: Branch, budget: Budget, batch_size: int) -> float:
         return branch.milliseconds[batch_size]
     if isinstance(budget, Keep):
         return 1
-    return branch.macs if isinstance(budget, TargetMacs) else branch.parameters
+    return getattr(branch, _FIELDS[type(budget)])
 
 
 def _of_step(step: Step, budget: Budget, batch_size: int) -> float:
@@ -76,7 +77,7 @@ def _of_step(step: Step, budget: Budget, batch_size: int) -> float:
         return step.milliseconds[batch_size]
     if isinstance(budget, Keep):
         return step.branches
-    return step.macs if isinstance(budget, TargetMacs) else step.parameters
+    return getattr(step, _FIELDS[type(budget)])
 
 
 def _along(curve: Sequence[Step], left: Sequence[float], goal: float) -> list[str]:

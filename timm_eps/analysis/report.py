@@ -91,7 +91,7 @@ class Analysis:
             target_macs: Multiply-adds of convolutions and matrix products for one image.
             target_params: Parameters.
             keep: Branches; at least one stays.
-            budget: A :class:`timm_eps.Budget`, for one of your own.
+            budget: A :class:`timm_eps.Budget`: one of these four, or your own.
             batch_size: Batch size of ``target_latency``, one that was measured; by default the largest.
 
         Returns:
@@ -106,6 +106,8 @@ class Analysis:
             budget = budget_from(**targets, keep=keep)
         elif any(value is not None for value in (*targets.values(), keep)):
             raise ValueError(f"Give exactly one budget: {budget!r} and another one were given.")
+        elif batch_size is None and isinstance(budget, TargetLatency):
+            batch_size = budget.batch_size
         size = self._batch_size(batch_size, isinstance(budget, TargetLatency))
         return choose(self.branches, self.curve, budget, size, self.live)
 

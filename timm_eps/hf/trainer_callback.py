@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..budget import Budget
 from ..criteria import Criterion
 from ..pruner import EpsilonPruner
+from ..schedule import Schedule
 from ..surgery.distributed import on_first_forward, wrap_again
 from ..surgery.loading import LoadedStructure, keys_of
 from ..surgery.optimizers import Optimizers, forget, innermost
@@ -98,6 +99,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         target_macs: Instead of ``keep``, fraction or number of the multiply-adds for one image.
         target_latency: Instead of ``keep``, fraction or milliseconds of a forward pass.
         prune_frozen: Whether to remove branches that cannot learn, because none of their parameters needs a gradient.
+        schedule: Instead of ``epsilon`` or a budget, an object that says ε in each epoch.
 
     Attributes:
         pruner (EpsilonPruner | None): The pruner; None before the training begins.
@@ -125,6 +127,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         target_params: float | Budget | None = None,
         target_macs: float | Budget | None = None,
         target_latency: float | Budget | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         self.arguments: dict[str, Any] = {
             "epsilon": epsilon,
@@ -134,6 +137,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
             "patience": patience,
             "live_removal": live_removal,
             "criterion": criterion,
+            "schedule": schedule,
             "target_params": target_params,
             "target_macs": target_macs,
             "target_latency": target_latency,

@@ -87,7 +87,7 @@ def save_pretrained(
         directory: Made if it is not there.
         label_names: Names of the classes, in the order of the logits; of a mapping, its values by class number. By
             default the names that the model knows.
-        results: Values of ``all_results.json``; they fill the card. :data:`RESULT_KEYS` are needed.
+        results: Values of ``all_results.json``; they fill the card. :data:`timm_eps.hub.card.RESULT_KEYS` are needed.
         history: :attr:`EpsilonPruner.history`, for the picture.
         repo_id: How the card names the model; by default the directory's name.
         remote_code: Add the code of the CIFAR networks, so that transformers loads the model without this package,

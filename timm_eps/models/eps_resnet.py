@@ -325,7 +325,7 @@ def _register(depth: int) -> None:
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f"The network of depth {depth}; takes the keywords of :class:`EpsResNet`."
-    register_model(entrypoint)
+    globals()[name] = register_model(entrypoint)
 
 
 for _depth in CIFAR_DEPTHS:

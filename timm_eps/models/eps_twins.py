@@ -101,7 +101,7 @@ def _build(
     add_gates(model)
     if not pretrained and load is None:
         _revive(model)
-    replay_removed(model, removed, _key(entrypoint, kwargs))
+    replay_removed(model, removed, _key(entrypoint, cfg, kwargs))
     set_closed(model, closed)
     if load is not None:
         load(model)
@@ -110,10 +110,10 @@ def _build(
     return _features(model, entrypoint, cfg, kwargs, features) if features.get("features_only") else model
 
 
-def _key(entrypoint: Callable[..., nn.Module], kwargs: dict[str, Any]) -> tuple[Any, str] | None:
+def _key(entrypoint: Callable[..., nn.Module], cfg: PretrainedCfg, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     """Equal for twins of one structure; None if the keywords cannot be compared."""
     try:
-        return entrypoint, json.dumps(kwargs, sort_keys=True)
+        return entrypoint, repr(cfg), json.dumps(kwargs, sort_keys=True)
     except TypeError:
         return None
 

@@ -9,9 +9,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import DefaultCfg, build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import nn
 
+from ..gate import EpsilonGate
 from ..names import PREFIX, note_original
-from ..surgery.branches import gates
-from ..surgery.removal import add_gates, removed_slots, replay_removed
+from ..surgery.removal import add_gates, replay_removed
 from .stored import create_stored, set_closed
 
 __all__ = ["EpsilonMixin"]
@@ -25,9 +25,10 @@ class _Gated(type):
     def __instancecheck__(cls, instance: Any) -> bool:
         if super().__instancecheck__(instance):
             return True
-        return cls is EpsilonMixin and isinstance(instance, nn.Module) and bool(
-            gates(instance) or removed_slots(instance)
-        )  # fmt: skip
+        if cls is not EpsilonMixin or not isinstance(instance, nn.Module):
+            return False
+        has_gates = any(isinstance(module, EpsilonGate) for module in instance.modules())
+        return has_gates or bool(getattr(instance, "removed", None))
 
 
 class EpsilonMixin(nn.Module, metaclass=_Gated):
@@ -75,8 +76,8 @@ class EpsilonMixin(nn.Module, metaclass=_Gated):
             name: Begins with ``eps_``.
             cfg: What timm is to know of the network besides ImageNet's mean, deviation and 224x224: fields such as
                 ``input_size``, and ``first_conv`` and ``classifier``, the paths of these layers.
-            defaults: Keyword arguments of the class. Those that ``timm.create_model`` is given win over them, and must
-                be such that JSON can hold.
+            defaults: Keyword arguments of the class. What ``timm.create_model`` is given wins over them. JSON must be
+                able to hold it.
 
         Returns:
             The entrypoint that ``timm.create_model`` calls.

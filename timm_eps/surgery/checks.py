@@ -43,15 +43,15 @@ def is_zero_scale(name: str, parameter: nn.Parameter) -> bool:
     return not parameter.is_meta and name.rpartition(".")[2].startswith(kinds) and not parameter.any()
 
 
-def warn_of_frozen(staying: list[str], total: int, wanted: int) -> None:
+def warn_of_frozen(staying: list[str], total: int, to_go: int) -> None:
     """Say so if a budget cannot be reached because branches are frozen.
 
     Args:
         staying: Slots of the frozen branches, which stay.
         total: Number of branches of the unpruned network.
-        wanted: How many of them are to be left; all of them without a budget, when one is to go at least.
+        to_go: How many of them are to go.
     """
-    free, to_go = total - len(staying), max(total - wanted, 1)
+    free = total - len(staying)
     if staying and to_go > free:
         _logger.warning(
             "%d of the %d branches are frozen and stay, as none of their parameters needs a gradient (%s): at most %d "

@@ -80,8 +80,9 @@ def plan_by_key(body: nn.Module, slots: set[str], key: Hashable) -> list[Plan]:
     """
     if key is None:
         return plan_collapse(body, slots)
-    settings = use_fused_attn(), is_exportable(), is_scriptable()  # timm builds some modules by these
-    whole = (key, settings, input_size(body), frozenset(slots), frozenset(gates(body)))
+    # timm builds some modules by these.
+    settings = use_fused_attn(), use_fused_attn(experimental=True), is_exportable(), is_scriptable()
+    whole = (type(body), key, settings, input_size(body), frozenset(slots), frozenset(gates(body)))
     if whole not in _PLANS:
         _PLANS[whole] = plan_collapse(body, slots)
         if len(_PLANS) > _MOST_PLANS:
@@ -231,8 +232,10 @@ def _chain(block: nn.Module, call: Call) -> Callable[[nn.Module], nn.Module] | N
         if step.module in name_of and step.counts and not isinstance(step.module, ZeroBranch | nn.Identity)
     ]
 
+    passing = _passing([call])
+
     def make(old: nn.Module, names: list[str] = names) -> nn.Module:
-        if not names and (passing := _passing([call])):
+        if not names and passing:
             return passing(old)
         chain = nn.Sequential() if _takes_one(old) else Chain(_class_of(old))
         for name in names:

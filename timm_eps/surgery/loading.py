@@ -7,15 +7,16 @@ smaller structure is read off the names of the weights, and the model takes it b
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from .removal import replay_removed, slots_without_weights
+from .branches import gates
+from .removal import removed_slots, replay_removed, slots_without_weights
 from .tracing import meta_copy
 
-__all__ = ["LoadedStructure", "keys_of"]
+__all__ = ["LoadedStructure", "keys_of", "lost_since"]
 
 
 class LoadedStructure:
@@ -71,3 +72,26 @@ def _lacking(body: nn.Module, keys: Collection[str]) -> list[str]:
 def _weights_of(names: Iterable[str]) -> set[str]:
     """Names without those by which gates say that they are closed."""
     return {name for name in names if not name.endswith(".closed")}
+
+
+_STATE = {"epoch", "epsilon", "removed", "streaks", "closed", "responses", "importances", "history"}
+
+
+def lost_since(model: nn.Module, state: Mapping[str, Any]) -> set[str]:
+    """The slots of the branches that a stored state of a pruner lacks and the model still has.
+
+    Args:
+        model: The model with gates.
+        state: What :meth:`timm_eps.EpsilonPruner.state_dict` returned.
+
+    Raises:
+        ValueError: It is no such state, it belongs to another architecture, or the model lacks branches that it has.
+    """
+    if missing := _STATE - state.keys():
+        raise ValueError(f"Not the state of an EpsilonPruner: it lacks {sorted(missing)}.")
+    already, removed = set(removed_slots(model)), set(state["removed"])
+    if lost := already - removed:
+        raise ValueError(f"The model has already lost {min(lost)!r}, which the pruner's state still has.")
+    if strangers := (gates(model).keys() | already) ^ (state["streaks"].keys() | removed):
+        raise ValueError(f"The pruner's state is of another model: they differ at {min(strangers)!r}.")
+    return removed - already

@@ -15,7 +15,7 @@ from ..files.config_checks import check_slots
 from ..hf.distillation import Distillation
 from ..surgery.branches import gates
 from ..surgery.removal import removed_slots
-from . import build, checkpoints, start
+from . import build, checkpoints, choices
 from .arguments import Arguments, ModelArguments
 from .evaluation import Evaluation
 from .inputs import ImageData
@@ -37,8 +37,12 @@ def knows_classes(args: ModelArguments, images: ImageData) -> bool:
     return AutoConfig.from_pretrained(args.model_name_or_path).num_labels == len(images.label_names)
 
 
-def dense_epochs(args: Arguments, images: ImageData) -> int:
+def dense_epochs(args: Arguments, is_trained: bool) -> int:
     """For how many epochs the dense network is fine-tuned first, as a teacher or to choose by.
+
+    Args:
+        args: Of the run.
+        is_trained: Whether it has learnt the classes, as :func:`knows_classes` says.
 
     Raises:
         ValueError: It has not learnt the classes, and no epochs are asked for.
@@ -48,7 +52,7 @@ def dense_epochs(args: Arguments, images: ImageData) -> int:
         return 0
     if args.distillation.dense_epochs is not None:
         return args.distillation.dense_epochs
-    if knows_classes(args.model, images):
+    if is_trained:
         return 0
     if not args.training.num_train_epochs:
         raise ValueError("The classifier is new, and --num_train_epochs 0 leaves it so; give --dense_epochs.")
@@ -76,7 +80,7 @@ def describe(args: Arguments, accelerator: Accelerator, images: ImageData) -> di
         set_seed(args.training.seed)
         model = build.model(args.model, args.paper, images).to(accelerator.device).eval()
         is_trained = knows_classes(args.model, images)
-        print(start.describe(args.pruning, model, images.analysed(accelerator.device), is_trained))
+        print(choices.describe(args.pruning, model, images.analysed(accelerator.device), is_trained))
     return {}
 
 
@@ -95,7 +99,7 @@ def teach(args: Arguments, accelerator: Accelerator, images: ImageData, model: n
     if teaching.teacher == "self":
         model.distillation = Distillation.of_itself(trained, **shares)  # type: ignore[assignment]
     elif teaching.teacher:
-        teacher = start.load_teacher(teaching.teacher, images.label_names, images.pretrained_cfg)
+        teacher = choices.load_teacher(teaching.teacher, images.label_names, images.pretrained_cfg)
         model.distillation = Distillation(teacher.to(accelerator.device), **shares)  # type: ignore[assignment]
 
 
@@ -113,11 +117,13 @@ def cut(args: Arguments, accelerator: Accelerator, images: ImageData, model: nn.
         return
     batches = images.analysed(accelerator.device)
     prune(model, _slots_to_remove(args, accelerator, trained, batches))
-    if not args.training.num_train_epochs and start.estimate_statistics(model, batches):
+    if not args.training.num_train_epochs and choices.estimate_statistics(model, batches):
         accelerator.print("The statistics of batch norm were taken anew on training images.")
 
 
-def _slots_to_remove(args: Arguments, accelerator: Accelerator, model: nn.Module, batches: start.Batches) -> list[str]:
+def _slots_to_remove(
+    args: Arguments, accelerator: Accelerator, model: nn.Module, batches: choices.Batches
+) -> list[str]:
     """Of a run that goes on, those that it began without."""
     if checkpoint := find_checkpoint(args, Path(args.output_dir)):
         with checkpoints.taking_up(checkpoint):
@@ -125,7 +131,7 @@ def _slots_to_remove(args: Arguments, accelerator: Accelerator, model: nn.Module
         return [slot for slot in removed if slot in gates(model)]
     chosen: list[list[str] | None] = [None]
     if accelerator.is_main_process:
-        chosen = [start.choose_slots(args.pruning, model, batches, Path(args.output_dir) / "branches.json")]
+        chosen = [choices.choose_slots(args.pruning, model, batches, Path(args.output_dir) / "branches.json")]
     slots = broadcast_object_list(chosen)[0]
     accelerator.print(f"Removing {len(slots)} of {len(gates(model))} branches before the training.")
     return slots

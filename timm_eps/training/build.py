@@ -20,7 +20,7 @@ from ..hf.modeling_eps_resnet import EpsResNetForImageClassification
 from ..learning_rate import RestartingLR
 from ..pruner import EpsilonPruner
 from ..surgery.parameters import param_groups
-from . import data, start
+from . import choices, data
 from .arguments import Arguments, DataArguments, ModelArguments, PaperArguments, TrainingArguments
 from .inputs import ImageData
 from .sync_batchnorm import synchronize_batchnorm
@@ -148,9 +148,9 @@ def pruner(
     if pruning.no_gates or pruning.prune_at == "start":
         return None
     ramp: dict[str, Any] = {}
-    if (budget := start.budget_of(pruning)) is not None:
+    if (budget := choices.budget_of(pruning)) is not None:
         analysed = images.analysed(next(model.parameters()).device)
-        ramp = {"ramp_epochs": pruning.ramp_epochs, "criterion": start.ramp_criterion(pruning.criterion, analysed)}
+        ramp = {"ramp_epochs": pruning.ramp_epochs, "criterion": choices.ramp_criterion(pruning.criterion, analysed)}
         ramp[budget.argument] = pruning.keep if budget.argument == "keep" else budget
     return EpsilonPruner(
         model, optimizer, epsilon=args.paper.epsilon, warmup_epochs=pruning.epsilon_warmup_epochs,

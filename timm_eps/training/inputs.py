@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..names import is_cifar_network
-from . import data, start
+from . import choices, data
 from .arguments import Arguments, DataArguments, ModelArguments, hub_id
 
 __all__ = ["ImageData"]
@@ -124,8 +124,8 @@ def load_splits(args: Arguments) -> tuple[dict[str, Any], dict[str, Any], int | 
         splits["train"] = data.sample(splits["train"], given.max_train_samples, seed)
         length = len(splits["train"])
     splits["validation"] = data.sample(splits["validation"], given.max_eval_samples, seed)
-    if start.needs_analysis(args):
-        splits["analysed"] = data.sample(splits["train"], start.ANALYSED, seed)
+    if choices.needs_analysis(args):
+        splits["analysed"] = data.sample(splits["train"], choices.ANALYSED, seed)
     return splits, about, given.max_train_samples if given.streaming and given.max_train_samples else length
 
 

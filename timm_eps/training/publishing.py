@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..gate import EpsilonGate
 from ..hub import onnx_export
 from ..hub.failures import NETWORK_ERRORS, one_line
 from ..hub.saving import push_to_hub, save_pretrained
+from ..report import paired_seconds
 from .arguments import Arguments, ModelArguments, SavingArguments, hub_id, used_arguments
 from .directory_lock import locked
 from .inputs import ImageData
@@ -74,7 +75,7 @@ def _latencies(pair: Mapping[str, nn.Module], batches: dict[int, Tensor], runtim
     found: dict[str, Any] = {}
     for size, batch in batches.items():
         name = f"{runtime}latency_batch{size}"
-        seconds = report.paired_seconds(pair, batch)
+        seconds = paired_seconds(pair, batch)
         found |= {f"{prefix}{name}_seconds": statistics.median(values) for prefix, values in seconds.items()}
         found[f"{name}_speedup_quartiles"] = report.spread_of_ratios(seconds["dense_"], seconds[""])
     return found
@@ -177,13 +178,13 @@ def left_out(images: ImageData) -> str:
     return f"{len(images.corrupt)} images could not be read and were left out, such as {some}." if some else ""
 
 
-def save(model: nn.Module, output_dir: str, remedy: str, **saved: Any) -> None:
+def save(model: nn.Module, output_dir: str, remedy: Callable[[], str], **saved: Any) -> None:
     """Save the trained model.
 
     Args:
         model: The model.
         output_dir: Where.
-        remedy: What there is to go on from if that fails.
+        remedy: Says what there is to go on from if that fails.
         **saved: Further arguments of :func:`timm_eps.save_pretrained`.
 
     Raises:
@@ -192,7 +193,9 @@ def save(model: nn.Module, output_dir: str, remedy: str, **saved: Any) -> None:
     try:
         save_pretrained(model, output_dir, **saved)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"The trained model could not be saved in {output_dir} ({one_line(error)}). {remedy}") from error
+        raise OSError(
+            f"The trained model could not be saved in {output_dir} ({one_line(error)}). {remedy()}"
+        ) from error
 
 
 def push(args: SavingArguments, output_dir: str, model: nn.Module, repo_id: str, message: str, **saved: Any) -> None:

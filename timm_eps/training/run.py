@@ -59,7 +59,7 @@ class Run:
         progress: How far the training is.
         loss: Sum over the batches of the epoch that goes on, of this process.
         signum: Of a signal that tells all processes to stop, else 0.
-        graphs: Records a step as a CUDA graph, if that is asked for; set by the loop.
+        graphs: Records a step as a CUDA graph, if that is asked for.
         directory: Where checkpoints go.
     """
 

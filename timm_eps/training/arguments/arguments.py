@@ -22,10 +22,7 @@ __all__ = ["Arguments"]
 
 @dataclass
 class Arguments:
-    """What a run is told.
-
-    A group goes to whoever needs it: no function reads all of them.
-    """
+    """What a run is told, by group: most functions need one or two of the groups."""
 
     model: ModelArguments
     data: DataArguments
@@ -60,5 +57,5 @@ class Arguments:
         return found
 
     def changed(self, **values: Any) -> Arguments:
-        """A copy in which some arguments have other values, as if they had been given so."""
+        """A copy in which some arguments have other values, which are not checked."""
         return self.of(self.flat() | values)

@@ -87,8 +87,7 @@ def _analyze(args: PruningArguments, model: nn.Module, batches: Batches, progres
 def _chosen(args: PruningArguments, model: nn.Module, report: Analysis, budget: Budget) -> list[str]:
     if budget.argument == "keep":  # of the branches that the architecture has, as on the ramp
         return report.choose(keep=int(budget.goal(len(gates(model)) + len(removed_slots(model)))))
-    size = {"batch_size": args.latency_batch_size} if isinstance(budget, TargetLatency) else {}
-    return report.choose(**{budget.argument: budget.value}, **size)  # type: ignore[arg-type]
+    return report.choose(budget=budget)
 
 
 def describe(args: PruningArguments, model: nn.Module, batches: Batches, is_trained: bool) -> str:
