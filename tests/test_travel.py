@@ -32,7 +32,7 @@ def test_a_copy_is_equal_or_refused(family, state):
     assert all(answers[name] == "equal" for name in ours), answers
     if state != "open":
         assert answers["a stock `TimmWrapper` model"] == "refused"
-        assert answers["into timm's network without gates"] == "refused"
+        assert answers["timm's network without gates"] == "refused"
     if state in ("open", "closed"):
         assert answers["`load_state_dict(state_dict())`"] == "equal"
 
