@@ -9,7 +9,7 @@ import logging
 import pytest
 import timm
 import torch
-from conftest import SLOTS, close
+from conftest import SLOTS, close, mostly_slow
 from torch import nn
 from transformers import (
     AutoBackbone,
@@ -59,7 +59,7 @@ def quiet(caplog):
     assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", mostly_slow(NETWORKS, 0, 1))
 def test_feature_maps_are_timms(name, tmp_path, quiet):
     """From one file: timm's features_only, the backbone of all stages, and the hidden states of one of the last."""
     architecture, removed, size = NETWORKS[name]
@@ -171,7 +171,7 @@ def config_channels(config: EpsResNetConfig) -> list[int]:
     return AutoBackbone.from_config(copy.deepcopy(config)).channels
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", mostly_slow(NETWORKS, 0, 1))
 def test_in_a_segmentation_model(name, tmp_path, quiet):
     architecture, removed, size = NETWORKS[name]
     model, images = upernet(architecture, size, model_args={"removed": removed})

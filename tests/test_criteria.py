@@ -70,7 +70,7 @@ def test_names_stand_for_objects(name, criterion):
     assert all(torch.equal(a, b) for a, b in zip(some.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("criterion", ["response", "importance", SmallestFirst()])
+@pytest.mark.parametrize("criterion", mostly_slow(["response", "importance", SmallestFirst()], 0))
 @pytest.mark.parametrize("unit", mostly_slow(["macs", "params"], 0))
 def test_a_target_on_the_ramp(unit, criterion):
     """It is kept at the end, with one branch more it would not be, and it falls on the way."""

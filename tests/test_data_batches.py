@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import datasets
 import pytest
 import torch
-from conftest import encoded, make_dataset
+from conftest import encoded, make_dataset, mostly_slow
 
 from timm_eps.training.data import (
     ImageFiles,
@@ -243,7 +243,7 @@ def test_another_image_of_the_batch_takes_the_place_of_one_that_cannot_be_read(k
     assert kind is ImageStream or set(found) == {"row 2", "row 7"}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", mostly_slow([0, 1], 0))
 @pytest.mark.parametrize("kind", [ImageFiles, ImageStream])
 def test_a_batch_of_which_nothing_can_be_read(kind, workers):
     split = made(kind, numbered(4, broken=range(4)), length=4)

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from conftest import SLOTS, tiny_net
+from conftest import SLOTS, mostly_slow, tiny_net
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
@@ -70,7 +70,7 @@ class Run:
         self.pruner.step()
 
 
-@pytest.mark.parametrize("optimizers", [1, 2])
+@pytest.mark.parametrize("optimizers", mostly_slow([1, 2], 1))
 @pytest.mark.parametrize("kind", MODELS)
 def test_accelerate_resumes_an_own_loop(tmp_path, kind, optimizers):
     whole = Run(MODELS[kind], optimizers)

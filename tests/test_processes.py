@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import mostly_slow
 from test_resume import train_only
 from test_train_hf import _one_thread, without_times  # noqa: F401
 from timm.layers import BatchNormAct2d
@@ -200,7 +201,8 @@ def test_one_step_is_the_mean_over_the_halves(both, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "arguments"), [("gentle", 32, []), ("accumulated", 16, ["--gradient_accumulation_steps", "4"])]
+    ("name", "size", "arguments"),
+    mostly_slow([("gentle", 32, []), ("accumulated", 16, ["--gradient_accumulation_steps", "4"])], 1),
 )
 def test_some_synchronised_steps_stay_near_those_of_one_process(both, tmp_path, name, size, arguments):
     """Three steps, and two of four and two batches: the rounding differs, the course does not."""

@@ -635,7 +635,9 @@ def end_epochs(pruner, number=3):
         pruner.step()
 
 
-@pytest.mark.parametrize("given", [{"epsilon": 1e9}, {"keep": 0.5}, {"keep": 0.5, "criterion": "importance"}])
+@pytest.mark.parametrize(
+    "given", mostly_slow([{"epsilon": 1e9}, {"keep": 0.5}, {"keep": 0.5, "criterion": "importance"}], 2)
+)
 @pytest.mark.parametrize("name", FROZEN)
 def test_branches_that_cannot_learn_stay(name, given, caplog):
     make, change, frozen = FROZEN[name]

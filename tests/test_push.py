@@ -675,7 +675,7 @@ def test_saved_again_with_its_code(tmp_path, images):
 # 6. ONNX.
 
 
-@pytest.mark.parametrize("make", [pruned, lambda: twin("eps_test_vit")], ids=["eps_resnet20", "eps_test_vit"])
+@pytest.mark.parametrize("make", mostly_slow([pruned, lambda: twin("eps_test_vit")], 0))
 def test_onnx_takes_any_batch(hub, make):
     import onnx
     import onnxruntime

@@ -133,8 +133,8 @@ TRACED = (
 
 QUICK_COVER = (
     *TRACED,
-    "eps_coat_tiny", "eps_deit_tiny_distilled_patch16_224", "eps_edgenext_xx_small", "eps_levit_128s",
-    "eps_mobilenetv3_small_050", "eps_regnetx_002", "eps_res2next50", "eps_test_mambaout",
+    "eps_deit_tiny_distilled_patch16_224", "eps_edgenext_xx_small", "eps_mobilenetv3_small_050", "eps_regnetx_002",
+    "eps_test_mambaout",
 )  # fmt: skip
 
 

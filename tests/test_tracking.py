@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from conftest import mostly_slow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import _weights_only, weights_only  # noqa: F401  the fixture is for all tests here as well
 from test_train_hf import _one_thread  # noqa: F401
@@ -145,10 +146,9 @@ def counted(out: Path, monkeypatch, epochs: int, batches: int, *arguments: str) 
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        [*GATED, "--flip"],
-        ["--no_gates", "--augmentation", "distort", "--gradient_accumulation_steps", "2"],
-    ],
+    mostly_slow(
+        [[*GATED, "--flip"], ["--no_gates", "--augmentation", "distort", "--gradient_accumulation_steps", "2"]], 0
+    ),
 )
 def test_no_step_waits_for_the_device(tmp_path, monkeypatch, arguments):
     """An epoch of eight steps asks for as many values of tensors as one of four."""

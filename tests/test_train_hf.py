@@ -438,7 +438,7 @@ def test_default_run(tmp_path):
     assert max(results["eval_accuracy_by_epoch"][-10:]) - min(results["eval_accuracy_by_epoch"][-10:]) < 0.02
 
 
-@pytest.mark.parametrize("name", mostly_slow(["eps_test_resnet", "eps_test_vit"], 0))
+@pytest.mark.parametrize("name", mostly_slow(["eps_test_resnet", "eps_test_vit"]))
 def test_twins_of_timm_models_train_too(tmp_path, name):
     """A post-activation ResNet and a ViT by their stored recipes, cut short."""
     config = ["--config", str(ROOT / "hub_configs" / f"{name}.digits.json"), "--num_warmup_steps", "0"]
