@@ -22,6 +22,11 @@ CODE = [path for place in ("timm_eps", "tests", "benchmarks") for path in (ROOT 
 LOCAL = {"benchmarks", "timm_eps", *(path.stem for path in (*ROOT.glob("*.py"), *(ROOT / "tests").iterdir()))}
 
 
+def test_extras_can_be_left_out():
+    names = {requirement.name for requirement in requirements(without=("docs",))}
+    assert {each.name for each in EVERY} - names == {"furo", "myst-parser", "sphinx"}
+
+
 def test_the_extras_are_among_them():
     assert {"torch", "hatchling", "accelerate", "torch-pruning", "pytest", "ruff"} <= {each.name for each in EVERY}
 
