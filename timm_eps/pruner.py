@@ -71,8 +71,7 @@ class EpsilonPruner:
             with ``keep`` it leaves each stage its share.
         schedule: Instead of ``epsilon`` or a budget, an object that says ε in each epoch: one of
             :mod:`timm_eps.schedule`, or your own.
-        prune_frozen: Whether to remove branches none of whose parameters needs a gradient. They stay and count as kept
-            by default.
+        prune_frozen: Whether to remove branches none of whose parameters needs a gradient. By default they are kept.
         followers: Averages of the model's weights: timm's ``ModelEmaV3``, torch's ``AveragedModel``, or the copy in it.
             After each step they have the same closed and removed branches as the model.
 
@@ -206,8 +205,7 @@ class EpsilonPruner:
         """End an epoch: close, remove, and set ε for the next.
 
         A branch that did not run in training mode in this epoch stays as it is. A warning says so if no branch ran. A
-        second warning names a copy of the model that is updated in place, such as an average of the weights, but is not
-        among the followers.
+        second warning names a copy of the model that is updated in place, but is not among the followers.
 
         Under ``torch.distributed`` every process must call this. All processes decide on the largest response of all of
         them, so they take the same decision.
