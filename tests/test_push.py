@@ -47,7 +47,6 @@ ALWAYS = {".gitattributes", "README.md", "blocks.png", "config.json", "model.saf
 REMOTE_CODE = {"modeling_eps_resnet.py", "config_checks.py", "value_checks.py", "weight_checks.py"}
 SHORT = ["--max_train_samples", "200", "--epsilon_warmup_epochs", "1", "--ramp_epochs", "2", "--patience", "1"]
 SHORT += ["--num_train_epochs", "4", "--num_threads", "1"]
-LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(ROOT / "train_hf.py")]
 SHAPES = ["bar", "column", "diagonal"]
 
 

@@ -319,11 +319,11 @@ class EpsilonPruner:
         return removed
 
     def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
-        if lacking := gates(self.model).keys() - thresholds.keys():
+        found, measuring, staying = gates(self.model), self._is_measuring, self._staying
+        if lacking := found.keys() - thresholds.keys():
             raise ValueError(f"The schedule says no epsilon for {min(lacking)!r}; it must for each branch it is given.")
         self.epsilon = max(thresholds.values(), default=0.0)
-        measuring, staying = self._is_measuring, self._staying
-        for slot, gate in gates(self.model).items():
+        for slot, gate in found.items():
             gate.epsilon = 0.0 if slot in staying else thresholds[slot]
             gate.reset_response()
             if measuring and gate.gain is None:

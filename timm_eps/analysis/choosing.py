@@ -34,14 +34,13 @@ def choose(
     Raises:
         ValueError: The network needs more even without any branch, or has other branches by now.
     """
-    count: Cost | None = None
     if type(budget) in BUDGETS.values():
         costs = {branch.slot: _of_branch(branch, budget, batch_size) for branch in branches}
         left = [_of_step(step, budget, batch_size) for step in curve]
     elif live is None:
         raise ValueError(f"{budget!r} is counted on the network, which a report that was read from a file has not.")
     else:  # a user's own
-        count = partial(live.count_without, budget)
+        count: Cost = partial(live.count_without, budget)
         costs = {branch.slot: count([]) - count([branch.slot]) for branch in branches}
         left = [count([slot for step in curve[: place + 1] for slot in step.slots]) for place in range(len(curve))]
     goal = budget.goal(left[0])
@@ -59,9 +58,9 @@ def choose(
         return within_measured(partial(chooser.best, predicted), measure, goal)
     if isinstance(budget, Keep):
         return chooser.best(predicted, goal)
-    if count is not None:
-        return chooser.best(count, goal)
-    return chooser.best(lambda slots: getattr(live.size_without(slots), _FIELDS[type(budget)]), goal)
+    if field := _FIELDS.get(type(budget)):  # the analysis has counted some of these structures
+        return chooser.best(lambda slots: getattr(live.size_without(slots), field), goal)
+    return chooser.best(partial(live.count_without, budget), goal)
 
 
 def _of_branch(branch: Branch, budget: Budget, batch_size: int) -> float:
