@@ -16,10 +16,10 @@ from timm.models import create_feature_extractor
 from torch import Tensor, nn
 
 import timm_eps
+from timm_eps.files.standins import Chain, Passthrough, ZeroBranch
 from timm_eps.surgery import collapse
 from timm_eps.surgery.branches import gates, probe_batch
 from timm_eps.surgery.removal import replay_removed, same_outputs
-from timm_eps.surgery.standins import Chain, Passthrough, ZeroBranch
 from timm_eps.surgery.tracing import meta_copy, trace
 
 # One each of what makes removal hard: post- and pre-activation, a learned shortcut, several branches a block, layer

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..files.edits import apply_edits
 from ..report import count_macs, count_parameters, paired_latency
 from ..surgery.branches import evaluating, gates, slots_by_block, timm_body
 from ..surgery.collapse import plan_collapse
@@ -167,8 +168,7 @@ def _without(body: nn.Module, slots: Iterable[str]) -> nn.Module:
 
 def _collapse(net: nn.Module, slots: set[str]) -> None:
     for plan in plan_collapse(net, slots) if slots else ():
-        for edit in plan.edits:
-            edit.apply(net)
+        apply_edits(net, plan.edits)
 
 
 def _block_milliseconds(

@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TimmWrapperConfig
 
+from ..files.standins import Passthrough
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..hf.model_files import staged
 from ..hf.pretrained_eps_resnet import unshared
 from ..names import base_name
 from ..surgery.branches import block_path, evaluating, gates, probe_batch, timm_body
 from ..surgery.removal import check_gated, collapsed_copy, natural_order, removed_slots, same_outputs
-from ..surgery.standins import Passthrough
 
 __all__ = ["export_timm"]
 

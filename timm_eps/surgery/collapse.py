@@ -12,50 +12,21 @@ of a pruned network are some of those of the dense one, under the same names.
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 from timm.layers import is_exportable, is_scriptable, use_fused_attn
 from torch import Tensor, nn
 
+from ..files.edits import Edit, apply_edits
+from ..files.standins import ZeroBranch
 from ..gate import EpsilonGate
 from .branches import gates, input_size, probe_batch, slots_by_block, traces_open_and_shut
-from .standins import Chain, Passthrough, ZeroBranch
 from .tracing import Call, Trace, meta_copy, random_copy, random_like, shapes, tensors, trace
 
-__all__ = ["Edit", "Plan", "plan_by_key", "plan_collapse"]
-
-
-class Edit(NamedTuple):
-    """One replacement: the module at ``path`` by ``make`` of it, or, without ``make``, the parameter at ``path``."""
-
-    path: str
-    make: Callable[[nn.Module], nn.Module] | None
-
-    def apply(self, body: nn.Module) -> Callable[[], None]:
-        """Replace in place; returns what takes it back."""
-        parent_path, _, name = self.path.rpartition(".")
-        parent = body.get_submodule(parent_path)
-        if self.make is None:
-            order = list(parent._parameters)
-            parameter: Any = parent._parameters.pop(name)
-            # Its value no longer counts; that the block's code finds something to multiply by does.
-            parent.register_buffer(name, parameter.detach().new_ones(()).expand(parameter.shape), persistent=False)
-
-            def undo() -> None:
-                delattr(parent, name)
-                parent.register_parameter(name, parameter)
-                for other in order:  # optimizers number parameters in their order
-                    parent._parameters[other] = parent._parameters.pop(other)
-
-            return undo
-        old = parent.get_submodule(name)
-        setattr(parent, name, self.make(old).train(old.training))
-        return lambda: setattr(parent, name, old)
+__all__ = ["Plan", "plan_by_key", "plan_collapse"]
 
 
 class Plan(NamedTuple):
@@ -148,28 +119,28 @@ class _Planner:
                 edits += self.accepted([stub], calls)
         if any(isinstance(module, EpsilonGate) for module in block.modules()):
             return edits
-        chain = _chain(block, calls[0])
-        return edits if chain is None else [*edits, *self.accepted([Edit(path, chain)], [])]
+        chain = _chain(path, block, calls[0])
+        return edits if chain is None else [*edits, *self.accepted([chain], [])]
 
     def zero(self, slot: str, inputs: list[Tensor]) -> Edit:
         """Zero for a slot; of the shape that arrives there now, wherever the inputs of the block differ in a size."""
         gate: Any = self.net.get_submodule(slot)
         if gate.single_zero:
-            return Edit(slot, lambda old: ZeroBranch())
+            return Edit(slot, "zero", ())
         arriving = self.dense.calls_of(gate)[0].args[0].shape
         entering = inputs[0].shape if inputs else arriving
         differ = [dim for dim in range(len(arriving)) if entering[dim : dim + 1] != arriving[dim : dim + 1]]
         # Of what a branch changes only the number of channels is the same for images of every size.
         channels = arriving[differ[0]] if differ in ([1], [len(arriving) - 1]) and arriving[0] == entering[0] else None
-        return Edit(
-            slot, lambda old: ZeroBranch(tuple(channels if dim in differ else None for dim in range(len(arriving))))
-        )
+        return Edit(slot, "zero", tuple(channels if dim in differ else None for dim in range(len(arriving))))
 
     def stubs(self, path: str) -> list[Edit]:
         """Edits that remove, inside of ``path``, the largest modules and the single parameters that do not count."""
         module = self.net.get_submodule(path)
         prefix = f"{path}." if path else ""
-        edits = [Edit(prefix + name, None) for name, own in module._parameters.items() if id(own) in self.lost]
+        edits = [
+            Edit(prefix + name, "constant", True) for name, own in module._parameters.items() if id(own) in self.lost
+        ]
         for name, child in module._modules.items():
             if child is None or isinstance(child, EpsilonGate):
                 continue
@@ -177,21 +148,20 @@ class _Planner:
             # One that is called and does not count may share a part with one that does.
             if not (id(child) in self.lost or (parts & self.lost and not parts & self.live)):
                 edits += self.stubs(prefix + name)
-            elif make := _passing(self.dense.calls_of(child)):
-                edits.append(Edit(prefix + name, make))
+            elif (passing := _passing(prefix + name, self.dense.calls_of(child))) is not None:
+                edits.append(passing)
         return edits
 
     def accepted(self, edits: list[Edit], calls: list[Call]) -> list[Edit]:
         """Make the edits if these calls still return the same shapes and leave their input alone; those made."""
-        take_back = [edit.apply(self.net) for edit in edits]
+        take_back = apply_edits(self.net, edits)
         try:
             with torch.no_grad():
                 if all(_same_shapes(call) for call in calls):
                     return edits
         except Exception:  # whatever a model's own code raises when it misses something
             pass
-        for undo in reversed(take_back):
-            undo()
+        take_back()
         return []
 
 
@@ -202,14 +172,14 @@ def _same_shapes(call: Call) -> bool:
     return shapes(output) == shapes(call.output) and versions == [x._version for x in inputs]
 
 
-def _passing(calls: list[Call]) -> Callable[[nn.Module], nn.Module] | None:
-    """How to make a module that was called like this into one that passes its input on; None if it returns more."""
+def _passing(path: str, calls: list[Call]) -> Edit | None:
+    """The edit that lets the module at ``path`` pass its input on; None if it returned more in these calls."""
     take: Any = _taken(calls[0].args, calls[0].output) if calls else 0
     if take is None:
         if not isinstance(calls[0].output, Tensor):
             return None
         take = 0  # of another shape: the block must do with it, or keeps the module
-    return lambda old: _like(old, nn.Identity() if take == 0 and _takes_one(old) else Passthrough(_class_of(old), take))
+    return Edit(path, "pass", take)
 
 
 def _taken(args: tuple, output: Any) -> int | tuple[int, ...] | None:
@@ -220,32 +190,19 @@ def _taken(args: tuple, output: Any) -> int | tuple[int, ...] | None:
     return tuple(take) if all(isinstance(position, int) for position in take) else None  # type: ignore[arg-type]
 
 
-def _chain(block: nn.Module, call: Call) -> Callable[[nn.Module], nn.Module] | None:
-    """How to make a block without branches into the chain of what is left of it; None if it is no such chain."""
+def _chain(path: str, block: nn.Module, call: Call) -> Edit | None:
+    """The edit that turns a block without branches into the chain of its children that count; None if it is none."""
     if any(name.startswith("forward_") for name in dir(type(block))):
         return None  # others call it in other ways than by its forward
     name_of = {child: name for name, child in block.named_children()}
     rest = trace(block, *call.args, **call.kwargs)
-    names = [
+    names = tuple(
         name_of[step.module]
         for step in rest.calls
         if step.module in name_of and step.counts and not isinstance(step.module, ZeroBranch | nn.Identity)
-    ]
-
-    passing = _passing([call])
-
-    def make(old: nn.Module, names: list[str] = names) -> nn.Module:
-        if not names and passing:
-            return passing(old)
-        chain = nn.Sequential() if _takes_one(old) else Chain(_class_of(old))
-        for name in names:
-            chain.add_module(name, old.get_submodule(name))
-        if names and getattr(chain[0], "inplace", False):
-            # It used to work on the block's sum; now it gets the block's input, which others may need as it is.
-            chain[0] = copy.copy(chain[0])
-            chain[0].inplace = False  # type: ignore[assignment]
-        return _like(old, chain)
-
+    )
+    nothing = _passing(path, [call]) or Edit(path, "chain", ())
+    edit = Edit(path, "chain", names) if names else nothing
     # Any numbers in the weights will do, but for those that make a module an identity by accident.
     actual = random_copy(block)
     (args, kwargs), (same_args, same_kwargs) = (random_like((call.args, call.kwargs)) for _ in range(2))
@@ -253,7 +210,7 @@ def _chain(block: nn.Module, call: Call) -> Callable[[nn.Module], nn.Module] | N
     try:
         with torch.no_grad(), torch.device("cpu"):  # whatever device the model is being built on
             expected = actual(*args, **kwargs)
-            left = make(actual)(*same_args, **same_kwargs)
+            left = edit.replacement(actual)(*same_args, **same_kwargs)
     except (TypeError, RuntimeError):
         return None
     pairs = [
@@ -263,8 +220,8 @@ def _chain(block: nn.Module, call: Call) -> Callable[[nn.Module], nn.Module] | N
     if shapes(left) != shapes(expected) or not all(torch.equal(a, b) for a, b in pairs):
         return None
     if all(isinstance(block.get_submodule(name), nn.ReLU) for name in names) and _is_rectified(call.args[0]):
-        return lambda old: make(old, [])
-    return make
+        return nothing
+    return edit
 
 
 def _is_rectified(x: Any) -> bool:
@@ -273,27 +230,6 @@ def _is_rectified(x: Any) -> bool:
     while node is not None and node.name().startswith(("CloneBackward", "MaxPool")):  # the copy is the trace's
         node = node.next_functions[0][0]
     return node is not None and node.name().startswith("ReluBackward")
-
-
-def _takes_one(module: nn.Module) -> bool:
-    return len(inspect.signature(module.forward).parameters) == 1
-
-
-def _class_of(module: nn.Module) -> type[nn.Module]:
-    """The class that a module's callers know: of a stand-in, that of the module which stood there first."""
-    return module.like if isinstance(module, Passthrough | Chain) else type(module)
-
-
-def _like(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Give a replacement the settings of what it replaces, which code outside may read, such as ``dim_out``."""
-    for name, value in vars(old).items():
-        if (
-            not name.startswith("_")
-            and isinstance(value, bool | int | float | str | tuple | None)
-            and not hasattr(new, name)
-        ):
-            setattr(new, name, value)
-    return new
 
 
 def _find(net: nn.Module, path: str) -> nn.Module | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files.config_checks import check_slots
+from ..files.edits import apply_edits
 from ..files.value_checks import shortened
 from ..gate import EpsilonGate, check_epsilon
 from ..names import twin_name
@@ -245,13 +246,7 @@ def _to_blame(body: nn.Module, plans: list[Plan], batch: Tensor, before: Any) ->
 
 def _carry_out(body: nn.Module, plans: Iterable[Plan]) -> Callable[[], None]:
     """Make the edits of plans; returns what takes all of them back."""
-    undo = [edit.apply(body) for plan in plans for edit in plan.edits]
-
-    def take_back() -> None:
-        for step in reversed(undo):
-            step()
-
-    return take_back
+    return apply_edits(body, [edit for plan in plans for edit in plan.edits])
 
 
 def collapsed_copy(model: _Model) -> _Model:

@@ -1,0 +1,263 @@
+"""The edits that remove branches from a timm network, as data.
+
+A plan of removal is a list of edits. Each one replaces a module or a parameter, and JSON can hold it. The package
+carries edits out while it prunes. A saved model can bring its edits along: then stock timm builds the dense network and
+the same edits make the pruned one of it.
+
+This file imports nothing else of the package than what stands beside it: copies stand beside saved models.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .standins import Chain, Passthrough, ZeroBranch
+from .value_checks import is_whole, refuse, shortened
+
+__all__ = ["KINDS", "Edit", "apply_edits", "check_edits", "class_of", "edits_as_json", "takes_one"]
+
+# What may follow the path of an edit in JSON, one of them.
+KINDS = ("zero", "pass", "chain", "constant")
+SLOT_NAME = re.compile(r"(\w+_)?drop_path\d*", re.ASCII)
+_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
+_MOST_EDITS = 100_000
+_MOST_CHILDREN = 1000
+_MOST_SIZE = 2**20
+
+
+class Edit(NamedTuple):
+    """One replacement in a network.
+
+    Attributes:
+        path: Path of the module or parameter that is replaced.
+        kind: ``'zero'`` for a slot that puts out zero, ``'pass'`` for a module that passes arguments on, ``'chain'``
+            for a block of which some children stay in a row, ``'constant'`` for a parameter that becomes ones.
+        value: For ``'zero'`` the shape, with None for a size of the input; for ``'pass'`` the position of the argument,
+            or a tuple of them; for ``'chain'`` the names of the children; for ``'constant'`` True.
+    """
+
+    path: str
+    kind: str
+    value: Any
+
+    def apply(self, body: nn.Module) -> Callable[[], None]:
+        """Replace in place.
+
+        Args:
+            body: A timm network.
+
+        Returns:
+            A function that takes the edit back.
+
+        Raises:
+            ValueError: The network has nothing of this kind at the path.
+        """
+        parent_path, _, name = self.path.rpartition(".")
+        try:
+            parent = body.get_submodule(parent_path)
+        except AttributeError:
+            raise self._misfit(body) from None
+        return self._make_constant(body, parent, name) if self.kind == "constant" else self._put(body, parent, name)
+
+    def replacement(self, old: nn.Module | None) -> nn.Module:
+        """The module that takes the place of ``old``, which is None for an empty slot."""
+        if self.kind == "zero":
+            return ZeroBranch(tuple(self.value))
+        assert old is not None
+        if self.kind == "pass":
+            take = tuple(self.value) if isinstance(self.value, list | tuple) else self.value
+            return _like(old, nn.Identity() if take == 0 and takes_one(old) else Passthrough(class_of(old), take))
+        chain = nn.Sequential() if takes_one(old) else Chain(class_of(old))
+        for name in self.value:
+            chain.add_module(name, old.get_submodule(name))
+        if self.value and getattr(chain[0], "inplace", False):
+            # It used to work on the block's sum. Now it gets the block's input, which others may need unchanged.
+            chain[0] = copy.copy(chain[0])
+            chain[0].inplace = False  # type: ignore[assignment]
+        return _like(old, chain)
+
+    def _put(self, body: nn.Module, parent: nn.Module, name: str) -> Callable[[], None]:
+        old = parent._modules.get(name, parent.__dict__.get(name, parent))
+        # timm leaves a slot without stochastic depth empty.
+        is_empty_slot = self.kind == "zero" and old is None and SLOT_NAME.fullmatch(name)
+        if not is_empty_slot:
+            if not isinstance(old, nn.Module) or old is parent:
+                raise self._misfit(body)
+            children = dict(old.named_children())
+            if self.kind == "chain" and any(child not in children for child in self.value):
+                raise self._misfit(body)
+        try:
+            new = self.replacement(old)
+        except IndexError:  # a position that the module's forward does not have
+            raise self._misfit(body) from None
+        setattr(parent, name, new.train(parent.training if old is None else old.training))
+
+        def undo() -> None:
+            setattr(parent, name, old)
+
+        return undo
+
+    def _make_constant(self, body: nn.Module, parent: nn.Module, name: str) -> Callable[[], None]:
+        if parent._parameters.get(name) is None:
+            raise self._misfit(body)
+        order = list(parent._parameters)
+        parameter: Any = parent._parameters.pop(name)
+        # The value no longer counts, but the block's code multiplies by it.
+        ones = parameter.detach().new_ones(()).expand(parameter.shape)
+        parent.register_buffer(name, ones, persistent=False)
+
+        def undo() -> None:
+            delattr(parent, name)
+            parent.register_parameter(name, parameter)
+            for other in order:  # optimizers number parameters in their order
+                parent._parameters[other] = parent._parameters.pop(other)
+
+        return undo
+
+    def _misfit(self, body: nn.Module) -> ValueError:
+        return ValueError(
+            f"edits: the {type(body).__name__} that config.json describes has nothing at {shortened(self.path, 100)} "
+            f"for the edit {self.kind}={shortened(self.value)}. Keep config.json as it was saved."
+        )
+
+
+def apply_edits(body: nn.Module, edits: Iterable[Edit]) -> Callable[[], None]:
+    """Carry out edits in place, in their order.
+
+    Args:
+        body: A timm network.
+        edits: What :func:`check_edits` returned, or a plan of removal.
+
+    Returns:
+        A function that takes all of them back.
+
+    Raises:
+        ValueError: An edit does not fit the network.
+    """
+    undo = [edit.apply(body) for edit in edits]
+
+    def take_back() -> None:
+        for step in reversed(undo):
+            step()
+
+    return take_back
+
+
+def edits_as_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
+    """Edits as lists and dicts that JSON can hold; :func:`check_edits` reads them.
+
+    Example::
+
+        edits_as_json([Edit("layer2.0", "chain", ("downsample",))])  # [{'path': 'layer2.0', 'chain': ['downsample']}]
+    """
+    return [
+        {"path": edit.path, edit.kind: list(edit.value) if isinstance(edit.value, tuple) else edit.value}
+        for edit in edits
+    ]
+
+
+def check_edits(value: object, removed: Iterable[str]) -> list[Edit]:
+    """Read edits from a configuration file and check their form.
+
+    Whether the network has the modules shows when they are applied.
+
+    Args:
+        value: The field ``edits`` of ``config.json``.
+        removed: Slots of the removed branches, by the same file.
+
+    Raises:
+        ValueError: An edit is malformed or of unknown kind, or the edits remove other branches than ``removed`` lists.
+    """
+    if not isinstance(value, list | tuple):
+        raise refuse("edits", "a list of edits", value)
+    if len(value) > _MOST_EDITS:
+        raise ValueError(f"edits must be a list of at most {_MOST_EDITS} edits, got {len(value)}.")
+    edits = [_read(item) for item in value]
+    slots = set(removed)
+    if strangers := sorted({edit.path for edit in edits if edit.kind == "zero"} - slots):
+        raise ValueError(f"edits: {shortened(strangers[0], 100)} is closed, but removed does not list it.")
+    paths = {edit.path for edit in edits}
+    for slot in sorted(slots):
+        parts = slot.split(".")
+        if not any(".".join(parts[:end]) in paths for end in range(1, len(parts) + 1)):
+            raise ValueError(f"edits: none removes the branch of {shortened(slot, 100)}, which removed lists.")
+    return edits
+
+
+def _read(item: object) -> Edit:
+    kind = next((kind for kind in KINDS if isinstance(item, Mapping) and kind in item), None)
+    if not isinstance(item, Mapping) or kind is None or set(item) != {"path", kind}:
+        raise refuse("edits", f"a list of objects with 'path' and one of {', '.join(KINDS)}", item)
+    path, value = item["path"], item[kind]
+    if not (isinstance(path, str) and len(path) <= 256 and _PATH.fullmatch(path)):
+        raise refuse("edits: path", "the path of a module such as 'layer1.0.drop_path'", path)
+    expected = {
+        "zero": "a list of at most 8 sizes or nulls, for the path of a slot",
+        "pass": "the position of an argument, or a list of them",
+        "chain": "a list of names of children",
+        "constant": "true",
+    }[kind]
+    if not _fits(kind, value) or (kind == "zero" and not SLOT_NAME.fullmatch(path.rpartition(".")[2])):
+        raise refuse(f"edits: {kind} at {shortened(path, 100)}", expected, value)
+    return Edit(path, kind, tuple(value) if isinstance(value, list | tuple) else value)
+
+
+def _fits(kind: str, value: Any) -> bool:
+    if kind == "constant":
+        return value is True
+    if kind == "pass" and is_whole(value, 0, 64):
+        return True
+    if not isinstance(value, list | tuple):
+        return False
+    if kind == "zero":
+        return len(value) <= 8 and all(size is None or is_whole(size, 0, _MOST_SIZE) for size in value)
+    if kind == "pass":
+        return len(value) <= 64 and all(is_whole(position, 0, 64) for position in value)
+    return len(value) <= _MOST_CHILDREN and all(isinstance(name, str) and _is_name(name) for name in value)
+
+
+def _is_name(name: str) -> bool:
+    return len(name) <= 128 and bool(re.fullmatch(r"\w+", name, re.ASCII))
+
+
+def takes_one(module: nn.Module) -> bool:
+    """Whether a module is called with one argument."""
+    return len(inspect.signature(module.forward).parameters) == 1
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a module's callers know: for a stand-in, the class of the module that it replaced."""
+    return module.like if isinstance(module, Passthrough | Chain) else type(module)
+
+
+def _like(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Give a replacement the settings of what it replaces, such as ``dim_out``, which code outside may read."""
+    for name, value in vars(old).items():
+        if (
+            not name.startswith("_")
+            and isinstance(value, bool | int | float | str | tuple | None)
+            and not hasattr(new, name)
+        ):
+            setattr(new, name, value)
+    return new
+
+
+def copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Copy the buffers that no file holds, such as those of ``'constant'`` edits, from one network to its equal."""
+    with torch.no_grad():
+        values = dict(source.named_buffers())
+        for path, module in target.named_modules():
+            for name in module._non_persistent_buffers_set:
+                buffer = module._buffers.get(name)
+                value = values.get(f"{path}.{name}" if path else name)
+                if buffer is not None and value is not None and buffer.shape == value.shape:
+                    module._buffers[name] = value.to(buffer.device, buffer.dtype)
