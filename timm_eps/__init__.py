@@ -16,6 +16,7 @@ from .hf.modeling_eps_resnet import EpsResNetBackbone, EpsResNetForImageClassifi
 from .hf.trainer_callback import EpsilonCallback
 from .hub.export import export_timm
 from .hub.onnx_export import export_onnx
+from .hub.program_export import export_program
 from .hub.saving import push_to_hub, save_pretrained
 from .learning_rate import RestartingLR
 from .models import eps_resnet as _eps_resnet  # noqa: F401  registers the timm models
@@ -51,6 +52,7 @@ __all__ = [
     "add_gates",
     "analyze",
     "export_onnx",
+    "export_program",
     "export_timm",
     "gates",
     "param_groups",

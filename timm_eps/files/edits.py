@@ -23,10 +23,13 @@ from torch import nn
 from .standins import Chain, Passthrough, ZeroBranch
 from .value_checks import is_whole, refuse, shortened
 
-__all__ = ["KINDS", "Edit", "apply_edits", "check_edits", "class_of", "edits_as_json", "takes_one"]
+__all__ = [
+    "KINDS", "SLOT_NAME", "Edit", "apply_edits", "check_edits", "copy_buffers", "edits_as_json",
+]  # fmt: skip
 
 # What may follow the path of an edit in JSON, one of them.
 KINDS = ("zero", "pass", "chain", "constant")
+# What timm calls a stochastic-depth slot.
 SLOT_NAME = re.compile(r"(\w+_)?drop_path\d*", re.ASCII)
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 _MOST_EDITS = 100_000
@@ -75,8 +78,8 @@ class Edit(NamedTuple):
         assert old is not None
         if self.kind == "pass":
             take = tuple(self.value) if isinstance(self.value, list | tuple) else self.value
-            return _like(old, nn.Identity() if take == 0 and takes_one(old) else Passthrough(class_of(old), take))
-        chain = nn.Sequential() if takes_one(old) else Chain(class_of(old))
+            return _like(old, nn.Identity() if take == 0 and _takes_one(old) else Passthrough(_class_of(old), take))
+        chain = nn.Sequential() if _takes_one(old) else Chain(_class_of(old))
         for name in self.value:
             chain.add_module(name, old.get_submodule(name))
         if self.value and getattr(chain[0], "inplace", False):
@@ -229,12 +232,12 @@ def _is_name(name: str) -> bool:
     return len(name) <= 128 and bool(re.fullmatch(r"\w+", name, re.ASCII))
 
 
-def takes_one(module: nn.Module) -> bool:
+def _takes_one(module: nn.Module) -> bool:
     """Whether a module is called with one argument."""
     return len(inspect.signature(module.forward).parameters) == 1
 
 
-def class_of(module: nn.Module) -> type[nn.Module]:
+def _class_of(module: nn.Module) -> type[nn.Module]:
     """The class that a module's callers know: for a stand-in, the class of the module that it replaced."""
     return module.like if isinstance(module, Passthrough | Chain) else type(module)
 

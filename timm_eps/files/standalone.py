@@ -1,6 +1,6 @@
 """ε-ResNet for CIFAR-sized images, pruned or not, for transformers alone: a copy of ``standalone.py`` of timm-eps.
 
-Beside it stand copies of ``config_checks.py``, ``value_checks.py`` and ``weight_checks.py``: a file is data, here too.
+Beside it stand copies of the files that it imports. They treat a configuration as data and check weights.
 
 "Learning Strict Identity Mappings in Deep Residual Networks", X. Yu, Z. Yu, S. Ramalingam, CVPR 2018,
 https://arxiv.org/abs/1804.01661. The network is a pre-activation ResNet of depth 6n + 2. Training with the package
@@ -15,9 +15,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,11 +26,10 @@ from transformers import initialization as init
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutputWithNoAttention
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention as PooledOutput
-from transformers.utils import cached_file
 from transformers.utils.generic import can_return_tuple
 
 from .config_checks import check_config, check_model_args
-from .weight_checks import WEIGHTS, Layout, check_file, check_precision, layout_of, weight_files
+from .strict_loading import StrictLoading
 
 __all__ = ["EpsResNetBackbone", "EpsResNetConfig", "EpsResNetForImageClassification", "EpsResNetModel"]
 
@@ -41,8 +38,6 @@ _BLOCKS = {f"eps_resnet{depth}": (depth - 2) // 6 for depth in (20, 32, 44, 56, 
 # timm's arguments. These come in one kind only, and the drop rates count in timm's training alone.
 _FIXED = {"act_layer": "relu", "global_pool": "avg", "norm_layer": "batchnorm2d", "closed": []}
 _IGNORED = {"drop_path_rate", "drop_rate"}
-# Keywords of from_pretrained that say where a repository's files are.
-_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @strict
@@ -171,7 +166,7 @@ class PreActBasic(nn.Module):
         return residual + self.downsample(x)
 
 
-class EpsResNetPreTrainedModel(PreTrainedModel):
+class EpsResNetPreTrainedModel(StrictLoading, PreTrainedModel):
     """What the ε-ResNet classes share: the stem and the stages, under timm's names, and their initialisation."""
 
     config_class = EpsResNetConfig
@@ -180,23 +175,15 @@ class EpsResNetPreTrainedModel(PreTrainedModel):
     input_modalities = "image"
     _no_split_modules = ["PreActBasic"]  # noqa: RUF012  transformers declares it like this
 
+    is_cifar = True
+
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
-        """As :meth:`transformers.PreTrainedModel.from_pretrained`, but strict about the weights: ValueError if the file
-        does not fit what ``config.json`` says, or holds NaN. Only the classifier may differ, with
-        ``ignore_mismatched_sizes=True`` or where the stored network has none.
-        """
-        kwargs.setdefault("use_safetensors", True)  # other formats can hold code
-        may_differ: set[str] = set()
-        if kwargs.get("state_dict") is None:
-            may_differ = _check_stored(pretrained_model_name_or_path, kwargs)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        if kwargs.get("state_dict") is None and (lacking := sorted(set(info["missing_keys"]) - may_differ)):
-            raise ValueError(f"{WEIGHTS} lacks {lacking[0]!r} and {len(lacking) - 1} more tensors of the network.")
-        return (model, info) if output_loading_info else model
+    def network_of(cls, config: EpsResNetConfig, num_classes: int) -> nn.Module:
+        return (EpsResNetForImageClassification if num_classes else EpsResNetModel)(config)
+
+    @classmethod
+    def classifier_names(cls, config: EpsResNetConfig) -> set[str]:
+        return {"head.fc.weight", "head.fc.bias"}
 
     def __init__(self, config: EpsResNetConfig) -> None:
         super().__init__(config)
@@ -242,39 +229,6 @@ class EpsResNetPreTrainedModel(PreTrainedModel):
 
     def _wants_hidden_states(self, output_hidden_states: bool | None) -> bool:
         return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
-
-
-def _check_stored(name: Any, kwargs: dict[str, Any]) -> set[str]:
-    """Compare stored weights with the network that ``config.json`` describes; returns the names that may differ.
-
-    Args:
-        name: First argument of ``from_pretrained``.
-        kwargs: Its keyword arguments.
-    """
-    where = {key: kwargs[key] for key in _HUB_KEYWORDS if kwargs.get(key) is not None}
-    stored = EpsResNetConfig.get_config_dict(name, **where)[0]
-    stored = check_config(stored, is_cifar=lambda _: True)
-    given = kwargs.get("config")
-    config = EpsResNetConfig.from_dict(dict(stored))
-    if isinstance(given, EpsResNetConfig):
-        config.architecture, config.model_args = given.architecture, given.model_args
-    with torch.device("meta"):
-        network = (EpsResNetForImageClassification if stored.get("num_classes") else EpsResNetModel)(config)
-    root = os.path.join(str(name), kwargs.get("subfolder") or "")
-    files = weight_files(root) if os.path.isdir(root) else [Path(str(cached_file(name, WEIGHTS, **where)))]
-    classifier = {"head.fc.weight", "head.fc.bias"}
-    is_replaced = bool(kwargs.get("ignore_mismatched_sizes")) or not stored.get("num_classes")
-
-    def adapt(found: dict[str, Layout]) -> dict[str, Layout]:
-        if closed := [key for key in found if key.endswith(".closed")]:
-            raise ValueError(f"{WEIGHTS} holds {closed[0]!r}: it is a checkpoint of a training, which timm_eps reads.")
-        return found
-
-    may_differ = classifier if is_replaced else set()
-    digest = stored.get("weights_sha256")
-    check_file(files, layout_of(network.state_dict()), may_differ=may_differ, adapt=adapt, sha256=digest)
-    check_precision(stored.get("dtype") or stored.get("torch_dtype"), files)
-    return may_differ
 
 
 class EpsResNetModel(EpsResNetPreTrainedModel):

@@ -126,6 +126,8 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         config_dict = check_config(config_dict, is_cifar=is_cifar_network)
         if config_dict.get("model_type") == TimmWrapperConfig.model_type:  # timm's own network in a stock wrapper
             config_dict["architecture"] = twin_name(config_dict["architecture"].partition(".")[0])
+        # The code beside the file needs these. This package plans the edits itself, by the removed branches.
+        config_dict = {name: value for name, value in config_dict.items() if name not in _OF_REMOTE_CODE}
         if not timm.is_model(config_dict["architecture"]):
             raise ValueError(
                 f"architecture {shortened(config_dict['architecture'])} is unknown; timm.list_models('eps_*') lists "
@@ -147,8 +149,7 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         fields["pretrained_cfg"] = json.loads(json.dumps(fields["pretrained_cfg"]))
         left_out = {name for name in ("base_model", "out_features", "out_indices") if not fields[name]}
         left_out.add("weights_sha256")  # who writes a file of weights notes its digest
-        # A repository with code of its own says so here, but that code is not part of the model.
-        left_out |= {"auto_map", "image_processor_type"}
+        left_out |= _OF_REMOTE_CODE  # it is not part of the model
         return {name: value for name, value in fields.items() if name not in left_out}
 
     @classmethod
@@ -226,6 +227,9 @@ def _features(architecture: str, model_args: str) -> tuple[str, ...]:
 def _unnumbered(module: str) -> str:
     return re.sub(r"[.\d]", "", module)
 
+
+# What a saved model that brings code along says of it.
+_OF_REMOTE_CODE = {"auto_map", "edits", "image_processor_type", "timm_architecture"}
 
 # Where weights came from is not true of weights that were trained on; the others stand at the root of config.json.
 _NOT_CARRIED = {

@@ -31,6 +31,7 @@ def render_card(
     picture: str | None = None,
     remote_code: bool = False,
     onnx: str | None = None,
+    program: str | None = None,
     base_model: str | None = None,
 ) -> ModelCard:
     """The model card, from the run's own values.
@@ -45,6 +46,7 @@ def render_card(
         picture: File name of the picture, if there is one.
         remote_code: Whether the code to load the model without this package is beside it.
         onnx: Path of the ONNX file, if there is one.
+        program: Path of the program for plain torch, if there is one.
         base_model: Name on the Hub of the model that a training began with; that of ``results`` wins.
 
     Raises:
@@ -94,6 +96,7 @@ def render_card(
         picture=picture,
         remote_code=remote_code,
         onnx=onnx,
+        program=program,
         base_model=base_model,
         is_twin=not is_cifar_network(architecture),
         results=results,

@@ -11,7 +11,6 @@ import copy
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -26,20 +25,19 @@ from huggingface_hub import (
 )
 from torch import nn
 
-from ..files import config_checks, standalone, value_checks, weight_checks
 from ..files.config_checks import check_label_names
 from ..files.value_checks import shortened
-from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..hf.model_files import staged
 from ..hf.modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel
 from ..hf.pretrained_eps_resnet import EpsResNetPreTrainedModel
-from ..models.eps_resnet import EpsResNet
 from ..report import draw_blocks
 from ..surgery.branches import gates, timm_body
-from ..surgery.removal import check_gated, closed_slots, natural_order, removed_slots
+from ..surgery.removal import check_gated, closed_slots, collapsed_copy, natural_order, removed_slots
 from .card import render_card
 from .commit import NOTHING, asking, commit_files
 from .onnx_export import export_onnx
+from .program_export import export_program
+from .remote_code import CODE_FILES, add_remote_code, check_remote_code
 
 __all__ = ["push_to_hub", "save_pretrained"]
 
@@ -47,17 +45,8 @@ _logger = logging.getLogger(__name__)
 PICTURE = "blocks.png"
 RESULTS = "all_results.json"
 ONNX = "onnx/model.onnx"
-# standalone.py under the name that it has beside a config.json, and the classes in it.
-REMOTE_CODE = "modeling_eps_resnet.py"
-# It imports these, which stand beside it under their own names.
-_CHECKS = (config_checks, value_checks, weight_checks)
-_OPTIONAL = (PICTURE, RESULTS, ONNX, REMOTE_CODE, *(Path(str(module.__file__)).name for module in _CHECKS))
-_AUTO_MAP = {
-    "AutoBackbone": "EpsResNetBackbone",
-    "AutoConfig": "EpsResNetConfig",
-    "AutoModel": "EpsResNetModel",
-    "AutoModelForImageClassification": "EpsResNetForImageClassification",
-}
+PROGRAM = "model.pt2"
+_OPTIONAL = (PICTURE, RESULTS, ONNX, PROGRAM, *CODE_FILES)
 
 
 def save_pretrained(
@@ -70,6 +59,7 @@ def save_pretrained(
     repo_id: str | None = None,
     remote_code: bool = False,
     onnx: bool = False,
+    exported_program: bool = False,
 ) -> None:
     """Save a model so that timm and transformers load it with equal logits.
 
@@ -90,20 +80,22 @@ def save_pretrained(
         results: Values of ``all_results.json``; they fill the card. :data:`timm_eps.hub.card.RESULT_KEYS` are needed.
         history: :attr:`EpsilonPruner.history`, for the picture.
         repo_id: How the card names the model; by default the directory's name.
-        remote_code: Add the code of the CIFAR networks, so that transformers loads the model without this package,
-            with ``trust_remote_code=True``.
+        remote_code: Add code and edits, so that transformers loads the model without this package, with
+            ``trust_remote_code=True``. For a network of timm's it needs timm.
         onnx: Add ``onnx/model.onnx``, ``pixel_values`` to ``logits``.
+        exported_program: Add ``model.pt2``, which plain torch loads; see :func:`timm_eps.export_program`.
 
     Raises:
         ValueError: The model cannot be built again from a name and arguments, its weights are not finite, the names do
-            not fit the classes, ``results`` lacks a key or holds NaN, or ``remote_code`` is asked for a network that is
-            not one of the CIFAR networks.
+            not fit the classes, ``results`` lacks a key or holds NaN, ``remote_code`` is asked for a network that
+            neither timm nor the code of the CIFAR networks builds, or torch cannot trace the network for
+            ``exported_program``.
         ImportError: ``onnx`` without onnx and onnxscript.
         OSError: The directory cannot be written.
     """
     check_gated(model)
     if remote_code:
-        _check_remote_code(timm_body(model))
+        check_remote_code(timm_body(model))
     wrapper = _as_transformers(model, label_names)
     body = timm_body(wrapper)
     gone = sorted([*removed_slots(body), *closed_slots(body)], key=natural_order)
@@ -111,9 +103,11 @@ def save_pretrained(
     with staged(directory) as staging:
         wrapper.save_pretrained(staging)
         if remote_code:
-            _add_remote_code(staging)
+            add_remote_code(staging, timm_body(collapsed_copy(wrapper)))
         if onnx:
             export_onnx(body, staging / ONNX)
+        if exported_program:
+            export_program(body, staging / PROGRAM)
         if find_spec("matplotlib") is not None:
             title = f"{wrapper.config.architecture}: {len(slots) - len(gone)} of {len(slots)} residual branches stayed"
             draw_blocks(slots, gone, history, staging / PICTURE, title)
@@ -129,6 +123,7 @@ def save_pretrained(
             picture=PICTURE if (staging / PICTURE).exists() else None,
             remote_code=remote_code,
             onnx=ONNX if onnx else None,
+            program=PROGRAM if exported_program else None,
             base_model=wrapper.config.base_model,
         )
         card.save(staging / "README.md")
@@ -161,7 +156,8 @@ def push_to_hub(
         token: Of the Hub; by default the one that ``hf auth login`` stored.
         revision: The branch to push to; made if it is not there, from the main branch.
         commit_message: Title of the commit.
-        saving: ``label_names``, ``results``, ``history``, ``remote_code`` and ``onnx``, as for :func:`save_pretrained`.
+        saving: ``label_names``, ``results``, ``history``, ``remote_code``, ``onnx`` and ``exported_program``, as for
+            :func:`save_pretrained`.
 
     Raises:
         ValueError: See :func:`save_pretrained`.
@@ -190,31 +186,6 @@ def push_to_hub(
             *(CommitOperationDelete(path_in_repo) for path_in_repo in sorted(stale)),
         ]
         return commit_files(api, full_name, operations, message=commit_message, revision=revision)
-
-
-def _check_remote_code(body: nn.Module) -> None:
-    if not isinstance(body, EpsResNet):
-        raise ValueError(
-            f"remote_code is for the CIFAR networks; {type(body).__name__} is timm's own class. "
-            "timm_eps.export_timm writes such a network for machines without this package."
-        )
-    known = EpsResNetConfig.from_timm(body)
-    model_args = {name: value for name, value in (known.model_args or {}).items() if name != "closed"}  # not written
-    # Raises if it cannot build the network.
-    _ = standalone.EpsResNetConfig(architecture=known.architecture, model_args=model_args).network
-
-
-def _add_remote_code(directory: Path) -> None:
-    """Put the CIFAR networks' code beside a config.json, and say there that it is to be used."""
-    shutil.copyfile(standalone.__file__, directory / REMOTE_CODE)
-    for module in _CHECKS:
-        shutil.copy(str(module.__file__), directory)
-    path = directory / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["auto_map"] = {name: f"{REMOTE_CODE.removesuffix('.py')}.{entry}" for name, entry in _AUTO_MAP.items()}
-    # Found by the model's type where this package is installed, by this name where it is not.
-    config["image_processor_type"] = "TimmWrapperImageProcessor"
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _as_transformers(

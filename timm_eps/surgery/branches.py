@@ -18,6 +18,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
+from ..files.edits import SLOT_NAME
 from ..gate import EpsilonGate
 from .tracing import Call, Trace, fresh, leads_to, meta_copy, shapes, tensors, trace
 
@@ -39,8 +40,6 @@ __all__ = [
 
 # Why a slot got no gate, where nobody would expect one: a block without a shortcut has it for nothing.
 UNUSED = "it does not run in a forward pass"
-
-_SLOT = re.compile(r"(\w+_)?drop_path\d*")
 
 
 def timm_body(model: nn.Module) -> nn.Module:
@@ -263,7 +262,7 @@ def find_slots(body: nn.Module) -> tuple[dict[str, bool], dict[str, str]]:
         if isinstance(owner, EpsilonGate):
             continue
         for name in [*owner._modules, *(key for key, value in vars(owner).items() if value is None)]:
-            if _SLOT.fullmatch(name) and not isinstance(getattr(owner, name), EpsilonGate):
+            if SLOT_NAME.fullmatch(name) and not isinstance(getattr(owner, name), EpsilonGate):
                 probe = _Probe()
                 setattr(owner, name, probe)
                 probes[f"{path}.{name}"] = probe
