@@ -25,6 +25,7 @@ from .value_checks import is_whole, refuse, shortened
 
 __all__ = [
     "KINDS", "SLOT_NAME", "Edit", "apply_edits", "check_edits", "copy_buffers", "edits_as_json",
+    "without_overtaken",
 ]  # fmt: skip
 
 # What may follow the path of an edit in JSON, one of them.
@@ -153,6 +154,23 @@ def apply_edits(body: nn.Module, edits: Iterable[Edit]) -> Callable[[], None]:
             step()
 
     return take_back
+
+
+def without_overtaken(edits: Iterable[Edit]) -> list[Edit]:
+    """Leave out edits inside modules that a later edit replaces."""
+    kept: list[Edit] = []
+    for edit in edits:
+        if edit.kind in ("pass", "chain"):
+            names = edit.value if edit.kind == "chain" else ()
+            stays = tuple(f"{edit.path}.{name}" for name in names)
+            kept = [
+                earlier
+                for earlier in kept
+                if not earlier.path.startswith(f"{edit.path}.")
+                or any(earlier.path == path or earlier.path.startswith(f"{path}.") for path in stays)
+            ]
+        kept.append(edit)
+    return kept
 
 
 def edits_as_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from ..files import (
     value_checks,
     weight_checks,
 )
-from ..files.edits import edits_as_json
+from ..files.edits import edits_as_json, without_overtaken
 from ..files.weight_checks import WEIGHTS
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..models.eps_resnet import EpsResNet
@@ -115,7 +115,7 @@ def _edits_of(config: dict[str, Any]) -> list[edits.Edit]:
         dense = timm.create_model(
             config["architecture"], pretrained=False, num_classes=config["num_classes"], **model_args
         )
-    return [edit for plan in plan_collapse(dense, removed) for edit in plan.edits]
+    return without_overtaken(edit for plan in plan_collapse(dense, removed) for edit in plan.edits)
 
 
 def _prove(config: dict[str, Any], directory: Path, body: nn.Module) -> None:
