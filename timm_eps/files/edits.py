@@ -17,21 +17,22 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from .standins import Chain, Passthrough, ZeroBranch
 from .value_checks import is_whole, refuse, shortened
 
 __all__ = [
-    "KINDS", "SLOT_NAME", "Edit", "apply_edits", "check_edits", "copy_buffers", "edits_as_json",
-    "without_overtaken",
+    "KINDS", "SLOT_NAME", "Edit", "apply_edits", "check_edits", "edits_as_json",
+    "restore_constants", "without_overtaken",
 ]  # fmt: skip
 
 # What may follow the path of an edit in JSON, one of them.
 KINDS = ("zero", "pass", "chain", "constant")
 # What timm calls a stochastic-depth slot.
 SLOT_NAME = re.compile(r"(\w+_)?drop_path\d*", re.ASCII)
+# Attribute of a module: the names of its parameters that became ones.
+_CONSTANTS = "constant_parameters"
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 _MOST_EDITS = 100_000
 _MOST_CHILDREN = 1000
@@ -118,8 +119,11 @@ class Edit(NamedTuple):
         # The value no longer counts, but the block's code multiplies by it.
         ones = parameter.detach().new_ones(()).expand(parameter.shape)
         parent.register_buffer(name, ones, persistent=False)
+        before = getattr(parent, _CONSTANTS, ())
+        setattr(parent, _CONSTANTS, (*before, name))
 
         def undo() -> None:
+            setattr(parent, _CONSTANTS, before)
             delattr(parent, name)
             parent.register_parameter(name, parameter)
             for other in order:  # optimizers number parameters in their order
@@ -272,13 +276,9 @@ def _like(old: nn.Module, new: nn.Module) -> nn.Module:
     return new
 
 
-def copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Copy the buffers that no file holds, such as those of ``'constant'`` edits, from one network to its equal."""
-    with torch.no_grad():
-        values = dict(source.named_buffers())
-        for path, module in target.named_modules():
-            for name in module._non_persistent_buffers_set:
-                buffer = module._buffers.get(name)
-                value = values.get(f"{path}.{name}" if path else name)
-                if buffer is not None and value is not None and buffer.shape == value.shape:
-                    module._buffers[name] = value.to(buffer.device, buffer.dtype)
+def restore_constants(body: nn.Module) -> None:
+    """Set the parameters that became ones to ones again, after a loader built the network without memory."""
+    for module in body.modules():
+        for name in getattr(module, _CONSTANTS, ()):
+            buffer: Any = module._buffers[name]
+            module._buffers[name] = buffer.new_ones(()).expand(buffer.shape)

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.core_model_loading import WeightRenaming
 
 from .config_checks import check_config, check_model_args
-from .edits import apply_edits, check_edits, copy_buffers
+from .edits import apply_edits, check_edits, restore_constants
 from .strict_loading import StrictLoading
 from .value_checks import check_text, shortened
 
@@ -127,8 +127,7 @@ class _Pruned(StrictLoading, TimmWrapperPreTrainedModel):
         kwargs["key_mapping"] = {rf"^(?!{_WRAPPER})(.+)": rf"{_WRAPPER}\1"}  # files have timm's names
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
-        # transformers builds the network without memory, and not every buffer outside the file gets its value back.
-        copy_buffers(stock_network(model.config, getattr(model.timm_model, "num_classes", 0)), model.timm_model)
+        restore_constants(model.timm_model)
         # It leaves weights at odd addresses of the mapped file, where kernels sum in another order.
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:

@@ -19,6 +19,7 @@ from transformers import TimmWrapperPreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..files.edits import restore_constants
 from ..files.weight_checks import check_numbers
 from ..models.cifar_blocks import init_weights
 from ..models.stored import set_closed
@@ -96,6 +97,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         if stored is not None:
             set_closed(model, stored.closed)
             model._record_structure()
+        restore_constants(model.timm_model)
         # transformers leaves CPU weights in the mapped file, at odd addresses, where kernels for single images sum in
         # another order than at aligned ones: logits would differ from timm's and the live model's in the last bits.
         for tensor in (*model.parameters(), *model.buffers()):
