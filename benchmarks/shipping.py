@@ -1,8 +1,8 @@
 """How a pruned network loads where this package is not installed: by the code beside it, and by plain torch.
 
 Two states of one architecture are saved with ``remote_code`` and ``exported_program``. Another process, which cannot
-import timm_eps, loads both forms and compares outputs. Run as a script, with the directories as arguments, this file is
-that process.
+import timm_eps, loads both forms and compares outputs. Run as a script, this file is that process: it reads the paths
+of directories and writes what it found.
 """
 
 from __future__ import annotations
@@ -19,7 +19,28 @@ STATES = ("whole blocks removed", "half blocks removed")
 FORMS = ("transformers, trust_remote_code=True", "torch.export.load")
 
 
-def try_shipping(name: str, arguments: dict[str, Any]) -> dict[str, dict[str, str | None]]:
+class Elsewhere:
+    """A process that cannot import timm_eps, for as long as the context lasts."""
+
+    def __enter__(self) -> Elsewhere:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def load(self, directory: Path) -> dict[str, str | None]:
+        """For each form, why it does not load there, or that it computes something else."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(directory, file=self._process.stdin, flush=True)
+        answer: dict[str, str | None] = json.loads(self._process.stdout.readline())
+        return answer
+
+
+def try_shipping(name: str, arguments: dict[str, Any], elsewhere: Elsewhere) -> dict[str, dict[str, str | None]]:
     """For each form, the obstacle in each of the states; None where outputs are equal bit for bit."""
     import torch
     from safetensors.torch import load_file
@@ -31,14 +52,12 @@ def try_shipping(name: str, arguments: dict[str, Any]) -> dict[str, dict[str, st
     models = in_states(name, arguments)
     found: dict[str, dict[str, str | None]] = {form: {} for form in FORMS}
     with tempfile.TemporaryDirectory() as root:
-        directories = {}
         for number, state in enumerate(STATES):
             model, directory = models[state], Path(root) / f"state{number}"
             batch = probe_batch(model, batch_size=3)
             with evaluating(model):
                 (Path(root) / "expected").mkdir(exist_ok=True)
                 torch.save((batch, model(batch)), Path(root) / "expected" / f"{directory.name}.pt")
-            directories[state] = directory
             for form, save in {
                 FORMS[0]: lambda model=model, directory=directory: timm_eps.save_pretrained(
                     model, directory, remote_code=True
@@ -55,14 +74,9 @@ def try_shipping(name: str, arguments: dict[str, Any]) -> dict[str, dict[str, st
                 held = sum(tensor.nbytes for tensor in load_file(directory / "model.safetensors").values())
                 own = sum(tensor.nbytes for tensor in {id(t): t for t in model.state_dict().values()}.values())
                 assert held <= own, f"{name} is larger on disk than in memory"
-        command = [sys.executable, __file__, *map(str, directories.values())]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise RuntimeError(f"{name}: {run.stderr[-2000:]}")
-        answers = json.loads(run.stdout.splitlines()[-1])
-    for state, directory in directories.items():
-        for form in FORMS:
-            found[form].setdefault(state, answers[directory.name][form])
+            answers = elsewhere.load(directory)
+            for form in FORMS:
+                found[form].setdefault(state, answers[form])
     return found
 
 
@@ -101,4 +115,5 @@ def load_here(directory: Path) -> dict[str, str | None]:
 if __name__ == "__main__":
     sys.modules["timm_eps"] = None  # type: ignore[assignment]  no import finds it
     warnings.simplefilter("ignore")
-    print(json.dumps({Path(path).name: load_here(Path(path)) for path in sys.argv[1:]}))
+    for line in sys.stdin:
+        print(json.dumps(load_here(Path(line.strip()))), flush=True)

@@ -12,7 +12,9 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from .standins import Chain, Passthrough, ZeroBranch
 from .value_checks import is_whole, refuse, shortened
 
 __all__ = [
-    "KINDS", "SLOT_NAME", "Edit", "apply_edits", "check_edits", "edits_as_json",
+    "KINDS", "SLOT_NAME", "Edit", "apply_edits", "check_edits", "edits_as_json", "edits_digest",
     "restore_constants", "without_overtaken",
 ]  # fmt: skip
 
@@ -32,7 +34,7 @@ KINDS = ("zero", "pass", "chain", "constant")
 # What timm calls a stochastic-depth slot.
 SLOT_NAME = re.compile(r"(\w+_)?drop_path\d*", re.ASCII)
 # Attribute of a module: the names of its parameters that became ones.
-_CONSTANTS = "constant_parameters"
+_CONSTANTS = "_constant_parameters"
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 _MOST_EDITS = 100_000
 _MOST_CHILDREN = 1000
@@ -188,6 +190,20 @@ def edits_as_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
         {"path": edit.path, edit.kind: list(edit.value) if isinstance(edit.value, tuple) else edit.value}
         for edit in edits
     ]
+
+
+def edits_digest(architecture: str, removed: Iterable[str], edits: list[dict[str, Any]]) -> str:
+    """SHA-256 that binds edits to the network and the removed branches that they are for.
+
+    Weights show that an edit of a module with parameters is missing. Of other modules nothing else tells.
+
+    Args:
+        architecture: Name of the network in timm.
+        removed: Slots of the removed branches.
+        edits: What :func:`edits_as_json` returned.
+    """
+    text = json.dumps([architecture, sorted(removed), edits], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_edits(value: object, removed: Iterable[str]) -> list[Edit]:

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.core_model_loading import WeightRenaming
 
 from .config_checks import check_config, check_model_args
-from .edits import apply_edits, check_edits, restore_constants
+from .edits import apply_edits, check_edits, edits_as_json, edits_digest, restore_constants
 from .strict_loading import StrictLoading
 from .value_checks import check_text, shortened
 
@@ -46,6 +46,7 @@ class EpsResNetConfig(TimmWrapperConfig):
         model_args: timm's keyword arguments of the network, and ``removed``, the slots of the removed branches.
         pretrained_cfg: timm's description of the input, which the image processor reads.
         edits: What replaces which module of the dense network, in this order.
+        edits_sha256: SHA-256 of what ``edits`` are for, and of the edits, by :func:`.edits.edits_digest`.
         weights_sha256: SHA-256 of the weights file, as hexadecimal digits.
 
     Raises:
@@ -58,6 +59,7 @@ class EpsResNetConfig(TimmWrapperConfig):
     timm_architecture: str = "resnet50"
     pretrained_cfg: dict[str, Any] | None = None
     edits: list[Any] | None = None
+    edits_sha256: str | None = None
     weights_sha256: str | None = None
 
     @classmethod
@@ -72,7 +74,13 @@ class EpsResNetConfig(TimmWrapperConfig):
         self.model_args = check_model_args(self.model_args, is_cifar=False)
         if self.model_args.get("closed"):
             raise ValueError("model_args['closed'] is for checkpoints of a training, which only timm_eps reads.")
-        check_edits(self.edits or [], self.model_args.get("removed") or ())
+        removed = self.model_args.get("removed") or ()
+        edits = edits_as_json(check_edits(self.edits or [], removed))
+        if edits and self.edits_sha256 != edits_digest(self.timm_architecture, removed, edits):
+            raise ValueError(
+                "edits are not those that config.json was saved with: edits_sha256 differs. Keep timm_architecture, "
+                "model_args['removed'] and edits as one save wrote them."
+            )
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def _unnumbered(module: str) -> str:
 
 
 # What a saved model that brings code along says of it.
-_OF_REMOTE_CODE = {"auto_map", "edits", "image_processor_type", "timm_architecture"}
+_OF_REMOTE_CODE = {"auto_map", "edits", "edits_sha256", "image_processor_type", "timm_architecture"}
 
 # Where weights came from is not true of weights that were trained on; the others stand at the root of config.json.
 _NOT_CARRIED = {

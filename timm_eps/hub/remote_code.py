@@ -26,7 +26,7 @@ from ..files import (
     value_checks,
     weight_checks,
 )
-from ..files.edits import edits_as_json, without_overtaken
+from ..files.edits import edits_as_json, edits_digest, without_overtaken
 from ..files.weight_checks import WEIGHTS
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..models.eps_resnet import EpsResNet
@@ -91,6 +91,8 @@ def add_remote_code(directory: Path, body: nn.Module) -> None:
     if not is_cifar:
         config["timm_architecture"] = _stock_name(config["architecture"])
         config["edits"] = edits_as_json(_edits_of(config))
+        removed = (config.get("model_args") or {}).get("removed", ())
+        config["edits_sha256"] = edits_digest(config["timm_architecture"], removed, config["edits"])
         _prove(config, directory, body)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
