@@ -201,7 +201,8 @@ def document(
         f"CPU. timm has {len(scanned)} architectures. In {len(gated)} of them, gates can close residual branches. The "
         f"network class and the types of residual block divide these into {len(rows)} kinds. The smallest "
         f"architecture of each kind was tested with random weights and seeds {', '.join(map(str, SEEDS))}. It "
-        f"represents the others.",
+        f"represents the others. {len(SHORTENED)} of these are too large for the test. They were tested with fewer "
+        f"blocks, narrower layers or smaller images.",
         "",
         "| test | kinds that pass |",
         "|---|---:|",
@@ -267,8 +268,8 @@ def document(
 
 
 def stated(reason: str) -> str:
-    """The reason why a slot has no gate, without its explanation."""
-    return reason.partition(":")[0]
+    """The reason why a slot has no gate, with the slot as its subject and without the explanation."""
+    return reason.partition(":")[0].replace("it ", "the slot ", 1)
 
 
 def reason_of(message: str) -> str:

@@ -220,7 +220,7 @@ def page(store: Store) -> str:
         "fewer than ten pairs the table says *too few runs*. Latencies are relative to the dense network. All networks "
         "are timed in turn, in one process that keeps its memory. Training time is relative to the dense network on "
         "the same hardware, as a median. Several trainings ran at once: one on each of two cores, up to 15 on a GPU. "
-        "Memory is the memory that training adds to the process; on a GPU it is the GPU memory.",
+        "The memory column shows how much training adds to the process; on a GPU, how much GPU memory it takes.",
     ]
     for data, compared in COMPARISONS.items():
         if not found(store, table(data)):
