@@ -59,11 +59,11 @@ class Comparison:
         """A sentence on the epochs of the recipe."""
         args = self.recipe().training
         length = f"{args.steps_per_epoch} steps" if args.steps_per_epoch else "a pass through the training images"
-        return f"An epoch is {length}, a batch {args.per_device_train_batch_size} images."
+        return f"An epoch is {length}. A batch has {args.per_device_train_batch_size} images."
 
 
 _DIGITS = Comparison(
-    title="The digits of scikit-learn: 1,797 real images, 8x8, 10 classes; five stratified folds",
+    title="scikit-learn's digits: 1,797 real images, 8x8, 10 classes, five stratified folds",
     config=ROOT / "hub_configs/eps_resnet110.digits.json",
     classes=10,
     sides=(8, 32),
@@ -81,7 +81,7 @@ _DIGITS = Comparison(
     },
 )
 _GLYPHS = Comparison(
-    title="Synthetic glyphs: 50,000 + 10,000 images, 32x32, 34 classes, of fonts; `benchmarks/glyphs.py`",
+    title="Synthetic glyphs of fonts: 50,000 + 10,000 images, 32x32, 34 classes (`benchmarks/glyphs.py`)",
     config=ROOT / "benchmarks/glyphs.json",
     classes=len(glyphs.CLASSES),
     sides=(glyphs.SIDE,),
@@ -111,7 +111,7 @@ _GLYPHS110 = replace(
 # As many steps, each of four times as many images: too much for a few cores, but not for an accelerator.
 _GLYPHS110_LARGE = replace(
     _GLYPHS110,
-    title="The same, at depth 110, in larger batches",
+    title="The same synthetic glyphs, at depth 110, in larger batches",
     arguments=("--per_device_train_batch_size", "128"),
 )
 COMPARISONS = {"digits": _DIGITS, "glyphs": _GLYPHS, "glyphs110": _GLYPHS110, "glyphs110_large": _GLYPHS110_LARGE}

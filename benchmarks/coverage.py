@@ -153,10 +153,10 @@ def tools_table(tools: dict[str, dict[str, Any]], rows: list[str]) -> list[str]:
     lines = [
         "## TorchScript and torch.fx",
         "",
-        f"Tried on {sizes}, in evaluation unless it says training, without gradients. The first column of figures "
-        "counts the kinds of which a tool takes timm's own network; the others count those of them of which it also "
-        "takes the network with gates, or pruned, and computes the same. Closed, and removed, is the last branch of "
-        "every second block; of whole blocks all branches are removed.",
+        f"Tested on {sizes}, without gradients, in evaluation mode unless a row says training. The first column "
+        "counts the kinds for which a tool accepts timm's own network. The other columns count those of them for "
+        "which the tool also accepts the gated or pruned network and computes the same output. The last branch of "
+        "every second block is closed or removed. For whole blocks, all branches of these blocks are removed.",
         "",
         f"| | timm's | {' | '.join(STATES)} |",
         f"|---|{'---:|' * (len(STATES) + 1)}",
@@ -198,27 +198,28 @@ def document(
         "# Coverage of timm",
         "",
         f"Written by `python -m benchmarks.coverage` with timm {timm.__version__} and torch {torch.__version__}, on a "
-        f"CPU. Of {len(scanned)} architectures in timm {len(gated)} have residual branches that a gate can close. They "
-        f"fall into {len(rows)} kinds by network class and types of residual block; the smallest of each kind was "
-        f"tried out with random weights and seeds {', '.join(map(str, SEEDS))}, and stands for the others.",
+        f"CPU. timm has {len(scanned)} architectures. In {len(gated)} of them, gates can close residual branches. The "
+        f"network class and the types of residual block divide these into {len(rows)} kinds. The smallest "
+        f"architecture of each kind was tested with random weights and seeds {', '.join(map(str, SEEDS))}. It "
+        f"represents the others. {len(SHORTENED)} of these are too large for the test. They were tested with fewer "
+        f"blocks, narrower layers or smaller images.",
         "",
-        "| of the kinds | |",
+        "| test | kinds that pass |",
         "|---|---:|",
         f"| open gates: same output bit for bit, same keys | {share(lambda f: f['open_equal'])} |",
-        f"| random half shut, then removed: same output bit for bit, every seed | {share(lambda f: all(f['exact']))} |",
-        f"| every branch that was shut could be removed | {share(lambda f: f['shut'] == f['removed'])} |",
-        f"| all parameters that only fed these branches are freed | {share(all_freed)} |",
-        f"| built again by the twin's name, weights loaded strictly: same output | "
-        f"{share(lambda f: all(f['rebuilt']))} |",
-        f"| whole blocks gone: a stock timm architecture, without this package | "
-        f"{share(lambda f: f['export'] is None)} |",
-        f"| the same, or with zeros for branches | "
+        f"| a random half removed: same output bit for bit, every seed | {share(lambda f: all(f['exact']))} |",
+        f"| every closed branch could be removed | {share(lambda f: f['shut'] == f['removed'])} |",
+        f"| all parameters that served only these branches are deleted | {share(all_freed)} |",
+        f"| rebuilt by the twin's name, weights loaded strictly: same output | {share(lambda f: all(f['rebuilt']))} |",
+        f"| whole blocks removed: exported as a stock timm architecture | {share(lambda f: f['export'] is None)} |",
+        f"| exported, if necessary with zeros for branches | "
         f"{share(lambda f: f['export'] is None or f.get('export_with_zeros', '') is None)} |",
         "",
-        "Gates: found in the representative, and slots that got none. Removed and freed: branches, and share of all "
-        "parameters, with a random half shut, mean of the seeds; *of* the share that only fed these branches, where "
-        "that is more. Export: *yes*, or *zeros* where a block must stay in full with zeros for weights, with the "
-        "reason below.",
+        "The columns describe the smallest architecture. *Gates*: number of gates; after the comma, slots without a "
+        "gate. *Removed*: removed branches of the closed ones, over all seeds. *Freed*: share of all parameters that "
+        "is deleted with a random half of the branches, mean of the seeds. If more parameters served only these "
+        "branches, their share follows after *of*. *Export*: *yes*, or *zeros* if a block must stay in full with "
+        "zeros for weights. The reasons are listed below.",
         "",
         "| module | class: blocks | smallest (and others) | gates | removed | freed | exact | export |",
         "|---|---|---|---:|---:|---:|---|---|",
@@ -248,14 +249,15 @@ def document(
     slots: dict[str, Counter] = defaultdict(Counter)
     for seen in scanned.values():
         for reason, number in seen["refused"].items():
-            slots[reason][seen["module"]] += number
+            slots[stated(reason)][seen["module"]] += number
     for reason, modules in sorted(slots.items()):
         lines.append(f"- {reason}: {', '.join(f'{module} ({number})' for module, number in sorted(modules.items()))}")
     lines += ["", "## Architectures without a gate", ""]
     without: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, seen in scanned.items():
         if not seen["gates"]:
-            without["; ".join(sorted(seen["refused"])) or "no stochastic-depth slot"][seen["module"]].append(name)
+            why = "; ".join(stated(reason) for reason in sorted(seen["refused"])) or "no stochastic-depth slot"
+            without[why][seen["module"]].append(name)
     for reason, modules in sorted(without.items()):
         listed = []
         for module, names in sorted(modules.items()):
@@ -265,15 +267,20 @@ def document(
     return "\n".join(lines) + "\n"
 
 
+def stated(reason: str) -> str:
+    """The reason why a slot has no gate, with the slot as its subject and without the explanation."""
+    return reason.partition(":")[0].replace("it ", "the slot ", 1)
+
+
 def reason_of(message: str) -> str:
     """The kind of obstacle that an error of export_timm speaks of."""
     for needle, reason in {
-        "is not an identity without": "what is left of a block without its branches is not an identity",
-        "is no block of a row": "a block is a part with a name of its own, not one of a row",
-        "depend on their position": "blocks depend on their position, so that the others cannot close ranks",
+        "is not an identity without": "a block without its branches is not an identity",
+        "is no block of a row": "a block has its own name and is not an element of a sequence",
+        "depend on their position": "blocks depend on their position, so they cannot be renumbered",
         "no block would be left": "a stage would be left without a block",
         "from a directory": "timm does not build the architecture from a directory",
-        "no such number of blocks": "timm's entrypoint takes no number of blocks, or not of these",
+        "no such number of blocks": "timm's entrypoint has no argument for the number of these blocks",
     }.items():
         if needle in message:
             return reason

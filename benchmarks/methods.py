@@ -204,7 +204,7 @@ class Method:
 
 
 _WITH_DENSE_COMPUTE = Method(
-    "ε-ResNet, ε by budget, the dense network's compute", pruned_with_dense_compute, ("budget", "dense")
+    "ε-ResNet, ε by budget, with the dense network's compute", pruned_with_dense_compute, ("budget", "dense")
 )
 METHODS = {
     "dense": Method("dense", dense),
@@ -217,23 +217,27 @@ METHODS = {
     "other_pace_with_dense_compute": _WITH_DENSE_COMPUTE,
     "smaller_budget": _WITH_DENSE_COMPUTE,
     "dense_with_as_many_epochs": Method(
-        "dense, for as many epochs as the pruned one at its compute", dense_with_as_many_epochs, ("budget", "dense")
+        "dense, with the epochs of ε-ResNet at the dense network's compute",
+        dense_with_as_many_epochs,
+        ("budget", "dense"),
     ),
-    "finetuned": Method("ε-ResNet on the trained dense network, ε by budget", finetuned, ("dense",)),
-    "scratch": Method("the found structure from scratch, same epochs", scratch, ("budget",)),
+    "finetuned": Method("ε-ResNet from the trained dense network, ε by budget", finetuned, ("dense",)),
+    "scratch": Method("the structure that ε-ResNet found, from scratch, same epochs", scratch, ("budget",)),
     "scratch_with_dense_compute": Method(
-        "the found structure from scratch, the dense network's compute", scratch_with_dense_compute, ("budget", "dense")
+        "the structure that ε-ResNet found, from scratch, with the dense network's compute",
+        scratch_with_dense_compute,
+        ("budget", "dense"),
     ),
-    "shallow": Method("as many blocks evenly spread, from scratch", shallow, ("budget",)),
+    "shallow": Method("the same number of blocks, evenly spread, from scratch", shallow, ("budget",)),
     "shallow_with_dense_compute": Method(
-        "as many blocks evenly spread, from scratch, the dense network's compute",
+        "the same number of blocks, evenly spread, from scratch, with the dense network's compute",
         shallow_with_dense_compute,
         ("shallow", "dense"),
     ),
-    "random_blocks": Method("random blocks out of the dense network, fine-tuned", random_blocks, ("dense", "budget")),
+    "random_blocks": Method("random blocks of the dense network, fine-tuned", random_blocks, ("dense", "budget")),
     "stochastic_depth": Method("stochastic depth, then evenly removed, fine-tuned", stochastic_depth, ("budget",)),
     "torch_pruning_to_size": Method(
-        "Torch-Pruning to the same parameters, fine-tuned", torch_pruning_to_size, ("dense", "budget")
+        "Torch-Pruning to as many parameters, fine-tuned", torch_pruning_to_size, ("dense", "budget")
     ),
     "torch_pruning_to_latency": Method(
         "Torch-Pruning to the same latency, fine-tuned", torch_pruning_to_latency, ("dense", "budget"), alone=True

@@ -62,7 +62,7 @@ def verdict(values: Values) -> str:
     mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
     if len(values) < 10:
         return f"{mean:+.2f} ± {error:.2f}, too few runs"
-    judged = "ahead" if mean > 2 * error else "**behind**" if mean < -2 * error else "not to be told apart"
+    judged = "ahead" if mean > 2 * error else "**behind**" if mean < -2 * error else "not significant"
     return f"{mean:+.2f} ± {error:.2f}, {judged}"
 
 
@@ -84,8 +84,8 @@ def methods_table(store: Store, data: str, pairs: list[tuple[int, int]] | None =
     compared = COMPARISONS[data]
     side = compared.sides[0]
     columns = {
-        OURS: "ε by budget is ahead by, points",
-        compared.early: "reached early, with the dense network's compute: ahead by",
+        OURS: "lead of ε by budget, points",
+        compared.early: "lead of the early budget with the dense network's compute, points",
     }
     ahead = {ours: heading for ours, heading in columns.items() if found(store, groups[ours])}
     at_one, at_many = latencies(store, data, "seconds at 1"), latencies(store, data, f"seconds at 128, {side}x{side}")
@@ -111,7 +111,7 @@ def methods_table(store: Store, data: str, pairs: list[tuple[int, int]] | None =
         ]
         loads = ["yes" if all(run["saved"][name] for run in runs) else "**no**" for name in ("timm", "transformers")]
         criterion = f"criterion {compared.recipe().pruning.criterion}" if method == OURS else ""
-        told = " ".join(jobs[0].flags).lstrip("-") or criterion
+        told = f"`{' '.join(jobs[0].flags)}`" if jobs[0].flags else criterion
         cells = [
             METHODS[method].name + (f", {told}" if told else ""),
             f"{len(runs)}",
@@ -140,7 +140,7 @@ def speed_table(store: Store, data: str) -> list[str]:
     measured = [(size, 128, name, f"seconds at 128, {size}{name}") for size in sizes for name in ways]
     lines = [
         "| | batch | native over pruned, as loaded | reparameterized | speed-up, as loaded | reparameterized "
-        "| that of the blocks' multiply-adds | share | share, blocks alone |",
+        "| reduction of the blocks' multiply-adds | share | share, blocks alone |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
 
@@ -176,7 +176,7 @@ def speed_table(store: Store, data: str) -> list[str]:
 
 
 def sweep_table(store: Store, name: str) -> list[str]:
-    lines = [f"| {name} | accuracy, % | blocks | parameters gone, % |", "|---|---:|---:|---:|"]
+    lines = [f"| {name} | accuracy, % | blocks | parameters removed, % |", "|---|---:|---:|---:|"]
     dense = {job.seed: job for job in by_method(table("digits", FEW))["dense"]}
     for value, jobs in sweep(SWEEPS[name]).items():
         known = [job for job in jobs if job in store.results]
@@ -210,30 +210,32 @@ def page(store: Store) -> str:
     lines = [
         "# Results",
         "",
-        "Made by `python -m benchmarks`; not to be edited. "
+        "Written by `python -m benchmarks`. Do not edit. "
         f"{len(results)} runs on {' and '.join(sorted({run['hardware'] for run in results}))}; {', '.join(versions)}; "
         f"commits {', '.join(sorted({run['commit'] for run in results}))}.",
         "",
-        "Mean ± standard deviation over the runs. All methods train by the same recipe; those that begin with a "
-        "trained dense network have its epochs and time added to their own. Who is ahead is of pairs of runs of "
-        "the same seed and fold: mean difference ± its standard error. Latencies are over the dense network's, all "
-        "measured in turn in one process that keeps its memory. Training time is the median over the dense network's "
-        "on the same hardware, with others trained at once: one on each of two cores, up to 15 on a GPU. Memory is "
-        "what training adds to that of the process, on a GPU what it takes of the GPU's.",
+        "Values are mean ± standard deviation over the runs. All methods train with the same recipe. If a method "
+        "starts from a trained dense network, its epochs and training time include those of that network. A lead is "
+        "the mean difference in accuracy ± its standard error, over pairs of runs with the same seed and fold. With "
+        "fewer than ten pairs the table says *too few runs*. Latencies are relative to the dense network. All networks "
+        "are timed in turn, in one process that keeps its memory. Training time is relative to the dense network on "
+        "the same hardware, as a median. Several trainings ran at once: one on each of two cores, up to 15 on a GPU. "
+        "The memory column shows how much training adds to the process; on a GPU, how much GPU memory it takes.",
     ]
     for data, compared in COMPARISONS.items():
         if not found(store, table(data)):
             continue
         lines += ["", f"## {compared.title}", "", compared.length_of_epochs(), "", *methods_table(store, data)]
         if pruned_runs(store, data):
-            lines += ["", f"![which blocks stay]({BLOCKS.format(data)})"]
+            lines += ["", f"![Share of runs in which each block stayed]({BLOCKS.format(data)})"]
         if found(store, latency_jobs(data)):
             lines += [
                 "",
-                "Speed of the pruned network, ε by budget, over the dense one, both as loaded or both by timm's "
-                "`reparameterize_model`; a runtime other than torch's eager mode is given the latter. The share is of "
-                "what the blocks' multiply-adds promise; that of the blocks alone leaves out the time that a network "
-                "without blocks takes:",
+                "The next table compares the speed of the pruned network (ε by budget) and of the dense network. Both "
+                "are timed as loaded, or both after timm's `reparameterize_model`. Compiled networks and ONNX Runtime "
+                "use the latter. A native network is built with the remaining blocks alone. The share is the speed-up "
+                "divided by the reduction of the blocks' multiply-adds. For the share of the blocks alone, the time of "
+                "a network without blocks is subtracted.",
                 "",
                 *speed_table(store, data),
             ]
@@ -241,8 +243,8 @@ def page(store: Store) -> str:
             lines += ["", *depth_table(store)]
     swept = [name for name in SWEEPS if any(found(store, jobs) for jobs in sweep(SWEEPS[name]).values())]
     if swept:
-        lines += ["", "## What the settings do", "", "Digits, three seeds, each with another fold.", ""]
-        lines += ["![accuracy against blocks](curves.png)"]
+        lines += ["", "## What the settings do", "", "The digits; three seeds, each with its own fold.", ""]
+        lines += ["![Accuracy over the number of remaining blocks](curves.png)"]
     for name in swept:
         lines += ["", *sweep_table(store, name)]
     return "\n".join(lines) + "\n"

@@ -274,7 +274,7 @@ def test_the_page_compares_with_dense_and_with_the_best_simple_cut(tmp_path):
     stored = json.loads(path.read_text())
     assert len(stored) == len(records) - 1
     rows = {line.split(" | ")[0]: line for line in tables.page(stored).splitlines() if line.startswith("| ")}
-    assert "to the best simple cut (the last ones removed)" in tables.page(stored)
+    assert "to the best simple cut (last branches removed)" in tables.page(stored)
     cells = rows["| leave-one-out"].split(" | ")
     assert cells[1:4] == ["yes", "3", "91.10 ± 0.10"]
     assert cells[4].startswith("+1.10 [")
@@ -291,5 +291,5 @@ def test_the_page_compares_with_dense_and_with_the_best_simple_cut(tmp_path):
     assert next(line for line in lines if line.startswith("| leave-one-out ")).endswith(" 40.00 | 0.53 |")
     assert any(line.endswith("| eager at 1, of dense |") for line in lines)
     records += [record("channels_to_latency", seed, 0.905) for seed in range(3)]
-    line = "Leave-one-out less Torch-Pruning that is as fast, both distilled, in points: +0.60 [+0.35, +0.85]."
+    line = "Leave-one-out minus Torch-Pruning of the same speed, both distilled, in points: +0.60 [+0.35, +0.85]."
     assert line in tables.page(records)

@@ -371,7 +371,7 @@ METHODS = {
     "dense": Method("dense", dense),
     "dense_longer": Method("dense, twice the steps", dense, length=2),
     "scratch": Method("dense, from scratch", scratch),
-    "last": Method("the last ones removed", last, after_dense=True),
+    "last": Method("last branches removed", last, after_dense=True),
     "even": Method("evenly spread", even, after_dense=True),
     "random": Method("random", at_random, after_dense=True),
     **{

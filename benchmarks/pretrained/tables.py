@@ -100,7 +100,7 @@ def table(
     dense, taught = (accuracies(records, case, images, 0, "dense", distilled) for distilled in (False, True))
     simple_name, simple = best_simple(records, case, images, keep)
     lines = [
-        "| | distilled | seeds | accuracy, % | to dense, points | to dense distilled | "
+        "| | distilled | seeds | accuracy, % | to dense, points | to distilled dense | "
         f"to the best simple cut{f' ({simple_name})' if simple_name else ''} | parameters, M | multiply-adds, M |"
         + "".join(f" {name}, of dense |" for name in latencies),
         "|---|---|" + "---:|" * (7 + len(latencies)),
@@ -172,7 +172,7 @@ def correlation(records: Records, case: str, images: int) -> str:
     total = sum(len(values) for values in pairs.values() if len(values) > 3)
     mean = f"{statistics.mean(found):+.2f}".replace("-", "−")
     return (
-        "Rank correlation of the predicted rise of the loss with the accuracy after training, distilled: "
+        "Rank correlation between the predicted rise of the loss and the accuracy after distilled training: "
         f"{mean} on average over {len(found)} seeds, {total} structures in all."
     )
 
@@ -183,7 +183,7 @@ def against_channels(records: Records, case: str, images: int, keep: int) -> str
         accuracies(records, case, images, keep, method, True) for method in ("leave_one_out", "channels_to_latency")
     )
     found = interval(paired(ours, theirs))
-    what = "Leave-one-out less Torch-Pruning that is as fast, both distilled, in points"
+    what = "Leave-one-out minus Torch-Pruning of the same speed, both distilled, in points"
     return f"{what}: {found}." if found else ""
 
 
@@ -209,9 +209,10 @@ def page(stored: Iterable[dict[str, Any]], measured: Sequence[dict[str, Any]] = 
                 lines += [line, ""] if (line := against_channels(records, case, images, keep)) else []
             hardware = sorted({records[job]["hardware"] for job in of_case})
             lines += [
-                f"{steps:,} steps of {about.recipes[images].batch_size} images each. Intervals are 95 % of paired "
-                'differences over the seeds. "As fast" is as fast as what leave-one-out left: in eager mode, at batch '
-                f"{TIMED_BATCH}, on two CPU cores. {correlation(records, case, images)} {'; '.join(hardware)}.",
+                f"{steps:,} steps of {about.recipes[images].batch_size} images each. Intervals are 95 % intervals of "
+                'paired differences over the seeds. "As fast" means the latency of the leave-one-out network in eager '
+                f"mode, at batch {TIMED_BATCH}, on two CPU cores. {correlation(records, case, images)} "
+                f"Hardware: {'; '.join(hardware)}.",
                 "",
             ]
     return "\n".join(lines)

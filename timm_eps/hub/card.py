@@ -125,8 +125,9 @@ def _summary(architecture: str, total: int, kept: int, results: Mapping[str, Any
 
 def _provenance(results: Mapping[str, Any]) -> str:
     return (
-        f"One run, seed {results['seed']}. Multiply-adds are counted over convolutions and matrix products. Latencies "
-        f"are medians of forward passes in turn on {results['hardware']}; brackets hold the quartiles of their ratios."
+        f"One run, seed {results['seed']}. Multiply-adds are those of convolutions and matrix products. Latencies are "
+        f"medians of forward passes, timed in turn on {results['hardware']}. Brackets hold the quartiles of their "
+        "ratios."
     )
 
 
@@ -137,8 +138,8 @@ def _recipe(results: Mapping[str, Any]) -> str:
 
 def _limits(results: Mapping[str, Any]) -> str:
     text = (
-        "Which blocks a task needs was found on that task: fine-tune before you use the structure on another, and "
-        "compare with the same structure trained from scratch, which often does as well. What was gained in speed "
+        "The remaining blocks were chosen for this task. Fine-tune the network before you use the structure on another "
+        "task, and compare it with the same structure trained from scratch, which is often as accurate. The speed-up "
         "depends on the hardware and the batch size."
     )
     if not results:
