@@ -24,7 +24,16 @@ def main() -> None:
     results = json.loads((output / "all_results.json").read_text())
     shutil.copyfile(output / "blocks.png", ROOT / "docs" / "blocks.png")
     counts = {name: results[name] for name in ("blocks_total", "blocks_kept")}
-    card = render_card(results["architecture"], NAME, **counts, results=results, picture="docs/blocks.png")
+    described = json.loads((output / "config.json").read_text())
+    card = render_card(
+        results["architecture"],
+        NAME,
+        **counts,
+        label_names=described["label_names"],
+        input_size=described["pretrained_cfg"]["input_size"],
+        results=results,
+        picture="docs/blocks.png",
+    )
     card.save(ROOT / "MODEL_CARD.md")
 
 

@@ -102,7 +102,9 @@ def test_card(model, tmp_path):
     assert result["metrics"][0]["value"] == 0.5
     for text in (
         "keeps 4 of 9 residual branches and 40.0 % of the parameters",
+        "An image classifier with 10 classes: LABEL_0, LABEL_1,",
         "50.00 % of the 10 images of noise (test)",
+        "This repository has no form for machines without timm-eps.",
         'timm.create_model("hf-hub:me/tiny", pretrained=True)',
         'pipeline("image-classification", model="me/tiny")',
         "| parameters | 100 | 40 | −60.0 % |",
@@ -114,6 +116,23 @@ def test_card(model, tmp_path):
         assert text in card.content
     assert "{{" not in card.content
     assert "{%" not in card.content
+    assert "\n\n\n" not in card.content, "no empty lines where an option was off"
+
+
+def test_the_card_begins_with_a_form_that_needs_no_package(tmp_path):
+    for number, (options, first) in enumerate(
+        [
+            ({"remote_code": True, "exported_program": True}, "**In transformers, without timm-eps.**"),
+            ({"exported_program": True, "onnx": True}, "**In plain torch, without timm-eps.**"),
+            ({"onnx": True}, "**In ONNX Runtime, without timm-eps.**"),
+        ]
+    ):
+        timm_eps.save_pretrained(tiny_net(), tmp_path / str(number), **options)
+        text = ModelCard.load(tmp_path / str(number) / "README.md").content
+        ways = text.partition("## How to load it")[2].partition("\n## ")[0]
+        assert ways.strip().startswith(first)
+        assert ways.index("without timm-eps") < ways.index("pip install timm-eps")
+        assert "has no form for machines" not in text
 
 
 def test_card_without_results_claims_nothing(model, tmp_path):

@@ -369,7 +369,6 @@ def test_a_wrong_token_creates_nothing(hub, repo_id):
         (lambda: torch.compile(tiny_net()), {}, "Got a compiled model"),
         (tiny_net, {"label_names": ["a"]}, "label_names must have one name for each of the 10 classes, got 1"),
         (tiny_net, {"results": {"eval_accuracy": 0.9}}, "results lacks architecture, arguments"),
-        (lambda: timm.create_model("eps_test_vit"), {"remote_code": True}, "remote_code is for the CIFAR networks"),
         (lambda: tiny_net(global_pool="max"), {"remote_code": True}, "which this file cannot build; timm_eps can"),
     ],
 )

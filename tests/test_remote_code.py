@@ -17,14 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
+BEIT = {"num_classes": 5, "depth": 2, "img_size": 32, "embed_dim": 48, "num_heads": 3}
 NETWORKS = {
     "whole_blocks": ("eps_test_resnet", {"num_classes": 5}, ["layer1.0.drop_path", "layer3.0.drop_path"]),
     "half_blocks": ("eps_test_vit", {"num_classes": 5}, ["blocks.0.drop_path1", "blocks.3.drop_path2"]),
-    "parameters": (
-        "eps_beit_base_patch16_224",
-        {"num_classes": 5, "depth": 2, "img_size": 32},
-        ["blocks.0.drop_path1"],
-    ),
+    "parameters": ("eps_beit_base_patch16_224", BEIT, ["blocks.0.drop_path1"]),
     "unpruned": ("eps_test_convnext", {"num_classes": 5}, []),
     "headless": ("eps_test_convnext", {"num_classes": 0}, ["stages.1.blocks.0.drop_path"]),
 }

@@ -504,9 +504,13 @@ def test_rate_and_decay_fall_as_told(tmp_path, monkeypatch):
     assert seen == [pytest.approx(pair) for pair in expected]
 
 
-def test_code_for_a_twin_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match="--with_remote_code is for the paper's CIFAR networks, eps_test_resnet is"):
-        train_hf.main(["--architecture", "eps_test_resnet", "--with_remote_code", "--output_dir", str(tmp_path)])
+def test_code_for_a_class_of_the_user_is_refused_before_training(tmp_path):
+    class Gated(timm_eps.EpsilonMixin, timm.models.ResNet):
+        pass
+
+    Gated.register("eps_test_mine", block=timm.models.resnet.BasicBlock, layers=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="remote_code: eps_test_mine is no architecture of timm"):
+        train_hf.main(["--architecture", "eps_test_mine", "--with_remote_code", "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize("epochs", [2, 3, 5, 10, 14, 15, 60])

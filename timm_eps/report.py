@@ -31,6 +31,7 @@ __all__ = [
     "peak_memory",
     "reset_peak_memory",
     "spread_of_ratios",
+    "timed",
 ]
 
 
@@ -160,7 +161,7 @@ def comparison_table(results: Mapping[str, Any]) -> str:
         row("parameters", results["dense_params"], results["params"], "{:,}".format, gone("params")),
         row("multiply-adds an image", results["dense_macs"], results["macs"], "{:,}".format, gone("macs")),
     ]
-    for key, what in _timed(results):
+    for key, what in timed(results):
         lines.append(row(what, results[f"dense_{key}"], results[key], _milliseconds, faster(key)))
     if "dense_train_seconds" in results:
         times = results["dense_train_seconds"], results["train_seconds"]
@@ -223,7 +224,7 @@ def _plain_table(results: Mapping[str, Any]) -> str:
         "parameters": f"{results['params']:,}",
         "multiply-adds an image": f"{results['macs']:,}",
     }
-    rows |= {what: _milliseconds(results[key]) for key, what in _timed(results)}
+    rows |= {what: _milliseconds(results[key]) for key, what in timed(results)}
     rows["accuracy"] = f"{100 * results['eval_accuracy']:.2f} %"
     if "test_accuracy" in results:
         rows["accuracy, test split"] = f"{100 * results['test_accuracy']:.2f} %"
@@ -231,13 +232,13 @@ def _plain_table(results: Mapping[str, Any]) -> str:
     return "\n".join([f"| {results['architecture']} | |", "|---|---:|", *lines])
 
 
-def _timed(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+def timed(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Keys of the latencies that were measured, and what they are of: by runtime, then by batch size."""
     found = []
     for key in results:
-        if timed := re.fullmatch(r"(onnx_)?latency_batch(\d+)_seconds", key):
-            runtime = ", ONNX Runtime on CPUs" if timed[1] else ""
-            found.append((bool(timed[1]), int(timed[2]), key, f"latency at batch {timed[2]}{runtime}"))
+        if parts := re.fullmatch(r"(onnx_)?latency_batch(\d+)_seconds", key):
+            runtime = ", ONNX Runtime on CPUs" if parts[1] else ""
+            found.append((bool(parts[1]), int(parts[2]), key, f"latency at batch {parts[2]}{runtime}"))
     return [(key, what) for _, _, key, what in sorted(found)]
 
 

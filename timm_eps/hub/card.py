@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..names import is_cifar_network
-from ..report import comparison_table, outcome
+from ..report import comparison_table, outcome, timed
 
 __all__ = ["RESULT_KEYS", "render_card"]
 
@@ -20,13 +21,17 @@ RESULT_KEYS = (
 )  # fmt: skip
 
 
+_SHOWN = 10  # class names
+
+
 def render_card(
     architecture: str,
     repo_id: str,
     *,
     blocks_total: int,
     blocks_kept: int,
-    classifies: bool = True,
+    label_names: Sequence[str] = (),
+    input_size: Sequence[int] = (3, 224, 224),
     results: Mapping[str, Any] | None = None,
     picture: str | None = None,
     remote_code: bool = False,
@@ -41,7 +46,8 @@ def render_card(
         repo_id: Name of the model on the Hub, or of its directory.
         blocks_total: Residual blocks of the unpruned network.
         blocks_kept: Those that stayed.
-        classifies: Whether the network has a classifier.
+        label_names: Names of the classes; none for a network without a classifier.
+        input_size: Shape (C, H, W) of the images.
         results: Values of ``all_results.json``; without them the card states the structure only.
         picture: File name of the picture, if there is one.
         remote_code: Whether the code to load the model without this package is beside it.
@@ -58,7 +64,7 @@ def render_card(
         raise ValueError(
             f"results lacks {', '.join(missing)}; RESULT_KEYS of timm_eps.hub.card lists what a card states."
         )
-    task = "image-classification" if classifies else "image-feature-extraction"
+    task = "image-classification" if label_names else "image-feature-extraction"
     data = ModelCardData(
         license=results.get("license", "apache-2.0"),
         library_name="timm",
@@ -83,16 +89,13 @@ def render_card(
         else None,
     )
     template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
-    return ModelCard.from_template(
+    card = ModelCard.from_template(
         data,
         template_str=template,
         model_name=data.model_name,
         repo_id=repo_id,
         task=task,
-        auto_class="AutoModelForImageClassification" if classifies else "AutoModel",
         timm_id=f"hf-hub:{repo_id}" if "/" in repo_id else f"local-dir:{repo_id}",
-        blocks_total=blocks_total,
-        blocks_kept=blocks_kept,
         picture=picture,
         remote_code=remote_code,
         onnx=onnx,
@@ -100,26 +103,58 @@ def render_card(
         base_model=base_model,
         is_twin=not is_cifar_network(architecture),
         results=results,
+        input_size=input_size,
+        output="logits" if label_names else "features",
+        purpose=_purpose(label_names, input_size),
         summary=_summary(architecture, blocks_total, blocks_kept, results),
+        structure=_structure(architecture, blocks_total, blocks_kept),
         table=comparison_table(results) if results else "",
         provenance=_provenance(results) if results else "",
         recipe=_recipe(results) if results else "",
         limits=_limits(results),
     )
+    card.content = re.sub(r"\n{3,}", "\n\n", card.content)  # where an option was off
+    return card
+
+
+def _purpose(label_names: Sequence[str], input_size: Sequence[int]) -> str:
+    channels, height, width = input_size
+    images = f"images of {height}×{width} pixels and {channels} channel{'s' if channels > 1 else ''}"
+    if not label_names:
+        return f"An image encoder. It turns {images} into features, for another network or for search."
+    shown = ", ".join(str(name) for name in label_names[:_SHOWN])
+    more = f", and {len(label_names) - _SHOWN} more" if len(label_names) > _SHOWN else ""
+    return f"An image classifier with {len(label_names)} classes: {shown}{more}. It reads {images}."
 
 
 def _summary(architecture: str, total: int, kept: int, results: Mapping[str, Any]) -> str:
+    """What was gained and what it cost, one line each."""
     if kept == total:
         text = f"This `{architecture}` has all its {total} residual branches"
         return f"{text}. {outcome(results)}" if results else f"{text}."
     text = f"This `{architecture}` keeps {kept} of {total} residual branches"
     if not results:
-        return text + "."
-    share = 100 * (1 - results["params"] / results["dense_params"])
+        return f"{text}."
+    share = 100 * results["params"] / results["dense_params"]
+    lines = [f"- **Smaller**: it keeps {kept} of {total} residual branches and {share:.1f} % of the parameters."]
+    if fastest := [(key, what) for key, what in timed(results) if f"dense_{key}" in results][:1]:
+        key, what = fastest[0]
+        ratio = results[f"dense_{key}"] / results[key]
+        lines.append(f"- **Faster**: it is {ratio:.2f} times as fast as the dense network ({what}).")
+    accuracy = f"it classifies {100 * results['eval_accuracy']:.2f} % of the {results['eval_images']} images of"
+    dense = results.get("dense_eval_accuracy")
+    before = "" if dense is None else f" The dense network classifies {100 * dense:.2f} %."
+    lines.append(f"- **Accuracy**: {accuracy} {results['dataset']} ({results['eval_split']}) correctly.{before}")
+    return f"This is `{architecture}` without the residual branches that its task does not need.\n\n" + "\n".join(lines)
+
+
+def _structure(architecture: str, total: int, kept: int) -> str:
+    if kept == total:
+        return f"Nothing: `{architecture}` has all its {total} residual branches."
     return (
-        f"{text} and {100 - share:.1f} % of the parameters, and classifies "
-        f"{100 * results['eval_accuracy']:.2f} % of the {results['eval_images']} images of "
-        f"{results['dataset']} ({results['eval_split']}) correctly."
+        f"{total - kept} of {total} residual branches. Each was closed, before or during training. Then it was deleted; "
+        'a probe showed that this changed no output. `model_args["removed"]` in `config.json` lists these branches. The '
+        "weights are safetensors."
     )
 
 

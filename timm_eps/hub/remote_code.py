@@ -30,12 +30,12 @@ from ..files.edits import edits_as_json, edits_digest, without_overtaken
 from ..files.weight_checks import WEIGHTS
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..models.eps_resnet import EpsResNet
-from ..names import base_name
+from ..names import base_name, is_cifar_network
 from ..surgery.branches import evaluating, probe_batch
 from ..surgery.collapse import plan_collapse
 from ..surgery.removal import same_outputs
 
-__all__ = ["CODE_FILES", "add_remote_code", "check_remote_code"]
+__all__ = ["CODE_FILES", "add_remote_code", "check_remote_code", "check_remote_name"]
 
 # The name that standalone.py or standalone_twin.py has beside a config.json.
 _CODE = "modeling_eps_resnet.py"
@@ -60,12 +60,22 @@ def check_remote_code(body: nn.Module) -> None:
         ValueError: It is a CIFAR network of a form that the code does not know, or no network of timm's.
     """
     known = EpsResNetConfig.from_timm(body)
+    check_remote_name(known.architecture)
     if not isinstance(body, EpsResNet):
-        _stock_name(known.architecture)
         return
     model_args = {name: value for name, value in (known.model_args or {}).items() if name != "closed"}  # not written
     # Raises if it cannot build the network.
     _ = standalone.EpsResNetConfig(architecture=known.architecture, model_args=model_args).network
+
+
+def check_remote_name(architecture: str) -> None:
+    """Check that the code can build networks of this name.
+
+    Raises:
+        ValueError: Neither timm nor the code of the CIFAR networks does.
+    """
+    if not is_cifar_network(architecture):
+        _stock_name(architecture)
 
 
 def add_remote_code(directory: Path, body: nn.Module) -> None:

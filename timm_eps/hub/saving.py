@@ -31,7 +31,7 @@ from ..hf.model_files import staged
 from ..hf.modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel
 from ..hf.pretrained_eps_resnet import EpsResNetPreTrainedModel
 from ..report import draw_blocks
-from ..surgery.branches import gates, timm_body
+from ..surgery.branches import gates, input_size, timm_body
 from ..surgery.removal import check_gated, closed_slots, collapsed_copy, natural_order, removed_slots
 from .card import render_card
 from .commit import NOTHING, asking, commit_files
@@ -119,7 +119,8 @@ def save_pretrained(
             blocks_total=len(slots),
             blocks_kept=len(slots) - len(gone),
             results=results,
-            classifies=bool(body.num_classes),
+            label_names=[wrapper.config.id2label[number] for number in range(body.num_classes)],
+            input_size=input_size(body),
             picture=PICTURE if (staging / PICTURE).exists() else None,
             remote_code=remote_code,
             onnx=ONNX if onnx else None,

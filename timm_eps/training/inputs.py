@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ..hf.configuration_eps_resnet import EpsResNetConfig
+from ..hub.remote_code import check_remote_name
 from ..names import is_cifar_network
 from . import choices, data
 from .arguments import Arguments, DataArguments, ModelArguments, hub_id
@@ -141,12 +142,10 @@ def starting_config(args: Arguments) -> EpsResNetConfig:
         if not timm.is_model(name):
             raise ValueError(f"--architecture {name!r} is unknown; timm.list_models('eps_*') lists them.")
         config = EpsResNetConfig(architecture=name)
-    for option, given in {
-        "with_remote_code": args.saving.with_remote_code,
-        "per_pixel_mean": args.paper.per_pixel_mean,
-    }.items():
-        if given and not is_cifar_network(config.architecture):
-            raise ValueError(f"--{option} is for the paper's CIFAR networks, {config.architecture} is none.")
+    if args.saving.with_remote_code:
+        check_remote_name(config.architecture)
+    if args.paper.per_pixel_mean and not is_cifar_network(config.architecture):
+        raise ValueError(f"--per_pixel_mean is for the paper's CIFAR networks, {config.architecture} is none.")
     return config
 
 

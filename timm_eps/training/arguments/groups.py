@@ -213,8 +213,9 @@ class SavingArguments:
     """What is saved in the end, and published."""
 
     title: ClassVar[str] = "saving and the Hub"
-    with_remote_code: bool = flag("add code to load a CIFAR network without this package")
+    with_remote_code: bool = flag("add code with which transformers loads the model without this package")
     with_onnx: bool = flag("add onnx/model.onnx")
+    with_exported_program: bool = flag("add model.pt2, which plain torch loads")
     license: str = option("of the weights, for the card", default="apache-2.0")
     push_to_hub: bool = flag("push what is in --output_dir, in one commit")
     hub_model_id: str | None = option("owner/name; default the name of --output_dir, under your own")
@@ -224,7 +225,11 @@ class SavingArguments:
 
     def extras(self) -> dict[str, bool]:
         """What goes into the directory besides the model, as arguments of :func:`timm_eps.save_pretrained`."""
-        return {"remote_code": self.with_remote_code, "onnx": self.with_onnx}
+        return {
+            "remote_code": self.with_remote_code,
+            "onnx": self.with_onnx,
+            "exported_program": self.with_exported_program,
+        }
 
 
 @dataclass
