@@ -202,6 +202,17 @@ def test_edits_of_another_save_are_refused(place):
             EpsResNetConfig.from_dict({**config, **fields})
 
 
+@pytest.mark.parametrize(
+    "name", ["hf-hub:me/other", "local-dir:/etc", "resnet18.a1_in1k", "no_such_network", "", "a" * 1000, "../resnet18"]
+)
+def test_only_timms_own_networks_are_built(place, name):
+    from timm_eps.files.standalone_twin import EpsResNetConfig
+
+    config = json.loads((place / "whole_blocks" / "config.json").read_text())
+    with pytest.raises(ValueError, match="timm_architecture must be a network of timm"):
+        EpsResNetConfig.from_dict(changed(config, timm_architecture=name))
+
+
 def test_saved_by_this_package_again_a_model_keeps_no_edits(place, tmp_path):
     model = AutoModelForImageClassification.from_pretrained(place / "half_blocks")
     model.save_pretrained(tmp_path)

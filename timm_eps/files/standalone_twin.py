@@ -12,6 +12,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import timm
@@ -29,11 +30,12 @@ from transformers.core_model_loading import WeightRenaming
 from .config_checks import check_config, check_model_args
 from .edits import apply_edits, check_edits, edits_as_json, edits_digest, restore_constants
 from .strict_loading import StrictLoading
-from .value_checks import check_text, shortened
+from .value_checks import shortened
 
 __all__ = ["EpsResNetConfig", "EpsResNetForImageClassification", "EpsResNetModel", "stock_network"]
 
 _WRAPPER = "timm_model."
+_NAME = re.compile(r"\w{1,128}", re.ASCII)
 
 
 @strict
@@ -70,7 +72,10 @@ class EpsResNetConfig(TimmWrapperConfig):
         return super().from_dict(check_config(config_dict, is_cifar=lambda _: False), **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_text("timm_architecture", self.timm_architecture)
+        # timm takes names of repositories and directories too, and would fetch what stands there.
+        if not (_NAME.fullmatch(self.timm_architecture) and timm.is_model(self.timm_architecture)):
+            name = shortened(self.timm_architecture)
+            raise ValueError(f"timm_architecture must be a network of timm {timm.__version__}, got {name}.")
         self.model_args = check_model_args(self.model_args, is_cifar=False)
         if self.model_args.get("closed"):
             raise ValueError("model_args['closed'] is for checkpoints of a training, which only timm_eps reads.")
