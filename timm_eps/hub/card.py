@@ -152,8 +152,8 @@ def _structure(architecture: str, total: int, kept: int) -> str:
     if kept == total:
         return f"Nothing: `{architecture}` has all its {total} residual branches."
     return (
-        f"{total - kept} of {total} residual branches. Each was closed, before or during training. Then it was deleted; "
-        'a probe showed that this changed no output. `model_args["removed"]` in `config.json` lists these branches. The '
+        f"{total - kept} of {total} residual branches. Each was closed, before or during training, and then deleted. A "
+        'probe showed that this changed no output. `model_args["removed"]` in `config.json` lists these branches. The '
         "weights are safetensors."
     )
 
