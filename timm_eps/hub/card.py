@@ -1,4 +1,4 @@
-"""The model card: what a visitor of the Hub reads of a network, from the run's own values."""
+"""The model card on the Hub, from the values of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..report import comparison_table, outcome
 
 __all__ = ["RESULT_KEYS", "render_card"]
 
-# What a card with results states; further keys are kept in all_results.json as they are.
+# Keys that a card with results needs. Other keys are only kept in all_results.json.
 RESULT_KEYS = (
     "architecture", "arguments", "blocks_kept", "blocks_total", "dataset", "dense_macs", "dense_params",
     "eval_accuracy", "eval_images", "eval_split", "hardware", "macs", "params", "seed", "train_images",
@@ -33,19 +33,18 @@ def render_card(
     onnx: str | None = None,
     base_model: str | None = None,
 ) -> ModelCard:
-    """The model card, from the run's own values.
+    """The model card, from the values of a run.
 
     Args:
-        architecture: timm's name of the unpruned network.
+        architecture: Name of the unpruned network in timm.
         repo_id: Name of the model on the Hub, or of its directory.
-        blocks_total: Residual blocks of the unpruned network.
-        blocks_kept: Those that stayed.
+        blocks_total: Number of residual branches of the unpruned network. blocks_kept: Number of remaining branches.
         classifies: Whether the network has a classifier.
-        results: Values of ``all_results.json``; without them the card states the structure only.
+        results: Values of ``all_results.json``; without them the card describes only the structure.
         picture: File name of the picture, if there is one.
-        remote_code: Whether the code to load the model without this package is beside it.
+        remote_code: Whether the repository has the code to load the model without this package.
         onnx: Path of the ONNX file, if there is one.
-        base_model: Name on the Hub of the model that a training began with; that of ``results`` wins.
+        base_model: Name on the Hub of the pretrained model. The name in ``results`` takes precedence.
 
     Raises:
         ValueError: ``results`` lacks one of :data:`RESULT_KEYS`.
@@ -54,7 +53,7 @@ def render_card(
     base_model = results.get("base_model") or base_model
     if results and (missing := [key for key in RESULT_KEYS if key not in results]):
         raise ValueError(
-            f"results lacks {', '.join(missing)}; RESULT_KEYS of timm_eps.hub.card lists what a card states."
+            f"results lacks {', '.join(missing)}; RESULT_KEYS of timm_eps.hub.card lists the required keys."
         )
     task = "image-classification" if classifies else "image-feature-extraction"
     data = ModelCardData(
@@ -123,7 +122,7 @@ def _summary(architecture: str, total: int, kept: int, results: Mapping[str, Any
 def _provenance(results: Mapping[str, Any]) -> str:
     return (
         f"One run, seed {results['seed']}. Multiply-adds are counted over convolutions and matrix products. Latencies "
-        f"are medians of forward passes in turn on {results['hardware']}; brackets hold the quartiles of their ratios."
+        f"are medians of paired forward passes on {results['hardware']}. Brackets show the quartiles of their ratios."
     )
 
 
@@ -134,13 +133,13 @@ def _recipe(results: Mapping[str, Any]) -> str:
 
 def _limits(results: Mapping[str, Any]) -> str:
     text = (
-        "Which blocks a task needs was found on that task: fine-tune before you use the structure on another, and "
-        "compare with the same structure trained from scratch, which often does as well. What was gained in speed "
-        "depends on the hardware and the batch size."
+        "The removed blocks were chosen for one task. Fine-tune the network before using it for another task, and "
+        "compare with the same structure trained from scratch, which is often as accurate. The speedup depends on "
+        "the hardware and the batch size."
     )
     if not results:
         return text
     return (
-        f"Trained on {results['train_images']} and tested on {results['eval_images']} images of {results['dataset']}, "
-        f"once. {text}"
+        f"Trained once, on {results['train_images']} images of {results['dataset']}, and tested on "
+        f"{results['eval_images']} images. {text}"
     )
