@@ -165,8 +165,10 @@ def check_reachable(budget: Budget, dense: float, least: float, count: int) -> N
     """Raise ValueError if a network exceeds a budget even without any of its branches.
 
     Args:
-        budget: The budget. dense: Size of the dense network, in the unit of the budget.
-        least: Size of the network without any branch. count: Number of branches of the dense network.
+        budget: The budget.
+        dense: Size of the dense network, in the unit of the budget.
+        least: Size of the network without any branch.
+        count: Number of branches of the dense network.
     """
     if budget.goal(dense) < least:
         digits = 2 if isinstance(budget, TargetLatency) else 0

@@ -68,7 +68,7 @@ class CostEpsilon(BudgetEpsilon):
         return max(total - 1, 1)
 
     def to_close(self, epoch: int, total: int) -> int:
-                """Minimum number of branches, out of ``total``, that must be closed or removed in ``epoch``."""
+        """Minimum number of branches, out of ``total``, that must be closed or removed in ``epoch``."""
         assert self.costs is not None, "attached when the pruner was made"
         removed = self.costs.removed()
         return removed if self.costs.left([]) <= self._allowed(epoch) else min(removed + 1, total)
@@ -108,7 +108,7 @@ class CostEpsilon(BudgetEpsilon):
         """
         assert self.costs is not None, "attached when the pruner was made"
         if missing := self.costs.state_dict().keys() ^ state.keys():
-                        raise ValueError(f"The pruner's state is for another budget than {self.budget!r}: it differs in {missing}.")
+            raise ValueError(f"The pruner's state is for another budget than {self.budget!r}: it differs in {missing}.")
         if isinstance(self.costs, _Counts) and self._began_dense and state["dense"] != self.costs.dense:
             raise ValueError(
                 f"The pruner's state is for another budget than {self.budget!r}, or another network: its dense "

@@ -55,8 +55,9 @@ def measured_importances(
     An open branch without a gradient was not measured (``backward()`` was not called). Diverged branches stay open.
 
     Args:
-        recorded: Importances of the gates at the end of the epoch, by slot. responses: Responses of the epoch, by slot.
-            streaks: Number of epochs that each remaining branch has been closed.
+        recorded: Importances of the gates at the end of the epoch, by slot.
+        responses: Responses of the epoch, by slot.
+        streaks: Number of epochs that each remaining branch has been closed.
     """
     return {
         slot: importance
@@ -78,9 +79,10 @@ def importance_ranks(
     and frees few parameters; dividing by size keeps the small early ones instead.
 
     Args:
-        importances: Importance of each remaining branch; infinity or NaN if it was not measured. removed: Slots of the
-            removed branches. kept: Number of branches that stay in the end. If it is too small for one per stage,
-            importance alone decides. staying: Slots of branches that must not close. They use places of their stage.
+        importances: Importance of each remaining branch; infinity or NaN if it was not measured.
+        removed: Slots of the removed branches.
+        kept: Number of branches that stay in the end. If it is too small for one per stage, importance alone decides.
+        staying: Slots of branches that must not close. They use places of their stage.
     """
     importances = {slot: math.inf if slot in staying else value for slot, value in importances.items()}
     counts = collections.Counter(stage_of(slot) for slot in (*importances, *removed))

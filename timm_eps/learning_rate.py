@@ -21,8 +21,9 @@ class RestartingLR(LRScheduler):
 
     Args:
         optimizer: Optimizer. Its current learning rates are the maxima of the schedule.
-        milestones: Epochs at which the next factor applies, before any restart. restart_milestones: Epochs after a
-            restart at which the next factor applies. factors: Factors of the learning rate, one more than milestones.
+        milestones: Epochs at which the next factor applies, before any restart.
+        restart_milestones: Epochs after a restart at which the next factor applies.
+        factors: Factors of the learning rate, one more than milestones.
 
     Raises:
         ValueError: The milestones do not increase, or their number does not fit the factors.

@@ -70,8 +70,8 @@ class EpsilonPruner:
             the response, each branch due to close gets its own ε, twice its response. Importance needs the optimizer.
             With ``keep`` and importance, each stage keeps its share.
         schedule: Instead of ``epsilon`` or a budget, an object that returns ε for each epoch: one of
-            :mod:`timm_eps.schedule`, or your own. prune_frozen: Whether to remove branches without trainable
-            parameters. By default they are kept.
+            :mod:`timm_eps.schedule`, or your own.
+        prune_frozen: Whether to remove branches without trainable parameters. By default they are kept.
         followers: Averages of the model's weights: timm's ``ModelEmaV3``, torch's ``AveragedModel``, or the copy in it.
             After each step they have the same closed and removed branches as the model.
 
@@ -250,8 +250,8 @@ class EpsilonPruner:
         self._take_along()
         for copied in left_behind(self.model, self.followers):
             _logger.warning(
-                "A copy of the model (%s) is updated in place, like an average of the weights, but it lacks "
-                "the model's closed and removed branches. Its outputs and its updates are wrong. "
+                "A copy of the model (%s) is updated in place, like an average of the weights, but it lacks the "
+                "model's closed and removed branches. Its outputs and its updates are wrong. "
                 "Pass it to the pruner: EpsilonPruner(..., followers=[ema]), or pruner.followers.append(ema).",
                 type(copied).__name__,
             )
@@ -321,7 +321,7 @@ class EpsilonPruner:
     def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
         found, measuring, staying = gates(self.model), self._is_measuring, self._staying
         if lacking := found.keys() - thresholds.keys():
-                        raise ValueError(f"The schedule returned no epsilon for {min(lacking)!r}; each branch needs one.")
+            raise ValueError(f"The schedule returned no epsilon for {min(lacking)!r}; each branch needs one.")
         self.epsilon = max(thresholds.values(), default=0.0)
         for slot, gate in found.items():
             gate.epsilon = 0.0 if slot in staying else thresholds[slot]

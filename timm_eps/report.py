@@ -87,7 +87,8 @@ def paired_seconds(
     Args:
         models: Models by name. They run in evaluation mode.
         batch: Images (B, C, H, W).
-        repeats: Number of measurements of each model. warmup: Number of passes of each model that are not counted.
+        repeats: Number of measurements of each model.
+        warmup: Number of passes of each model that are not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
     synchronise: Callable[[], None] = torch.cuda.synchronize if batch.is_cuda else lambda: None

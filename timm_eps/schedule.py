@@ -35,14 +35,17 @@ class Schedule(Protocol):
         Args:
             epoch: The epoch that begins.
             responses: Response of each remaining branch in the previous epoch; infinity if it did not run or must not
-                close. total: Number of branches of the unpruned network.
+                close.
+            total: Number of branches of the unpruned network.
         """
 
 
 class ConstantEpsilon:
     """The paper's schedule: 0 during warm-up, then one ε for all blocks and epochs.
 
-        Args: epsilon: Threshold in activation units. warmup_epochs: Number of epochs with ε = 0 at the beginning.
+    Args:
+        epsilon: Threshold in activation units.
+        warmup_epochs: Number of epochs with ε = 0 at the beginning.
 
     Raises:
         ValueError: ε is negative, NaN or infinite, or the warm-up is negative.
@@ -75,8 +78,8 @@ class BudgetEpsilon:
     batch can be far smaller. With one ε for all, the remaining branches would be closed on most batches.
 
     Args:
-        keep: Fraction (float, 0 < keep < 1) or number (int, at least 1) of branches to keep. warmup_epochs: Number of
-            epochs with ε = 0 at the beginning.
+        keep: Fraction (float, 0 < keep < 1) or number (int, at least 1) of branches to keep.
+        warmup_epochs: Number of epochs with ε = 0 at the beginning.
         ramp_epochs: Number of epochs from the first closed branch to the full budget.
 
     Raises:
@@ -119,8 +122,8 @@ class BudgetEpsilon:
 
         Args:
             epoch: The epoch that begins.
-            responses: Response of each remaining branch in the previous epoch; infinity if it did not run. total:
-                Number of branches of the unpruned network.
+            responses: Response of each remaining branch in the previous epoch; infinity if it did not run.
+            total: Number of branches of the unpruned network.
         """
         due, others = self.divide(epoch, responses, total)
         if not due:

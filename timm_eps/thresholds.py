@@ -40,8 +40,8 @@ class Thresholds:
 
     Args:
         model: The model with gates.
-        schedule: Schedule of ε, or of the number of branches to close. ranking: Criterion returned by
-            :func:`ranking_for`, which ranks the branches if there is a budget.
+        schedule: Schedule of ε, or of the number of branches to close.
+        ranking: Criterion returned by :func:`ranking_for`, which ranks the branches if there is a budget.
         total: Number of branches of the unpruned network.
     """
 
@@ -73,9 +73,10 @@ class Thresholds:
         """ε of each branch in the epoch that begins, from the results of the last epoch.
 
         Args:
-            record: Record of the last epoch, as in :attr:`EpsilonPruner.history`. streaks: Number of epochs that each
-                remaining branch has been closed. staying: Slots of branches that must not close. is_ranked: Result of
-                :meth:`is_ranking` for the last epoch, before branches were removed.
+            record: Record of the last epoch, as in :attr:`EpsilonPruner.history`.
+            streaks: Number of epochs that each remaining branch has been closed.
+            staying: Slots of branches that must not close.
+            is_ranked: Result of :meth:`is_ranking` for the last epoch, before branches were removed.
         """
         epoch, responses = record["epoch"] + 1, record["responses"]
         remaining = {slot: math.inf if slot in staying else responses.get(slot, math.inf) for slot in streaks}
@@ -119,8 +120,8 @@ def keep_one_open(model: nn.Module, responses: Mapping[str, float], epsilon: flo
 
     Args:
         model: The model with gates.
-        responses: Responses of the finished epoch, by slot. epsilon: Threshold that closed the branches, for the
-            warning.
+        responses: Responses of the finished epoch, by slot.
+        epsilon: Threshold that closed the branches, for the warning.
 
     Returns:
         The slot of the opened branch; None if none was opened.

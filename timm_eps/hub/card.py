@@ -38,7 +38,8 @@ def render_card(
     Args:
         architecture: Name of the unpruned network in timm.
         repo_id: Name of the model on the Hub, or of its directory.
-        blocks_total: Number of residual branches of the unpruned network. blocks_kept: Number of remaining branches.
+        blocks_total: Number of residual branches of the unpruned network.
+        blocks_kept: Number of remaining branches.
         classifies: Whether the network has a classifier.
         results: Values of ``all_results.json``; without them the card describes only the structure.
         picture: File name of the picture, if there is one.

@@ -28,6 +28,7 @@ def asking(api: HfApi, fact: str) -> Iterator[None]:
     Args:
         api: The client.
         fact: Consequence of a failure, for the message.
+
     Raises:
         HfHubHTTPError: The Hub refused the request. The class of the error is kept.
         ConnectionError: The Hub did not answer, or its answer cannot be read.

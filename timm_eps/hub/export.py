@@ -65,7 +65,7 @@ def export_timm(model: nn.Module, directory: str | os.PathLike, *, zero_branches
     empty = {path for path in blocks if isinstance(body.get_submodule(path), nn.Identity | Passthrough)}
     whole = {path for path in empty if path.rpartition(".")[2].isdigit()}
     obstacles = [
-        f"{path} is {'not in a sequence of blocks' if path in empty else 'not an identity'} without {', '.join(blocks[path])}"
+        f"{path} is {'not in a sequence' if path in empty else 'not an identity'} without {', '.join(blocks[path])}"
         for path in sorted(blocks.keys() - whole, key=natural_order)
     ]
     attempts = [] if obstacles and not zero_branches else [(_left_out(body, whole, zero_branches), zero_branches)]

@@ -24,7 +24,7 @@ def check_installed() -> None:
 
 
 def export_onnx(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write a model in evaluation mode as one ONNX file that maps ``pixel_values`` (B, C, H, W) to ``logits``, for any B.
+    """Write a model in evaluation mode as one ONNX file from ``pixel_values`` (B, C, H, W) to ``logits``, for any B.
 
     The output of a network without a classifier is called ``features``.
 

@@ -83,19 +83,21 @@ def save_pretrained(
 
     Args:
         model: A timm model of this package or one of its transformers classes.
-        directory: Directory to write; it is created if needed. label_names: Names of the classes, as a list in the
-            order of the logits or a mapping from class numbers. By default the model's own names. results: Values of
-            ``all_results.json`` for the card. :data:`timm_eps.hub.card.RESULT_KEYS` are required.
+        directory: Directory to write; it is created if needed.
+        label_names: Names of the classes, as a list in the order of the logits or a mapping from class numbers. By
+            default the model's own names.
+        results: Values of ``all_results.json`` for the card. :data:`timm_eps.hub.card.RESULT_KEYS` are required.
         history: :attr:`EpsilonPruner.history`, for the picture.
-        repo_id: Name of the model in the card; by default the directory's name. remote_code: Whether to add the code of
-            the CIFAR networks, so that transformers loads the model without this package, with
-            ``trust_remote_code=True``. onnx: Whether to add ``onnx/model.onnx``, which maps ``pixel_values`` to
-            ``logits``.
+        repo_id: Name of the model in the card; by default the directory's name.
+        remote_code: Whether to add the code of the CIFAR networks, so that transformers loads the model without this
+            package, with ``trust_remote_code=True``.
+        onnx: Whether to add ``onnx/model.onnx``, which maps ``pixel_values`` to ``logits``.
 
     Raises:
         ValueError: The model cannot be rebuilt from a name and arguments, its weights are not finite, the names do not
             fit the classes, ``results`` lacks a key or contains NaN, or ``remote_code`` is set for a network that is
-            not one of the CIFAR networks. ImportError: ``onnx`` is set, but onnx or onnxscript is not installed.
+            not one of the CIFAR networks.
+        ImportError: ``onnx`` is set, but onnx or onnxscript is not installed.
         OSError: The directory cannot be written.
     """
     check_gated(model)
@@ -154,9 +156,9 @@ def push_to_hub(
     Args:
         model: A timm model of this package or one of its transformers classes.
         repo_id: Name on the Hub, ``owner/name``, or ``name`` for the user's own repository. It is created if needed.
-            private: Whether a new repository is private; by default the owner's settings decide. token: Token of the
-            Hub; by default the one stored by ``hf auth login``. revision: Git branch to push to; it is created from the
-            main branch if needed.
+        private: Whether a new repository is private; by default the owner's settings decide.
+        token: Token of the Hub; by default the one stored by ``hf auth login``.
+        revision: Git branch to push to; it is created from the main branch if needed.
         commit_message: Title of the commit.
         saving: Arguments of :func:`save_pretrained`: ``label_names``, ``results``, ``history``, ``remote_code``,
             ``onnx``.
@@ -164,7 +166,7 @@ def push_to_hub(
     Raises:
         ValueError: See :func:`save_pretrained`.
         huggingface_hub.errors.HfHubHTTPError: The Hub refused: the token is not valid or has no permission to write.
-            ConnectionError: The Hub did not answer, or its answer cannot be read.
+        ConnectionError: The Hub did not answer, or its answer cannot be read.
         RuntimeError: An upload failed.
 
     The messages of the last three errors say whether the model was published. If the answer to the commit was an error,

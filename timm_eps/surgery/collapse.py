@@ -74,8 +74,9 @@ def plan_by_key(body: nn.Module, slots: set[str], key: Hashable) -> list[Plan]:
     """:func:`plan_collapse` with a cache.
 
     Args:
-        body: Model, as for :func:`plan_collapse`. slots: Slot paths. key: Arguments of the model's constructor, equal
-            only for networks of the same structure. None is not cached.
+        body: Model, as for :func:`plan_collapse`.
+        slots: Slot paths.
+        key: Arguments of the model's constructor, equal only for networks of the same structure. None is not cached.
     """
     if key is None:
         return plan_collapse(body, slots)
@@ -111,7 +112,7 @@ def plan_collapse(body: nn.Module, slots: set[str]) -> list[Plan]:
     planner = _Planner(net, dense, dense.live - shut.live, shut.live)
     plans = []
     for path, own in blocks.items():
-                here = [slot for slot in own if _find(net, slot) is found[slot]]  # others were removed with an outer block
+        here = [slot for slot in own if _find(net, slot) is found[slot]]  # others were removed with an outer block
         if here:
             plans.append(Plan(here, planner.plan_block(path, here)))
     whole = [Call(net, (batch,), {}, dense.output)]
@@ -124,9 +125,10 @@ class _Planner:
     """Tries edits on a meta copy and keeps those that preserve the shapes of outputs.
 
     Args:
-        net: Meta copy. It is changed. dense: Trace of the copy with all gates open. lost: Ids of the modules and
-            parameters that affect the output in ``dense``, but not any more. live: Ids of the modules and parameters
-            that still affect the output.
+        net: Meta copy. It is changed.
+        dense: Trace of the copy with all gates open.
+        lost: Ids of the modules and parameters that affect the output in ``dense``, but not any more.
+        live: Ids of the modules and parameters that still affect the output.
     """
 
     def __init__(self, net: nn.Module, dense: Trace, lost: set[int], live: set[int]) -> None:

@@ -22,7 +22,8 @@ def agreed(values: list[float], model: nn.Module) -> list[float]:
     Measured values such as times differ between processes, but all processes must make the same decision.
 
     Args:
-        values: Numbers, the same count in each process. model: Model on the device that is used for communication.
+        values: Numbers, the same count in each process.
+        model: Model on the device that is used for communication.
     """
     if not (values and dist.is_available() and dist.is_initialized()):
         return values
@@ -35,8 +36,8 @@ def share_measured(gates: Iterable[EpsilonGate], with_importance: bool = False) 
     """Give every process the largest response of all processes, for each gate. Every process must call this.
 
     Args:
-        gates: Gates of the model, in the same order in each process. with_importance: Whether to share the mean of
-            their importances, too.
+        gates: Gates of the model, in the same order in each process.
+        with_importance: Whether to share the mean of their importances, too.
     """
     found = list(gates)
     if not (found and dist.is_available() and dist.is_initialized()):

@@ -26,9 +26,9 @@ class LoadedStructure:
     left to torch, which rejects or reports them. In copies and pickles of the model the hook does nothing.
 
     Args:
-        model: A timm model, or a transformers model around one. Only a weak reference is kept, also to the owner of
-            ``lose``. lose: Bound method that is called with the model and the missing slots whenever weights are
-            loaded.
+        model: A timm model, or a transformers model around one. Only a weak reference is kept, also
+            to the owner of ``lose``.
+        lose: Bound method that is called with the model and the missing slots whenever weights are loaded.
     """
 
     def __init__(self, model: nn.Module | None = None, lose: Callable[[Any, list[str]], None] | None = None) -> None:

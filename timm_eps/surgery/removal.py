@@ -206,9 +206,9 @@ def replay_removed(model: nn.Module, removed: Iterable[str], key: Hashable = Non
     """Give a new model the structure of a pruned one, in place. Works without weights, on any device.
 
     Args:
-        model: Model with all its branches, or at least those that are not in ``removed``. removed: Slot paths, as
-            returned by :func:`remove_closed`. key: Arguments of the model's constructor, if known; see
-            :func:`.collapse.plan_by_key`.
+        model: Model with all its branches, or at least those that are not in ``removed``.
+        removed: Slot paths, as returned by :func:`remove_closed`.
+        key: Arguments of the model's constructor, if known; see :func:`.collapse.plan_by_key`.
 
     Raises:
         ValueError: A path is not a slot of this model, or a branch inside a removed branch is not listed.

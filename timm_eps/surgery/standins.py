@@ -46,8 +46,8 @@ class Passthrough(nn.Module):
     """An identity for modules with several arguments or several outputs.
 
     Args:
-        like: Class of the replaced module. take: Position of the argument to return, or a tuple of positions to return
-            a tuple.
+        like: Class of the replaced module.
+        take: Position of the argument to return, or a tuple of positions to return a tuple.
     """
 
     def __new__(cls, like: Any, take: int | tuple[int, ...] = 0) -> "Passthrough":
