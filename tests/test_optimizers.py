@@ -126,8 +126,8 @@ class Unknown(torch.optim.Optimizer):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda p: torch.optim.LBFGS(p), "LBFGS keeps parameters, or an optimizer, in its attribute '_params'"),
-        (lambda p: Unknown(torch.optim.SGD(p)), "Unknown keeps parameters, or an optimizer, in its attribute 'inner'"),
+        (lambda p: torch.optim.LBFGS(p), "LBFGS stores parameters, or an optimizer, in its attribute '_params'"),
+        (lambda p: Unknown(torch.optim.SGD(p)), "Unknown stores parameters, or an optimizer, in its attribute 'inner'"),
         (lambda p: [torch.optim.SGD(p), Unknown(torch.optim.SGD(p))], "Unknown keeps parameters"),
         (lambda p: {"sgd": torch.optim.SGD(p)}, "or a list of them, got dict"),
         (lambda p: [p], "or a list of them, got list|got Parameter"),

@@ -365,11 +365,15 @@ def test_a_wrong_token_creates_nothing(hub, repo_id):
     ("model", "arguments", "message"),
     [
         (lambda: timm.create_model("test_resnet"), {}, r"has no gates; call timm_eps\.add_gates\(model\) first"),
-        (lambda: timm_eps.models.eps_resnet.EpsResNet([1, 1, 1]), {}, "cannot be built again from a name"),
+        (lambda: timm_eps.models.eps_resnet.EpsResNet([1, 1, 1]), {}, "cannot be rebuilt from a name"),
         (lambda: torch.compile(tiny_net()), {}, "Got a compiled model"),
         (tiny_net, {"label_names": ["a"]}, "label_names must have one name for each of the 10 classes, got 1"),
         (tiny_net, {"results": {"eval_accuracy": 0.9}}, "results lacks architecture, arguments"),
-        (lambda: timm.create_model("eps_test_vit"), {"remote_code": True}, "remote_code is for the CIFAR networks"),
+        (
+            lambda: timm.create_model("eps_test_vit"),
+            {"remote_code": True},
+            "remote_code works only for the CIFAR networks",
+        ),
         (lambda: tiny_net(global_pool="max"), {"remote_code": True}, "which this file cannot build; timm_eps can"),
     ],
 )
@@ -549,7 +553,7 @@ def test_onnx_without_onnxscript(hub, monkeypatch, tmp_path):
 def test_flags_of_the_hub_without_a_push(given, capsys):
     with pytest.raises(SystemExit):
         train_hf.parse_arguments(given)
-    assert f"error: {given[0]} goes with --push_to_hub" in capsys.readouterr().err
+    assert f"error: {given[0]} needs --push_to_hub" in capsys.readouterr().err
 
 
 def run_script(monkeypatch, *arguments: str) -> str:

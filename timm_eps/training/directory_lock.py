@@ -22,8 +22,8 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
     """Lock a directory for the duration of a ``with`` block, against other processes that call this function.
 
     The lock is on the file ``.lock``, which contains the process number and is deleted at the end. A file left over
-    from a killed process is not locked and does not matter. Forked processes, such as those that read images, do not hold
-    the lock. On Windows and file systems without locks this does nothing.
+    from a killed process is not locked and does not matter. Forked processes, such as those that read images, do not
+    hold the lock. On Windows and file systems without locks this does nothing.
 
     Args:
         directory: An existing directory.

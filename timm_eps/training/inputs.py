@@ -29,8 +29,8 @@ class ImageData:
     """The images of a run, and the input format of its network.
 
     Attributes:
-        splits: Splits ``train``, ``validation`` and maybe ``test``; also ``analysed``, a part of the training images, if they
-            are needed to compare branches.
+        splits: Splits ``train``, ``validation`` and maybe ``test``; also ``analysed``, a part of the training images,
+            if they are needed to compare branches.
         pretrained_cfg: timm's description of the input.
         about: Facts about the images for the results and the card.
         pictures: Function that returns the first validation images as pictures.
