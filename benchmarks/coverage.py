@@ -269,11 +269,11 @@ def reason_of(message: str) -> str:
     """The kind of obstacle that an error of export_timm speaks of."""
     for needle, reason in {
         "is not an identity without": "what is left of a block without its branches is not an identity",
-        "is no block of a row": "a block is a part with a name of its own, not one of a row",
+        "is not in a sequence": "a block is a part with a name of its own, not one of a row",
         "depend on their position": "blocks depend on their position, so that the others cannot close ranks",
-        "no block would be left": "a stage would be left without a block",
+        "would have no block": "a stage would be left without a block",
         "from a directory": "timm does not build the architecture from a directory",
-        "no such number of blocks": "timm's entrypoint takes no number of blocks, or not of these",
+        "with this number of blocks": "timm's entrypoint takes no number of blocks, or not of these",
     }.items():
         if needle in message:
             return reason

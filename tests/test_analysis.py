@@ -293,7 +293,7 @@ GOOD = (torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
 @pytest.mark.parametrize(
     ("batches", "told"),
     [
-        ([], "holds no images"),
+        ([], "contains no images"),
         (GOOD[0], "got Tensor; put a single batch into a list"),
         ({"pixel_values": GOOD[0], "labels": GOOD[1]}, "got dict; put a single batch into a list"),
         ([GOOD, GOOD[0]], "Batch 1 must be a pair"),

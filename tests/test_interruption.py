@@ -203,7 +203,7 @@ def test_exit_codes_and_one_line(tmp_path):
         lines = [line for line in said.splitlines() if line.startswith("train_hf.py:")]
         if code > 0:
             [line] = lines
-            assert f"Stopped by {signal.Signals(signals[0][1]).name} after step 3; go on with" in line
+            assert f"Stopped by {signal.Signals(signals[0][1]).name} after step 3; use the same arguments" in line
             assert names(tmp_path / name) == ["checkpoint-3"]
         else:
             assert lines == []

@@ -215,12 +215,18 @@ def test_corrupt_images_in_a_table_are_counted_once_each(tmp_path, further, name
 @pytest.mark.parametrize(
     ("further", "message"),
     [
-        (["--streaming"], "The stream does not say how many images it has; --max_train_samples makes so many an epoch"),
-        (["--streaming", "--train_split_name", "train+test"], "no split to validate on"),
-        (["--streaming", "--label_column_name", "text"], "'text' holds string; which classes there are is not known"),
-        (["--label_column_name", "share"], "'share' holds .*; classes are strings or whole numbers"),
-        (["--label_column_name", "img"], "'img' is no column of type ClassLabel"),
-        (["--image_column_name", "share"], "'share' .*holds no images"),
+        (
+            ["--streaming"],
+            "The number of images of the stream is unknown; set the images per epoch with --max_train_samples",
+        ),
+        (["--streaming", "--train_split_name", "train+test"], "no validation split"),
+        (
+            ["--streaming", "--label_column_name", "text"],
+            "'text' contains string, but the classes of a stream are unknown",
+        ),
+        (["--label_column_name", "share"], "'share' contains .*; classes must be strings or whole numbers"),
+        (["--label_column_name", "img"], "'img' is not a column of type ClassLabel"),
+        (["--image_column_name", "share"], "'share' .*contains no images"),
         (["--train_split_name", "training"], r"no split 'training', only \['test', 'train'\]"),
     ],
 )

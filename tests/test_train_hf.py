@@ -223,8 +223,8 @@ def test_the_stored_config_is_the_default():
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[1]", "must hold an object of arguments by name, not a list"),
-        ('{"epsilom": 2.5}', "holds 'epsilom', which is no argument"),
+        ("[1]", "must contain an object of arguments by name, not a list"),
+        ('{"epsilom": 2.5}', "contains 'epsilom', which is not an argument"),
     ],
 )
 def test_bad_config(tmp_path, content, message):
@@ -243,7 +243,7 @@ def test_bad_config(tmp_path, content, message):
         (["--learning_rate", "nan", "--num_train_epochs", "1"], "The loss of epoch 1 is nan; lower --learning_rate"),
         (["--cuda_graphs"], "--cuda_graphs needs one process on an NVIDIA GPU, but this run has 1 on cpu"),
         (["--fold", "9"], "fold must be 0 to 4"),
-        (["--image_column_name", "picture"], "'picture' is no column of type Image"),
+        (["--image_column_name", "picture"], "'picture' is not a column of type Image"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):
