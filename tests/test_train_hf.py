@@ -316,7 +316,7 @@ def test_only_this_packages_models_go_on(tmp_path):
     from transformers import TimmWrapperConfig
 
     TimmWrapperConfig(architecture="resnet18").save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="is a timm_wrapper, no eps_resnet"):
+    with pytest.raises(ValueError, match="is a timm_wrapper, not an eps_resnet"):
         train_hf.main(["--model_name_or_path", str(tmp_path / "other"), "--output_dir", str(tmp_path / "out")])
 
 
