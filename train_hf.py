@@ -1,21 +1,21 @@
 #!/usr/bin/env python
-"""Train an image classifier that loses the residual blocks its task does not need.
+"""Train an image classifier and remove the residual blocks that its task does not need.
 
-    accelerate launch train_hf.py                      # eps_resnet110 on scikit-learn's digits; needs no network
+    accelerate launch train_hf.py                      # eps_resnet110 on scikit-learn's digits; no internet
     accelerate launch train_hf.py --compare_dense      # and the same recipe with the gates off, for comparison
     accelerate launch train_hf.py --dataset_name uoft-cs/cifar10 --flip --output_dir outputs/cifar10
     accelerate launch train_hf.py --config hub_configs/eps_resnet110.digits.json --keep 0.3
     accelerate launch train_hf.py --architecture eps_resnet18 --image_size 32 --keep 0.5    # any twin of a timm model
     accelerate launch train_hf.py --model_name_or_path me/dense --dataset_name me/images --target_latency 0.6
-    accelerate launch train_hf.py --model_name_or_path me/dense --dataset_name me/images --dry_run    # what can go
+    accelerate launch train_hf.py --model_name_or_path me/dense --dataset_name me/images --dry_run    # only a report
 
-A JSON file given with --config holds arguments by name; a flag on the command line wins over it. What is written to
+A JSON file for --config contains arguments by name. Flags on the command line take precedence. The script writes to
 --output_dir, and with --push_to_hub to the Hub: the model (timm and transformers load it), README.md (its card),
 blocks.png, all_results.json.
 """
 
-# An ordinary training with Accelerate, to be read from top to bottom and copied. The lines marked (1) to (4) are those
-# that timm_eps adds to it. What is done around the steps, from flags to checkpoints, is in timm_eps/training.
+# An ordinary training with Accelerate, written to be read from top to bottom and copied. Lines marked (1) to (4) are
+# specific to timm_eps. Everything around the steps, from flags to checkpoints, is in timm_eps/training.
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def begin(args: Arguments, accelerator: Accelerator, images: ImageData) -> tuple[nn.Module | None, dict[str, Any]]:
-    """The network that the training begins with, cut for the budget, with its teacher; and what is known by then.
+    """The initial network, pruned for the budget, with its teacher; and the results so far.
 
-    The network is None where the training begins with what the arguments say.
+    The network is None if it needs no preparation: then it is built from the arguments.
     """
     if not beginning.is_prepared(args):
         return None, {}
@@ -93,9 +93,9 @@ def begin(args: Arguments, accelerator: Accelerator, images: ImageData) -> tuple
 def prepare(
     args: Arguments, accelerator: Accelerator, images: ImageData, is_dense: bool = False, model: nn.Module | None = None
 ) -> Run:
-    """A training before its first step, that of the dense network with the gates off.
+    """A training before its first step. For a dense network the gates are off.
 
-    It begins with a model, or with what the arguments say.
+    It starts with a model, or builds one from the arguments.
     """
     set_seed(args.training.seed)
     model = build.place(model or build.model(args.model, args.paper, images), args.training, accelerator.device)
@@ -110,7 +110,7 @@ def prepare(
 
 
 def train(args: Arguments, accelerator: Accelerator, images: ImageData, **begun: Any) -> tuple[Run, dict[str, Any]]:
-    """A training to its end, from the seed or from a checkpoint on. Returns it and its results."""
+    """Train from the beginning or from a checkpoint to the end. Returns the run and its results."""
     run = prepare(args, accelerator, images, **begun)
     run_checkpoints.resume(run)
     with run.stoppable():
@@ -121,7 +121,7 @@ def train(args: Arguments, accelerator: Accelerator, images: ImageData, **begun:
                 end_epoch(run)
             run.stop_if_told()
         run.stop_if_told(is_end=True)
-    # Without the autocast that mixed precision wraps around forward: what is measured now is what will be loaded.
+    # Without the autocast of mixed precision around forward, so that the results are those of the saved model.
     accelerator.unwrap_model(run.network, keep_fp32_wrapper=False, keep_torch_compile=False)
     run.final.to(memory_format=torch.contiguous_format)
     validated = evaluate(args, accelerator, images, run.final)
@@ -130,9 +130,9 @@ def train(args: Arguments, accelerator: Accelerator, images: ImageData, **begun:
 
 
 def train_epoch(run: Run, epoch: int, bar: tqdm) -> None:
-    """The batches of an epoch, from where the run stands on. Nothing in a step waits for the device."""
+    """Train on the remaining batches of an epoch. No step waits for the device."""
     run.network.train()
-    if not run.pruner:  # nobody asks what the gates see; what they hold trains on
+    if not run.pruner:  # the dense run ignores responses, so skip measuring them; drop path stays in training mode
         for gate in timm_eps.gates(run.model).values():
             gate.training = False
     together = run.args.training.gradient_accumulation_steps
@@ -150,21 +150,21 @@ def train_epoch(run: Run, epoch: int, bar: tqdm) -> None:
         if takes_step:
             take_step(run)
             run.look()
-            if not is_last:  # at the end of the epoch there is more to do first
+            if not is_last:  # the end of the epoch has more to do first
                 run_checkpoints.save_if_due(run)
                 run.stop_if_told()
         bar.update()
 
 
 def forward_backward(run: Run, images: Tensor, labels: Tensor, accumulated: int = 1) -> Tensor:
-    """The passes of a batch, of so many whose gradients make a step. Returns its loss."""
+    """Forward and backward pass of a batch; ``accumulated`` batches form a step. Returns the loss."""
     loss = run.network(images, labels=labels).loss
     run.accelerator.backward(loss / accumulated)
     return loss.detach()
 
 
 def take_step(run: Run) -> None:
-    """A step of the optimizer, and of all that goes by steps."""
+    """A step of the optimizer and of everything that advances per step."""
     training, dropped, progress = run.args.training, run.args.paper.weight_decay_drop, run.progress
     run.prepared_optimizer.step()
     run.prepared_optimizer.zero_grad()
@@ -181,7 +181,7 @@ def take_step(run: Run) -> None:
 
 
 def end_epoch(run: Run) -> None:
-    """Close and remove branches, evaluate, log; write a checkpoint if one is due."""
+    """Close and remove branches, evaluate, log, and write a checkpoint if one is due."""
     training, progress, pruner = run.args.training, run.progress, run.pruner
     run.check_finite()
     progress.losses.append(run.mean_loss())
@@ -190,9 +190,9 @@ def end_epoch(run: Run) -> None:
     if pruner:
         values["epsilon"] = pruner.epsilon
         if pruner.step():  # (3)
-            rewrap(run.network)  # (4) DistributedDataParallel holds what was removed
+            rewrap(run.network)  # (4) DistributedDataParallel still has the removed parameters
             if is_compiled_module(run.network):
-                torch.compiler.reset()  # or torch stops compiling after a number of structures
+                torch.compiler.reset()  # otherwise torch stops compiling after a number of structures
         values["blocks"] = pruner.total - pruner.discarded
         values |= {f"response/{slot}": value for slot, value in pruner.history[-1]["responses"].items()}
     if training.lr_scheduler != "cosine":
@@ -213,7 +213,7 @@ def end_epoch(run: Run) -> None:
 def evaluate(
     args: Arguments, accelerator: Accelerator, images: ImageData, model: nn.Module, split: str = "validation"
 ) -> Evaluation:
-    """What a network gets right of the images of a split, over all processes."""
+    """Accuracy of a network on the images of a split, over all processes."""
     model.eval()
     device, classes = accelerator.device, len(images.label_names)
     normalize = images.normalize(device)
@@ -231,7 +231,7 @@ def evaluate(
 
 
 def publish(args: Arguments, run: Run, results: dict[str, Any], repo_id: str | None) -> None:
-    """Compare with the dense network, save, load through every loader, push; completes the results."""
+    """Compare with the dense network, save, check every loader, and push. Completes the results."""
     model, images, sample = run.final, run.images, run.images.sample(32, run.device)
     live = publishing.logits_of(model, sample)
     timm_eps.remove_closed(model)
@@ -245,7 +245,7 @@ def publish(args: Arguments, run: Run, results: dict[str, Any], repo_id: str | N
     print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")
     print(publishing.check_reload(args.output_dir, live, sample, images.pictures(len(sample))) + ".")
     if repo_id is not None:
-        message = f"Trained on {images.about['dataset']}, {results['blocks_kept']} blocks left"
+        message = f"Trained on {images.about['dataset']}, {results['blocks_kept']} blocks remain"
         publishing.push(args.saving, args.output_dir, model, repo_id, message, **saved)
 
 

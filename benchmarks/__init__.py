@@ -1,1 +1,1 @@
-"""What each figure in the documents comes from; ``python -m benchmarks`` compares ε-ResNet with its alternatives."""
+"""The sources of all figures in the documents. ``python -m benchmarks`` compares ε-ResNet with its alternatives."""

@@ -1,7 +1,7 @@
-"""ε-ResNet beside what one would use instead.
+"""Compare ε-ResNet with its alternatives.
 
-    python -m benchmarks --quick              # the small tables anew, three seeds, compared with the stored figures
-    python -m benchmarks                      # all that is not stored yet: hours on two cores; goes on where it stopped
+    python -m benchmarks --quick              # repeat the small tables, three seeds, compared with the stored figures
+    python -m benchmarks                      # all missing results: hours on two cores; resumes
     python -m benchmarks --only table --data glyphs --methods dense budget --at_once 1 --threads 2
 
 Figures are kept in benchmarks/results.json; RESULTS.md, curves.png and blocks_*.png are made of them.
@@ -31,7 +31,7 @@ PARTS = ("table", "latency", "sweeps")
 
 
 def measure_latency(store: Store, job: Job, threads: int) -> None:
-    """Of the networks that the runs of a seed and fold found; what is not there yet has no latency."""
+    """Latencies of the networks from the runs of a seed and fold. Missing networks have no latency."""
     runs = {
         one.method: store.results[one] for one in plan.table(job.data, [(job.seed, job.fold)]) if one in store.results
     }
@@ -67,7 +67,7 @@ def prepare_glyphs() -> None:
 
 
 def run_again(args: argparse.Namespace) -> None:
-    """The small table without what is stored, beside what is stored."""
+    """The small table from new runs, next to the stored results."""
     start = time.monotonic()
     directory = ROOT / "outputs" / "benchmarks-quick"
     shutil.rmtree(directory, ignore_errors=True)
@@ -82,7 +82,7 @@ def run_again(args: argparse.Namespace) -> None:
 
 
 def run_pretrained_again(args: argparse.Namespace, directory: Path) -> None:
-    """The small comparison on pretrained weights, if they and the images are there."""
+    """The small comparison on pretrained weights, if the weights and the images are available."""
     if not (prepare.DIRECTORY / prepare.IMAGES).exists():
         print("\nWithout the pretrained network: python -m benchmarks.pretrained.prepare says what it needs.")
         return

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from timm_eps.models.cifar_blocks import make_shortcuts_convolutions
 
 STEPS = 10  # of the bisection
-# The narrowest layers have 16 channels; with no whole one left, Torch-Pruning leaves them as they are.
+# The narrowest layers have 16 channels. Torch-Pruning does not change a layer if no channel would remain.
 LARGEST = 0.9
 
 
 def prune(model: nn.Module, images: Tensor, is_enough: Callable[[nn.Module], bool]) -> dict[str, Any]:
-    """Remove channels until it is enough, and no more.
+    """Remove only as many channels as necessary.
 
     Every layer but the classifier loses the same share of its channels, those whose groups have the smallest norms.
 
@@ -45,12 +45,12 @@ def prune(model: nn.Module, images: Tensor, is_enough: Callable[[nn.Module], boo
         else:
             low = middle
     model.timm_model = best
-    model.side_head = None  # it reads channels that are not there any longer
+    model.side_head = None  # it reads removed channels
     return {"ratio": high, "reached": reached}
 
 
 def without(body: nn.Module, ratio: float, images: Tensor) -> nn.Module:
-    """A copy of a network with a share of each layer's channels gone."""
+    """A copy of a network with a share of each layer's channels removed."""
     import torch_pruning
 
     pruned = copy.deepcopy(body).eval()

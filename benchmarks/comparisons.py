@@ -1,4 +1,4 @@
-"""What is compared: a recipe on a set of data, on which seeds, and what some rows of the table change of it."""
+"""The comparisons: a recipe on a data set, its seeds, and the changes for some rows of the table."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from benchmarks import glyphs
 from timm_eps.training.arguments import Arguments, parse_arguments
 
 ROOT = Path(__file__).parent.parent
-# Seeds and folds. Over the five folds each image of the digits is tested once; a few come first.
+# Seeds and folds. Over the five folds each image of the digits is tested once. The first few runs come first.
 FEW = [(0, 0), (1, 1), (2, 2)]
-# Paces at which a budget is reached, besides those of the recipes of the digits and the glyphs.
+# Alternative lengths of the ramp to a budget.
 _LATER = ("--epsilon_warmup_epochs", "8", "--ramp_epochs", "25")
 _EARLIER = ("--epsilon_warmup_epochs", "8", "--ramp_epochs", "6")
 
@@ -52,7 +52,7 @@ class Comparison:
         return ["--config", str(self.config), *self.arguments]
 
     def recipe(self, *flags: str) -> Arguments:
-        """What a run is trained by, from further arguments of train_hf.py on."""
+        """The arguments of a run, with further arguments of train_hf.py."""
         return parse_arguments([*self.flags, *flags])
 
     def length_of_epochs(self) -> str:
@@ -70,13 +70,13 @@ _DIGITS = Comparison(
     pairs=[*FEW, *((seed, fold) for seed in range(3) for fold in range(5) if seed != fold)],
     early="budget_with_dense_compute",
     changed={
-        # The least ε tried at which 80 % of the parameters go. It closes blocks as soon as it may, not one after
-        # the other, so it has a longer warm-up.
+        # The smallest tested ε that removes 80 % of the parameters. It closes blocks as early as possible, not one
+        # after the other, so it has a longer warm-up.
         "fixed": ("--epsilon_warmup_epochs", "8", "--epsilon", "2.5"),
         "other_criterion": ("--criterion", "importance"),
         "other_pace": _LATER,
         "other_pace_with_dense_compute": _LATER,
-        "finetuned": ("--ramp_epochs", "25"),  # with the recipe's 8 epochs it lost more
+        "finetuned": ("--ramp_epochs", "25"),  # with the recipe's 8 epochs it was less accurate
         "smaller_budget": ("--keep", "8"),
     },
 )
@@ -88,7 +88,7 @@ _GLYPHS = Comparison(
     pairs=[(seed, 0) for seed in range(3)],
     early="other_pace_with_dense_compute",
     changed={
-        "fixed": ("--epsilon", "6.0"),  # at 12 all parameters go
+        "fixed": ("--epsilon", "6.0"),  # at 12 all branches are removed
         "other_criterion": ("--criterion", "response"),
         "other_pace": _EARLIER,
         "other_pace_with_dense_compute": _EARLIER,
@@ -96,7 +96,7 @@ _GLYPHS = Comparison(
     },
     mixed_precision="bf16",  # halves the time of a step with these images
 )
-# Twice as deep, at the earlier pace, with the largest budget at which 80 % of the parameters go.
+# Twice as deep, with the earlier ramp, and the largest budget that removes 80 % of the parameters.
 _GLYPHS110 = replace(
     _GLYPHS,
     title="The same synthetic glyphs, at depth 110",

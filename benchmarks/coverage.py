@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Which timm architectures lose residual branches, how much goes, and whether it is exact: writes docs/coverage.md.
+"""Test for each timm architecture which residual branches can be removed exactly: writes docs/coverage.md.
 
     python -m benchmarks.coverage                # everything; takes about two hours on two cores and resumes
     python -m benchmarks.coverage --only resnet  # modules whose name contains this; prints, writes nothing
@@ -41,7 +41,7 @@ from timm_eps.surgery.removal import closed_slots, removed_slots, same_outputs
 ROOT = Path(__file__).parent.parent
 STORE = Path(__file__).with_suffix(".json")
 SEEDS = (0, 1, 2)
-# The smallest of these is too large to compute: a shorter, narrower one, or smaller images, have the same blocks.
+# The smallest of these is too large to compute. Shorter or narrower networks, or smaller images, have the same blocks.
 SHORTENED: dict[str, dict[str, Any]] = {
     "deepseek_vit_412m": {"depth": 4, "embed_dim": 128, "num_heads": 4, "img_size": 112},
     "deepseek_vit_412m_enc": {"depth": 4, "img_size": 112, "out_features": 256},
@@ -55,7 +55,7 @@ SHORTENED: dict[str, dict[str, Any]] = {
 
 
 def scan(name: str) -> dict[str, Any]:
-    """What can be told of an architecture without computing: its class, residual blocks, gates and refused slots."""
+    """Facts about an architecture that need no computation: its class, residual blocks, gates and rejected slots."""
     with torch.device("meta"):
         model = timm.create_model(name)
     accepted, refused = find_slots(model)
@@ -75,7 +75,7 @@ def try_out(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = timm.create_model(name, **arguments).eval()
     for parameter in model.parameters():
-        if parameter.ndim <= 1:  # or branches whose last scale begins at zero would be gone whatever is done
+        if parameter.ndim <= 1:  # otherwise branches with a zero scale would always be zero
             nn.init.uniform_(parameter, 0.5, 1.5)
     batch = probe_batch(model)
     with evaluating(model):
@@ -108,7 +108,7 @@ def try_out(name: str) -> dict[str, Any]:
 
 
 def try_export(model: nn.Module, name: str) -> dict[str, Any]:
-    """Export with half of the blocks gone, none of them a stage's first; if that fails, with zeros for branches."""
+    """Export with half of the blocks removed, but no stage's first block; if that fails, with zeros for branches."""
     blocks = slots_by_block(model, gates(model))
     later = [path for path in blocks if path.rpartition(".")[2] != "0"] or list(blocks)
     for path in random.Random(0).sample(later, (len(later) + 1) // 2):
@@ -138,7 +138,7 @@ def try_export(model: nn.Module, name: str) -> dict[str, Any]:
 
 
 def representatives(scanned: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """The smallest architecture of each class and set of blocks that has a gate, and all that it stands for."""
+    """The smallest gated architecture of each class and set of blocks, and all architectures that it represents."""
     groups: dict[tuple, list[str]] = defaultdict(list)
     for name, seen in scanned.items():
         if seen["gates"]:
@@ -175,7 +175,7 @@ def tools_table(tools: dict[str, dict[str, Any]], rows: list[str]) -> list[str]:
 
 
 def versions() -> str:
-    """What the figures depend on."""
+    """The versions that affect the figures."""
     return f"timm {timm.__version__} and torch {torch.__version__.partition('+')[0]}"
 
 
@@ -269,18 +269,18 @@ def document(
 
 def stated(reason: str) -> str:
     """The reason why a slot has no gate, with the slot as its subject and without the explanation."""
-    return reason.partition(":")[0].replace("it ", "the slot ", 1)
+    return f"the slot {reason.removeprefix('it ')}" if reason.startswith("it ") else reason.partition(":")[0]
 
 
 def reason_of(message: str) -> str:
-    """The kind of obstacle that an error of export_timm speaks of."""
+    """The kind of obstacle in an error of export_timm."""
     for needle, reason in {
         "is not an identity without": "a block without its branches is not an identity",
-        "is no block of a row": "a block has its own name and is not an element of a sequence",
+        "is not in a sequence": "a block has its own name and is not an element of a sequence",
         "depend on their position": "blocks depend on their position, so they cannot be renumbered",
-        "no block would be left": "a stage would be left without a block",
+        "would have no block": "a stage would be left without a block",
         "from a directory": "timm does not build the architecture from a directory",
-        "no such number of blocks": "timm's entrypoint has no argument for the number of these blocks",
+        "with this number of blocks": "timm's entrypoint has no argument for the number of these blocks",
     }.items():
         if needle in message:
             return reason
@@ -311,7 +311,7 @@ def main() -> None:
         else:
             continue
         print(name, stored["tried"][name], flush=True)
-    # A process for each: what TorchScript failed to compile stands in the way of what it compiles next.
+    # One process for each, because a failed TorchScript compilation affects later ones.
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
         for name in representatives(stored["scanned"]):
             if (only is None and name not in stored["tools"]) or (

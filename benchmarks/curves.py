@@ -26,7 +26,7 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def draw_curves(store: Store, path: Path) -> None:
-    """Accuracy against the share of blocks that stayed, over ε and over the budget; the dense network as a band."""
+    """Accuracy against the share of remaining blocks, over ε and over the budget; the dense network as a band."""
     figure, axis = canvas(7, 4.5)
     for name, label, marker in (("keep", "by budget", "o"), ("epsilon", "ε fixed", "s")):
         points = []
@@ -51,7 +51,7 @@ def draw_curves(store: Store, path: Path) -> None:
 
 
 def draw_blocks(store: Store, data: str, path: Path) -> None:
-    """How often each block stayed, over seeds and folds, by budget."""
+    """How often each block remains, over seeds and folds, by budget."""
     args = COMPARISONS[data].recipe()
     slots = list(gates(timm.create_model(args.model.name)))
     runs = pruned_runs(store, data)

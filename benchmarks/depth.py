@@ -1,4 +1,4 @@
-"""What depth costs: a training step, its memory, and a removal, of the paper's CIFAR networks.
+"""The cost of depth: a training step, its memory, and a removal, for the paper's CIFAR networks.
 
     python -m benchmarks.depth                         # eps_resnet110, 200, 500, 752; batch 128, 32x32, on the CPU
     python -m benchmarks.depth --batch_size 32 --rounds 1

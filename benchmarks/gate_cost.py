@@ -1,4 +1,4 @@
-"""What a gate costs: one training step with gates against the same network without, time and peak memory.
+"""The cost of gates: time and peak memory of a training step with gates and without.
 
     python -m benchmarks.gate_cost                        # eps_resnet110, batch 128, 32x32, on the CPU
     python -m benchmarks.gate_cost --importance           # gates that measure the importance of their branch
@@ -30,7 +30,7 @@ def build(args: argparse.Namespace, gated: bool) -> tuple[nn.Module, torch.optim
     model = timm.create_model(args.architecture).to(args.device).train()
     for slot, gate in gates(model).items():
         if gated:
-            gate.epsilon = 1e-6  # the gate works, and closes nothing
+            gate.epsilon = 1e-6  # the gate works, but does not close
             gate.measure_importance(args.importance)
         else:
             block, _, name = slot.rpartition(".")
@@ -47,7 +47,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tenso
 
 
 def peak_memory(args: argparse.Namespace, gated: bool) -> int:
-    """Peak bytes of a process that does nothing but three steps."""
+    """Peak bytes of a process that only runs three steps."""
     command = [sys.executable, __file__, "--only", "gated" if gated else "plain", "--architecture", args.architecture]
     command += ["--batch_size", str(args.batch_size), "--image_size", str(args.image_size), "--device", args.device]
     command += ["--importance"] * args.importance

@@ -47,7 +47,7 @@ PACKAGES = """
 
 
 def fetch_packages(directory: Path) -> None:
-    """Debian's packages of fonts, unpacked below a directory; nothing is installed."""
+    """Debian's font packages, unpacked below a directory without installation."""
     directory.mkdir(parents=True, exist_ok=True)
     subprocess.run(["apt-get", "--quiet", "download", *PACKAGES], cwd=directory, check=True)
     for package in sorted(directory.glob("*.deb")):
@@ -101,12 +101,12 @@ def draw(path: Path) -> np.ndarray | None:
             square = Image.new("L", (side, side))
             square.paste(canvas, ((side - canvas.width) // 2, (side - canvas.height) // 2))
             masks.append(np.asarray(square.resize((TEMPLATE, TEMPLATE), Image.Resampling.BILINEAR)))
-    except (OSError, ValueError):  # not every file that is called a font is one
+    except (OSError, ValueError):  # some files with a font's name are not fonts
         return None
     drawn = np.stack(masks)
     differ = len(np.unique(drawn.reshape(len(drawn), -1), axis=0)) == len(
         drawn
-    )  # what a font lacks, it draws as one box
+    )  # a missing character is drawn as a box
     return drawn if differ and drawn.any((1, 2)).all() else None
 
 
@@ -153,7 +153,7 @@ def compose(characters: Tensor, others: list[Tensor], generator: torch.Generator
         return low + (high - low) * torch.rand((batch, *shape), generator=generator)
 
     ground, ink = texture(uniform), texture(uniform)
-    # Lighter or darker than the ground by at least a little, so that there is something to read.
+    # Slightly lighter or darker than the background at least, so that it can be read.
     contrast = uniform(0.6, 0.9, 1, 1, 1) * torch.where(uniform(0, 1, 1, 1, 1) < 0.5, -1.0, 1.0)
     level = uniform(0.25, 0.75, 1, 1, 1)
     ground = ground + level - contrast / 2

@@ -1,4 +1,4 @@
-"""What registering everything costs: seconds to import timm_eps after timm and transformers, in fresh processes.
+"""The cost of registering all models: seconds to import timm_eps after timm and transformers, in new processes.
 
     python -m benchmarks.import_cost
 

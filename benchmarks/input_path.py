@@ -1,4 +1,4 @@
-"""What the images cost: how many a second come out augmented and normalised, and their share of a training step.
+"""The cost of the input: augmented and normalised images per second, and their share of a training step.
 
     python -m benchmarks.input_path                 # 50,000 random 32x32 images; then the default run of train_hf.py
     python -m benchmarks.input_path --device cuda

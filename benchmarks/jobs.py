@@ -1,4 +1,4 @@
-"""Runs of methods: each in a process of its own, several at once, none twice.
+"""Runs of methods: each in a separate process, several in parallel, each only once.
 
 What a run found is kept in a JSON file under what it depended on, so that a benchmark that was stopped goes on. The
 networks stay in ``outputs/``; where those of a finished run are gone and another run needs them, it is made again.
@@ -22,8 +22,8 @@ from benchmarks.comparisons import COMPARISONS, ROOT
 from benchmarks.methods import METHODS
 from timm_eps.training.publishing import versions
 
-# glibc hands activations of some MiB back to the system after each layer and gets them anew, page by page. That takes a
-# fifth to a quarter of the time of a large batch and varies from process to process. Who measures speed keeps them.
+# By default glibc returns the memory of large activations to the system after each layer and requests it again. This
+# takes up to a quarter of the time of a large batch and varies between processes, so it is turned off here.
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 
 
@@ -42,12 +42,12 @@ class Job:
 
     @property
     def needs(self) -> list[Job]:
-        """The runs whose networks this one begins with."""
+        """The runs whose networks this run starts from."""
         return [Job(self.data, method, self.seed, self.fold) for method in METHODS[self.method].needs]
 
     @property
     def alone(self) -> bool:
-        """Whether nothing may run beside it."""
+        """Whether no other job may run in parallel."""
         return METHODS[self.method].alone
 
     @property
@@ -74,7 +74,7 @@ class Store:
 
 
 class Runner:
-    """Carries out jobs, those that they need first.
+    """Runs jobs and, before them, the jobs that they need.
 
     Args:
         store: Where results are kept; what is there is not run again.
@@ -89,14 +89,14 @@ class Runner:
         self.started: dict[Job, Future[None]] = {}
 
     def run(self, jobs: Iterable[Job]) -> None:
-        """Carry out the jobs that have no result yet; raises RuntimeError with the log of the first that fails."""
+        """Run the jobs without a result. Raises RuntimeError with the log of the first failure."""
         self.make_networks(job for job in jobs if job not in self.store.results)
 
     def make_networks(self, jobs: Iterable[Job]) -> None:
-        """Carry out the jobs whose networks are not there."""
+        """Run the jobs whose networks are missing."""
         jobs = list(jobs)
-        # In this order, what others need and before it what that needs, a job finds those that it waits for in work or
-        # done, and never blocks the last process.
+        # In this order, dependencies come first, so a job only waits for jobs that are running or done, and never
+        # blocks the last process.
         ordered, level = jobs, jobs
         while level := [need for job in level for need in job.needs]:
             ordered = [*level, *ordered]
@@ -159,13 +159,13 @@ class Runner:
 
 
 def conditions() -> dict[str, Any]:
-    """What a result depends on besides its job."""
+    """Facts besides the job that affect a result."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
-    # What the benchmarks write themselves does not make a commit another one.
+    # Files written by the benchmarks do not count as changes of the commit.
     written = [f":!benchmarks/{name}" for name in ("results.json", "RESULTS.md", "*.png")]
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     commit = git("rev-parse", "--short", "HEAD") or "unknown"

@@ -1,4 +1,4 @@
-"""Latency of the networks of one seed and fold, measured in turn in one process with nothing beside it.
+"""Latency of the networks of one seed and fold, measured in turn in one process, without parallel jobs.
 
 Speed follows from the structure, which ``results.json`` holds, and not from the weights: the networks are built anew,
 untrained. ``__main__.py`` starts it; the answer is printed as JSON, in seconds, medians.
@@ -27,12 +27,12 @@ from timm_eps.surgery.branches import gates
 NATIVE = "native"
 REPARAMETERIZED = "reparameterized"
 WHOLE = "dense, reparameterized"
-REST = "no blocks"  # stem, shortcuts and head, which no pruning of blocks makes faster
+REST = "no blocks"  # stem, shortcuts and head, which block pruning cannot make faster
 COPIES = 7  # of the pruned network and its forms, at batch 1
 
 
 def build(architecture: str, classes: int, found: dict[str, Any]) -> nn.Module:
-    """An untrained network of the structure that a run found.
+    """An untrained network with the structure from a run.
 
     Raises:
         RuntimeError: It has other parameters than the run's, so its structure is another one.
@@ -48,7 +48,7 @@ def build(architecture: str, classes: int, found: dict[str, Any]) -> nn.Module:
 
 
 def native(body: nn.Module) -> nn.Module:
-    """The same structure as one would write it who knew nothing of gates: without them, and without placeholders.
+    """The same structure written by hand, without gates and placeholders.
 
     It does not call ``reparameterize_model``, which is measured against it.
     """
@@ -56,7 +56,7 @@ def native(body: nn.Module) -> nn.Module:
     for stage in body.stages:
         stage.blocks = nn.Sequential(*(block for block in stage.blocks if not isinstance(block, nn.Identity)))
         for block in stage.blocks:
-            if hasattr(block, "drop_path"):  # the shortcut that a removed block left has none
+            if hasattr(block, "drop_path"):  # the shortcut of a removed block has none
                 block.drop_path = nn.Identity()
     return body
 
@@ -84,7 +84,7 @@ def latency_over_copies(
 
 
 class InOnnxRuntime(nn.Module):
-    """A network as ONNX Runtime carries it out, with batch norm folded into the convolutions; on the CPU.
+    """A network in ONNX Runtime on the CPU, with batch norm folded into the convolutions.
 
     Args:
         body: The network.
@@ -93,11 +93,11 @@ class InOnnxRuntime(nn.Module):
 
     def __init__(self, body: nn.Module, images: torch.Tensor) -> None:
         super().__init__()
-        import onnxruntime  # by those alone who measure
+        import onnxruntime  # needed only for measurements
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # Or the threads of one session wait in a loop while another one is measured.
+        # Otherwise the threads of one session wait in a loop while another one is measured.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         with tempfile.TemporaryDirectory() as directory:
             body, path = channels.plain(body), f"{directory}/model.onnx"  # as timm_eps writes ONNX files
@@ -109,7 +109,7 @@ class InOnnxRuntime(nn.Module):
 
 
 class InCudaGraph(nn.Module):
-    """A network as a CUDA graph, whose kernels are started all at once.
+    """A network as a CUDA graph, which launches all kernels at once.
 
     Args:
         body: The network.
@@ -157,13 +157,13 @@ def latency_by(way: Way, nets: dict[str, nn.Module], images: torch.Tensor, repea
     names = nets if way.runtime is None else (WHOLE, REPARAMETERIZED, REST)
     laid_out = {name: copy.deepcopy(nets[name]).to(memory_format=way.memory_format) for name in names}
     if way.runtime is not None:
-        torch.compiler.reset()  # or torch stops compiling after a number of structures
+        torch.compiler.reset()  # otherwise torch stops compiling after a number of structures
         laid_out = {name: way.runtime(net, batch) for name, net in laid_out.items()}
     return report.paired_latency(laid_out, batch, repeats)
 
 
 def without_blocks(architecture: str, classes: int) -> nn.Module:
-    """What is left when all blocks are removed."""
+    """The network without any block."""
     everything = list(gates(timm.create_model(architecture)))
     return reparameterize_model(timm.create_model(architecture, num_classes=classes, removed=everything).eval())
 

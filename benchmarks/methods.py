@@ -1,4 +1,4 @@
-"""The networks that are compared: each method trains one, from the same recipe, and says what it cost.
+"""The compared methods: each trains a network with the same recipe, and returns its cost.
 
 A method is a function of a :class:`Bench`, which holds the data of one run, and returns the network that is left. Those
 that begin with the dense network take it, trained, from the run of the same seed and fold.
@@ -67,7 +67,7 @@ class Bench:
         return run.model
 
     def images(self, count: int) -> Tensor:
-        """The first images to test on, as the network reads them."""
+        """The first test images in the network's input format."""
         return self.data.sample(count, self.accelerator.device)
 
     def load(self, method: str) -> nn.Module:
@@ -75,14 +75,14 @@ class Bench:
         self.epochs += self.result(method)["epochs"]
         self.train_seconds += self.result(method)["train_seconds"]
         weight = self.args.paper.side_loss_weight
-        set_seed(self.args.training.seed)  # the side head is not saved, so it begins anew
+        set_seed(self.args.training.seed)  # the side head is not saved, so it is initialised again
         return AutoModelForImageClassification.from_pretrained(self.earlier[method], side_loss_weight=weight)
 
     def result(self, method: str) -> dict[str, Any]:
         return json.loads((self.earlier[method] / "result.json").read_text())
 
     def macs_ratio(self, method: str = "budget") -> float:
-        """How many times the multiply-adds of a method's network the dense one has."""
+        """Ratio of the multiply-adds of the dense network to those of a method's network."""
         return self.result("dense")["macs"] / self.result(method)["macs"]
 
     def longer(self) -> tuple[str, str]:
@@ -152,7 +152,7 @@ def random_blocks(bench: Bench) -> nn.Module:
 
 
 def stochastic_depth(bench: Bench) -> nn.Module:
-    """Trained with branches dropped at random, up to half of the time in the last block (Huang et al., ECCV 2016)."""
+    """Stochastic depth: branches are dropped at random, the last one with probability 0.5 (Huang et al., ECCV 2016)."""
     model = bench.fit("--no_gates", "--model_args", json.dumps({"drop_path_rate": 0.5}))
     for gate in gates(model).values():
         gate.drop_path = nn.Identity()

@@ -1,6 +1,6 @@
-"""Small networks and the state they should be in, for all tests, and a Hub of their own.
+"""Fixtures for all tests: small networks, and a local Hub.
 
-Nothing in the tests needs a network: who asks the Hub for something asks a server in this process.
+The tests need no internet access: all requests to the Hub go to a server in this process.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from loopback_hub import LoopbackHub
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # as many processes as cores are at work already
+    os.environ["OMP_NUM_THREADS"] = "1"  # xdist already uses one process per core
 
 _HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 _HUB = LoopbackHub().__enter__()
-os.environ.update(_HUB.environment(Path(_HOME.name)))  # before huggingface_hub is imported, which reads it once
+os.environ.update(_HUB.environment(Path(_HOME.name)))  # before importing huggingface_hub, which reads it once
 
 import datasets  # noqa: E402
 import numpy as np  # noqa: E402
@@ -35,7 +35,7 @@ from timm_eps.surgery.branches import gates  # noqa: E402
 
 @pytest.fixture
 def hub():
-    """The Hub that the real client talks to in all tests and in processes that they start; others' models are on it."""
+    """The local Hub for the real client in all tests and their child processes. It also has models of other users."""
     yield _HUB
     _HUB.fail_on = _HUB.fault = None
 
@@ -43,7 +43,7 @@ def hub():
 def pytest_configure(config):
     wanted = config.option.markexpr
     if "cuda" not in wanted or "not cuda" in wanted:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are to show the same everywhere
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same results on every machine
 
 
 def pytest_unconfigure():
@@ -70,7 +70,7 @@ def _seeded():
 
 @pytest.fixture
 def times_measured_once(monkeypatch):
-    """For tests in which it does not matter how long anything takes."""
+    """For tests that do not depend on time measurements."""
     monkeypatch.setattr(measure, "_SECONDS", 0.0)
     monkeypatch.setattr(measure, "_LEAST_REPEATS", 1)
 
@@ -82,7 +82,7 @@ def images() -> torch.Tensor:
 
 
 def tiny_net(**kwargs) -> torch.nn.Module:
-    """eps_resnet20 for 8x8 images: 9 blocks, 3 a stage, with BatchNorm statistics that are not the initial ones."""
+    """eps_resnet20 for 8x8 images: 9 blocks, 3 per stage, with changed BatchNorm statistics."""
     model = timm.create_model("eps_resnet20", pretrained_cfg_overlay={"input_size": (3, 8, 8)}, **kwargs)
     model.train()
     for _ in range(3):
@@ -98,7 +98,7 @@ def close(model: torch.nn.Module, *slots: str) -> None:
 
 
 def make_dataset(count=12, size=(8, 8), image="img", label="fine_label", mode="RGB", classes=("a", "b", "c")):
-    """A table of noise pictures, whose labels go round the classes."""
+    """A table of noise pictures, with the classes in turn as labels."""
     rng = np.random.default_rng(0)
     channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
     pictures = [Image.fromarray(rng.integers(0, 256, (*size, *channels), dtype=np.uint8), mode) for _ in range(count)]
@@ -107,14 +107,14 @@ def make_dataset(count=12, size=(8, 8), image="img", label="fine_label", mode="R
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> dict[str, Any]:
-    """What a table holds of a picture that has no name: the content of its file."""
+    """A table cell for a picture without a name: the content of its file."""
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return {"bytes": file.getvalue(), "path": None}
 
 
 def write_splits(directory: Path, **splits: datasets.Dataset) -> str:
-    """One parquet file a split, laid out as on the Hub."""
+    """One parquet file per split, with the directory layout of the Hub."""
     for name, rows in splits.items():
         rows.to_parquet(directory / "data" / f"{name}-00000-of-00001.parquet")
     return str(directory)

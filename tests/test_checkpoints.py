@@ -93,7 +93,7 @@ def test_each_harm_to_each_file_is_found(tmp_path, caplog, name, harm):
     torn = write(tmp_path, 6)
     harm(torn / name)
     reason = why_torn(torn)
-    expected = f"{Path(name).name} is missing" if harm is delete else f"{name} is not as it was written"
+    expected = f"{Path(name).name} is missing" if harm is delete else f"{name} was changed"
     assert reason == expected
     found, said = used_instead(tmp_path, torn, caplog)
     assert found == tmp_path / "checkpoint-3"
@@ -124,11 +124,11 @@ def test_a_manifest_of_any_content_is_torn_not_an_error(tmp_path, caplog, conten
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda path: path.symlink_to(path.with_name("nowhere")), "it is a link to nowhere"),
-        (lambda path: path.symlink_to(path), "it is a link to nowhere"),
-        (lambda path: path.write_text("a file"), "it is no directory"),
+        (lambda path: path.symlink_to(path.with_name("nowhere")), "it is a broken link"),
+        (lambda path: path.symlink_to(path), "it is a broken link"),
+        (lambda path: path.write_text("a file"), "it is not a directory"),
         (lambda path: path.mkdir(), f"{MANIFEST} is missing"),
-        (lambda path: (path / MANIFEST).mkdir(parents=True), f"{MANIFEST} is not as it was written"),
+        (lambda path: (path / MANIFEST).mkdir(parents=True), f"{MANIFEST} was changed"),
     ],
 )
 def test_what_has_the_name_of_a_checkpoint_is_passed_over_and_replaced(tmp_path, caplog, make, reason):

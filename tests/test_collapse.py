@@ -167,7 +167,7 @@ def test_gates_inside_a_removed_branch_go_with_it():
     inside = ["blocks.1.mlp.drop_path1", "blocks.1.mlp.drop_path2"]
     assert sorted(timm_eps.remove_closed(model)) == ["blocks.1.drop_path2", *inside]
     assert torch.equal(model(probe_batch(model)), before)
-    with pytest.raises(ValueError, match=r"removed lacks 'blocks\.1\.mlp\.drop_path1', which stands inside a branch"):
+    with pytest.raises(ValueError, match=r"removed lacks 'blocks\.1\.mlp\.drop_path1', which is inside a branch"):
         replay_removed(copy.deepcopy(dense), ["blocks.1.drop_path2"])
     replay_removed(dense, model.removed)
     assert dense.state_dict().keys() == model.state_dict().keys()

@@ -158,11 +158,11 @@ def test_what_did_not_run_or_diverged_is_not_ranked():
 @pytest.mark.parametrize(
     ("budget", "told"),
     [
-        ({"keep": 3, "target_macs": 0.5}, "exactly one of epsilon and keep, or in place of keep one of target_params"),
+        ({"keep": 3, "target_macs": 0.5}, "exactly one of epsilon, keep, target_params"),
         ({"target_macs": 0.0}, "target_macs must be a fraction"),
         ({"target_macs": 1e-4}, "cannot be reached by removing branches: without any of its 9 branches"),
         ({"target_params": 10}, "target_params=10 cannot be reached"),
-        ({"epsilon": 1.0, "criterion": Importance()}, "goes with keep"),
+        ({"epsilon": 1.0, "criterion": Importance()}, "needs a budget such as keep"),
         ({"keep": 3, "criterion": Importance}, r"make one: Importance\(\)"),
         ({"keep": 3, "criterion": 7}, "criterion must be one of response, importance, last, got '7'"),
     ],
@@ -173,7 +173,7 @@ def test_budgets_and_criteria_that_cannot_be(budget, told):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "told"), [({"head": 1.0}, "ranks 'head', which is no branch"), ([1.0], "as a dict, got list")]
+    ("ranks", "told"), [({"head": 1.0}, "ranks 'head', which is not a branch"), ([1.0], "as a dict, got list")]
 )
 def test_a_criterion_that_returns_something_else(ranks, told):
     with pytest.raises(ValueError, match=told):
@@ -197,7 +197,7 @@ def test_a_run_with_a_target_resumes():
             net.train()(torch.randn(8, 3, 8, 8))
             owner.step()
     assert removed_slots(again) == removed_slots(model)
-    with pytest.raises(ValueError, match="of another budget"):
+    with pytest.raises(ValueError, match="for another budget"):
         EpsilonPruner(tiny_net(num_classes=5), target_macs=0.5).load_state_dict(state | {"budget": {}})
 
 
@@ -263,9 +263,9 @@ def test_a_schedule_of_ones_own():
     assert pruner.wanted == 9
     assert len(removed_slots(model)) == 3
     for given, message in (
-        ({"epsilon": 1.0}, "Give exactly one of epsilon and keep"),
-        ({"warmup_epochs": 1}, "warmup_epochs and ramp_epochs go with"),
-        ({"criterion": "importance"}, "goes with keep"),
+        ({"epsilon": 1.0}, "Give exactly one of epsilon, keep"),
+        ({"warmup_epochs": 1}, "warmup_epochs and ramp_epochs need"),
+        ({"criterion": "importance"}, "needs a budget such as keep"),
     ):
         with pytest.raises(ValueError, match=message):
             EpsilonPruner(tiny_net(), schedule=EverySecondEpoch(), **given)
@@ -283,12 +283,12 @@ def test_a_budget_that_cannot_be_counted_says_so():
 def test_a_state_of_another_budget_is_refused():
     _, pruner = pruned(schedule=timm_eps.CostEpsilon(Bytes(0.5), ramp_epochs=3))
     other = EpsilonPruner(tiny_net(num_classes=5), target_params=0.5, ramp_epochs=3)
-    with pytest.raises(ValueError, match="is of another budget than TargetParams"):
+    with pytest.raises(ValueError, match="is for another budget than TargetParams"):
         other.load_state_dict(pruner.state_dict())
 
 
 def test_a_schedule_that_leaves_a_branch_out_is_named():
-    with pytest.raises(ValueError, match=r"says no epsilon for 'stages\.0\.blocks\.0\.drop_path'"):
+    with pytest.raises(ValueError, match=r"returned no epsilon for 'stages\.0\.blocks\.0\.drop_path'"):
         EpsilonPruner(tiny_net(), schedule=lambda epoch, responses, total: {})
 
 

@@ -108,7 +108,7 @@ def test_taken_up_from_a_checkpoint(tmp_path):
     last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     last.rename(tmp_path / "last")
     again, printed = launch(out, "--keep", "3", "--checkpointing_steps", "epoch", "--resume_from_checkpoint")
-    assert "Going on from" in printed
+    assert "Resuming from" in printed
     assert again["removed"] == whole["removed"]
 
 

@@ -129,7 +129,11 @@ def test_others_are_left_out_in_each_epoch():
         (plain(3), 4, "3 training images are not enough for 4 processes"),
         (made(ImageFiles, numbered(1)), 2, "1 training images are not enough for 2 processes"),
         (made(ImageStream, numbered(9), length=1), 2, "1 training images are not enough for 2 processes"),
-        (made(ImageStream, numbered(9)), 1, "does not say how many images it has; --max_train_samples makes so many"),
+        (
+            made(ImageStream, numbered(9)),
+            1,
+            "number of images of the stream is unknown; set the images per epoch with --max_train",
+        ),
     ],
 )
 def test_too_few_images(split, processes, message):
@@ -434,5 +438,5 @@ def test_a_stream_with_a_label_of_no_class():
     rows = datasets.Dataset.from_dict({"image": rows["image"], "label": [0, None, 1]}, rows.features)
     split = made(ImageStream, rows, length=3)
     for use in (TrainingBatches(split, 3).epoch(0), evaluation_batches(split, 3)):
-        with pytest.raises(ValueError, match="'label' holds labels from -1 to -1, but its classes are 0 to 2"):
+        with pytest.raises(ValueError, match="'label' contains labels from -1 to -1, but its classes are 0 to 2"):
             list(use)

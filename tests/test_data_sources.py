@@ -92,8 +92,8 @@ def test_columns_by_type():
         ),
         ({"x": IMAGE, "y": NUMBER}, {}, "no column of type ClassLabel"),
         ({"x": IMAGE, "fine": LABEL, "coarse": LABEL}, {}, "2 columns of type ClassLabel"),
-        ({"x": IMAGE, "y": LABEL}, {"label_column": "z"}, "--label_column_name 'z' is no column of type ClassLabel"),
-        ({"x": IMAGE, "y": LABEL}, {"image_column": "y"}, "--image_column_name 'y' is no column of type Image"),
+        ({"x": IMAGE, "y": LABEL}, {"label_column": "z"}, "--label_column_name 'z' is not a column of type ClassLabel"),
+        ({"x": IMAGE, "y": LABEL}, {"image_column": "y"}, "--image_column_name 'y' is not a column of type Image"),
         (None, {}, "no column of type Image; name one with --image_column_name. Columns: unknown"),
     ],
 )
@@ -274,13 +274,13 @@ def test_kinds_of_plain_values(tmp_path, kind):
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ([0.5, 1.0], [0.5], "--label_column_name 'breed' holds double; classes are strings or whole numbers"),
-        ([b"a", b"b"], [b"a"], "--label_column_name 'breed' holds binary; classes are strings or whole numbers"),
+        ([0.5, 1.0], [0.5], "--label_column_name 'breed' contains double; classes must be strings or whole numbers"),
+        ([b"a", b"b"], [b"a"], "--label_column_name 'breed' contains binary; classes must be strings or whole numbers"),
         (["a", "b"], ["a", "dog"], "Class 'dog' is in the validation split but has no training image"),
         ([1, 2], [1, 3], "Class 3 is in the validation split but has no training image"),
-        (["a", None, "b"], ["a"], "'breed' holds labels from -1 to 1, but its classes are 0 to 1"),
-        (["a", "b"], ["a", None], "'breed' holds labels from -1 to 0, but its classes are 0 to 1"),
-        ([["a"], ["b"]], [["a"]], "--label_column_name 'breed' is no column of type ClassLabel"),
+        (["a", None, "b"], ["a"], "'breed' contains labels from -1 to 1, but its classes are 0 to 1"),
+        (["a", "b"], ["a", None], "'breed' contains labels from -1 to 0, but its classes are 0 to 1"),
+        ([["a"], ["b"]], [["a"]], "--label_column_name 'breed' is not a column of type ClassLabel"),
     ],
 )
 def test_plain_values_that_are_no_classes(tmp_path, train, test, message):
@@ -296,7 +296,7 @@ def test_plain_values_that_are_no_classes(tmp_path, train, test, message):
 
 def test_missing_labels_before_the_split_is_made(tmp_path):
     directory = write_splits(tmp_path, train=with_labels(["a", None, "b", "a", "b"]))
-    with pytest.raises(ValueError, match="'breed' holds labels from -1 to 1, but its classes are 0 to 1"):
+    with pytest.raises(ValueError, match="'breed' contains labels from -1 to 1, but its classes are 0 to 1"):
         load_splits(directory, label_column="breed", train_val_split=0.4)
 
 
@@ -323,7 +323,7 @@ def test_a_named_column_may_hold_files_or_paths(tmp_path):
 def test_a_named_column_without_images(tmp_path, values):
     rows = make_dataset(2).add_column("number", values)
     directory = write_splits(tmp_path, train=rows, test=rows)
-    with pytest.raises(ValueError, match=r"--image_column_name 'number' \(Value\) holds no images"):
+    with pytest.raises(ValueError, match=r"--image_column_name 'number' \(Value\) contains no images"):
         load_splits(directory, image_column="number")
 
 
@@ -355,14 +355,14 @@ def test_streams_of_folders(tmp_path):
     assert find_columns(splits["train"].features) == ("image", "label")
     assert splits["train"].features["label"].names == ["x", "y"]
     assert Counter(row["label"] for row in splits["train"]) == {0: 3, 1: 3}
-    with pytest.raises(ValueError, match=r"The stream has no split to validate on, only \['train'\]; .*--streaming"):
+    with pytest.raises(ValueError, match=r"The stream has no validation split, only \['train'\]; .*--streaming"):
         load_splits(train_dir=train, streaming=True)
 
 
 def test_streams_do_not_say_which_plain_values_there_are(tmp_path):
     rows = with_labels(["a", "b"])
     directory = write_splits(tmp_path, train=rows, test=rows)
-    with pytest.raises(ValueError, match="'breed' holds string; which classes there are is not known of a stream"):
+    with pytest.raises(ValueError, match="'breed' contains string, but the classes of a stream are unknown"):
         load_splits(directory, label_column="breed", streaming=True)
     with pytest.raises(ValueError, match="no column of type ClassLabel; name one with --label_column_name"):
         find_columns(load_splits(directory, streaming=True)[0]["train"].features)

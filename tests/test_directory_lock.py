@@ -49,7 +49,7 @@ def test_a_second_one_is_refused_and_told_who_writes(tmp_path):
     with pytest.raises(ValueError, match=rf"Another run \(pid {first.pid}\) writes to {tmp_path}"), locked(tmp_path):
         pass
     second = start(tmp_path)
-    assert said(second).startswith(f"Another run (pid {first.pid}) writes to {tmp_path}: wait for its end")
+    assert said(second).startswith(f"Another run (pid {first.pid}) writes to {tmp_path}. Wait until it ends")
     end(second)
     end(first)
     assert list(tmp_path.iterdir()) == []

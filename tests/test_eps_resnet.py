@@ -222,7 +222,7 @@ def test_intermediates(removed):
 
 @pytest.mark.parametrize("indices", [5, 0, -1, [4], [-5], []])
 def test_bad_indices(indices):
-    with pytest.raises(ValueError, match="indices must pick from the 4 intermediates"):
+    with pytest.raises(ValueError, match="indices must select from the 4 intermediates"):
         timm.create_model("eps_resnet20").forward_intermediates(torch.randn(1, 3, 8, 8), indices=indices)
 
 
@@ -357,5 +357,5 @@ def test_reparameterized_twins_lose_their_gates():
 
 
 def test_an_unknown_argument_is_named():
-    with pytest.raises(ValueError, match="'blocks' is no argument of eps_resnet20; these are layers, channels"):
+    with pytest.raises(ValueError, match="'blocks' is not an argument of eps_resnet20; these are layers, channels"):
         timm.create_model("eps_resnet20", blocks=3)

@@ -45,7 +45,11 @@ def test_one_line(said, expected):
         (HTTP_ERRORS[-1]("cannot connect"), "script: error: cannot connect.", ""),
         (RuntimeError("[pair.cc] Connection closed by peer [::1]"), "script: error: Another process of this", ""),
         (KeyboardInterrupt(), 130, "script: Stopped by SIGINT.\n"),
-        (InterruptionError(signal.SIGTERM, 3, Path("c")), 143, "script: Stopped by SIGTERM after step 3; go on with"),
+        (
+            InterruptionError(signal.SIGTERM, 3, Path("c")),
+            143,
+            "script: Stopped by SIGTERM after step 3; use the same arguments",
+        ),
         (InterruptionError(signal.SIGINT, 3, None), 130, "script: Stopped by SIGINT after step 3; no checkpoint"),
     ],
 )

@@ -110,7 +110,7 @@ def test_card(model, tmp_path):
         "| parameters | 100 | 40 | −60.0 % |",
         "| accuracy | not trained | 50.00 % |  |",
         "- `num_train_epochs`: 3",
-        "![Which residual branches stayed",
+        "![Remaining residual branches",
         "yu2018epsilon",
     ):
         assert text in card.content
@@ -201,7 +201,7 @@ def test_bad_input(model, tmp_path):
         timm_eps.save_pretrained(model, tmp_path, label_names=["a", "b", "c"])
     with pytest.raises(ValueError, match=r"ResNet has no gates; call timm_eps\.add_gates\(model\) first"):
         timm_eps.save_pretrained(timm.create_model("resnet18"), tmp_path)
-    with pytest.raises(ValueError, match="EpsResNet cannot be built again from a name"):
+    with pytest.raises(ValueError, match="EpsResNet cannot be rebuilt from a name"):
         timm_eps.save_pretrained(timm_eps.models.eps_resnet.EpsResNet([1, 1, 1]), tmp_path)
     with pytest.raises(ValueError, match="results lacks architecture, arguments"):
         timm_eps.save_pretrained(model, tmp_path, results={"eval_accuracy": 0.9})

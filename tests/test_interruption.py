@@ -84,8 +84,8 @@ def test_told_to_stop_it_writes_a_checkpoint_and_goes_on_from_there(whole, tmp_p
     out = tmp_path / "out"
     assert names(out)[-1] == f"checkpoint-{step}"
     assert str(stopped.value) == (
-        f"Stopped by {signum.name} after step {step}; go on with the same arguments and --resume_from_checkpoint, from "
-        f"{out}/checkpoint-{step}."
+        f"Stopped by {signum.name} after step {step}; use the same arguments and --resume_from_checkpoint to resume "
+        f"from {out}/checkpoint-{step}."
     )
     assert not (out / LOCK).exists()
     run(out, *EVERY_3, *LATEST)
@@ -122,7 +122,9 @@ def test_the_dense_half_is_taken_up_too(tmp_path, monkeypatch):
 
 def test_without_checkpoints_none_is_written(tmp_path, monkeypatch):
     at_step(monkeypatch, 5, send(signal.SIGTERM))
-    with pytest.raises(InterruptionError, match=r"after step 5; no checkpoint is there to go on from\. --checkpoint"):
+    with pytest.raises(
+        InterruptionError, match=r"after step 5; there is no checkpoint to resume from\. Use --checkpoint"
+    ):
         run(tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -201,7 +203,7 @@ def test_exit_codes_and_one_line(tmp_path):
         lines = [line for line in said.splitlines() if line.startswith("train_hf.py:")]
         if code > 0:
             [line] = lines
-            assert f"Stopped by {signal.Signals(signals[0][1]).name} after step 3; go on with" in line
+            assert f"Stopped by {signal.Signals(signals[0][1]).name} after step 3; use the same arguments" in line
             assert names(tmp_path / name) == ["checkpoint-3"]
         else:
             assert lines == []
@@ -449,7 +451,7 @@ def test_a_shorter_list_of_files_is_no_whole_one(whole, name, caplog):
     change(out / "checkpoint-9", name, None)
     with caplog.at_level(logging.WARNING, "timm_eps"):
         run(out, *EVERY_3, *LATEST)
-    assert f"checkpoint-9 is not whole (manifest.json does not list {name}); the checkpoint before it" in caplog.text
+    assert f"checkpoint-9 is damaged (manifest.json does not list {name}); the checkpoint before it" in caplog.text
     assert outcome(out) == outcome(whole)
 
 
@@ -492,14 +494,14 @@ NESTED = b"[" * 100_000 + b"]" * 100_000
             (
                 "training.json",
                 edited("progress", "loss", value=float("nan")),
-                "training.json holds NaN, which is no JSON",
+                "training.json contains NaN, which is not JSON",
             ),
             (
                 "training.json",
                 edited("progress", "loss", value={"not a JSON number": "nan"}),
                 r"progress\.loss must be finite, got nan",
             ),
-            ("training.json", edited("progress", "losses", value=[1.0]), r"progress\.losses .* must be of 2 epochs"),
+            ("training.json", edited("progress", "losses", value=[1.0]), r"progress\.losses .* must have 2 epochs"),
             (
                 "training.json",
                 edited("progress", "losses", value=["a", "b"]),
@@ -519,11 +521,11 @@ NESTED = b"[" * 100_000 + b"]" * 100_000
             (
                 "training.json",
                 edited("pruner", "epoch", value=3),
-                r"pruner\.epoch and pruner\.history must be of 2 epochs",
+                r"pruner\.epoch and pruner\.history must have 2 epochs",
             ),
             ("training.json", edited("pruner", "removed", value="x"), r"pruner\.removed must be list, got str"),
             ("training.json", edited("pruner", "closed", value=[1]), r"pruner\.closed must be a list of str"),
-            ("training.json", edited("pruner", "streaks", value={}), "pruner's state is of another model"),
+            ("training.json", edited("pruner", "streaks", value={}), "pruner's state belongs to another model"),
             (
                 "training.json",
                 edited("pruner", "history", 0, "responses", value=3),
@@ -538,8 +540,8 @@ NESTED = b"[" * 100_000 + b"]" * 100_000
             ("model.safetensors", lambda content: b"", "header"),
             ("optimizer.bin", lambda content: content[:100], ""),
             ("optimizer.bin", lambda content: b"", ""),
-            ("random_states_0.pkl", lambda content: b"", r"random_states_0\.pkl holds no random states"),
-            ("random_states_0.pkl", lambda content: content[:99], r"random_states_0\.pkl holds no random states"),
+            ("random_states_0.pkl", lambda content: b"", r"random_states_0\.pkl contains no random states"),
+            ("random_states_0.pkl", lambda content: content[:99], r"random_states_0\.pkl contains no random states"),
         ],
         0,
         4,
@@ -676,7 +678,7 @@ def test_stopped_from_outside(whole_runs, tmp_path, kind, receiver, signum):
         assert "Traceback" not in log.read_text()
     last = checkpoints.newest_whole(out)
     assert last is not None
-    assert f"and --resume_from_checkpoint, from {last}." in line
+    assert f"and --resume_from_checkpoint to resume from {last}." in line
     of_launcher = kind == "launched" and receiver == "launcher"  # whose death counts as SIGTERM
     assert f"Stopped by {'SIGTERM' if of_launcher else signum.name} after step" in line
     assert not (out / "model.safetensors").exists(), "it was stopped before its end"

@@ -282,7 +282,7 @@ def test_from_timm_takes_config_fields(images, labels):
     output.loss.backward()
     assert output.loss > F.cross_entropy(output.logits, labels)
     for refused in (timm.create_model("vgg11"), timm_eps.models.eps_resnet.EpsResNet([1, 1, 1])):
-        with pytest.raises(ValueError, match="cannot be built again from a name"):
+        with pytest.raises(ValueError, match="cannot be rebuilt from a name"):
             EpsResNetForImageClassification.from_timm(refused)
     with pytest.raises(ValueError, match="made with norm_layer=<class"):
         EpsResNetForImageClassification.from_timm(

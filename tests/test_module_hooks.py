@@ -99,7 +99,7 @@ def test_hooks_in_a_removed_branch_are_named(architecture, slots, inner, registe
     getattr(model.get_submodule(inner), register)(observe)
     remove(model, slots)
     (message,) = caplog.messages
-    assert message.startswith(f"{inner} was removed, and its hooks with it")
+    assert message.startswith(f"{inner} was removed together with its hooks")
     assert "observe" in message
 
 

@@ -126,9 +126,9 @@ class Unknown(torch.optim.Optimizer):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda p: torch.optim.LBFGS(p), "LBFGS keeps parameters, or an optimizer, in its attribute '_params'"),
-        (lambda p: Unknown(torch.optim.SGD(p)), "Unknown keeps parameters, or an optimizer, in its attribute 'inner'"),
-        (lambda p: [torch.optim.SGD(p), Unknown(torch.optim.SGD(p))], "Unknown keeps parameters"),
+        (lambda p: torch.optim.LBFGS(p), "LBFGS stores parameters, or an optimizer, in its attribute '_params'"),
+        (lambda p: Unknown(torch.optim.SGD(p)), "Unknown stores parameters, or an optimizer, in its attribute 'inner'"),
+        (lambda p: [torch.optim.SGD(p), Unknown(torch.optim.SGD(p))], "Unknown stores parameters"),
         (lambda p: {"sgd": torch.optim.SGD(p)}, "or a list of them, got dict"),
         (lambda p: [p], "or a list of them, got list|got Parameter"),
     ],
@@ -146,7 +146,7 @@ def test_zero_redundancy_is_refused(tmp_path):
     try:
         model = tiny_net()
         sharded = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
-        with pytest.raises(ValueError, match="ZeroRedundancyOptimizer keeps parameters"):
+        with pytest.raises(ValueError, match="ZeroRedundancyOptimizer stores parameters"):
             EpsilonPruner(model, sharded, epsilon=1.0)
     finally:
         dist.destroy_process_group()

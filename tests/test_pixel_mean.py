@@ -85,7 +85,7 @@ def test_trained_saved_and_loaded_by_everyone(tmp_path, monkeypatch, capsys):
     [
         (["--streaming", "--dataset_name", "x"], "--per_pixel_mean and --streaming exclude each other"),
         (["--pretrained"], "--per_pixel_mean and --pretrained exclude each other"),
-        (["--augmentation", "resized_crop"], "--per_pixel_mean goes with --augmentation crop or distort"),
+        (["--augmentation", "resized_crop"], "--per_pixel_mean needs --augmentation crop or distort"),
         (["--model_name_or_path", "x"], "--model_name_or_path and --per_pixel_mean exclude each other"),
     ],
 )
@@ -96,5 +96,7 @@ def test_where_it_cannot_be(arguments, message, capsys):
 
 
 def test_other_networks_have_none(tmp_path):
-    with pytest.raises(ValueError, match="--per_pixel_mean is for the paper's CIFAR networks, eps_resnet18 is none"):
+    with pytest.raises(
+        ValueError, match="--per_pixel_mean works only for the paper's CIFAR networks, not for eps_resnet18"
+    ):
         train_hf.main(["--architecture", "eps_resnet18", "--per_pixel_mean", "--output_dir", str(tmp_path)])

@@ -160,7 +160,7 @@ def test_told_to_stop_both_do_at_the_same_step_and_go_on_bit_by_bit(both):
     """One was told at step 12, both know of it one step later; nobody waits for it meanwhile."""
     out = both["out"]
     for rank in (0, 1):
-        assert both[rank]["stopped"].startswith("Stopped by SIGTERM after step 13; go on with")
+        assert both[rank]["stopped"].startswith("Stopped by SIGTERM after step 13; use the same arguments")
     steps = [path.name for path in checkpoints.all_checkpoints(out / "stopped")]
     assert steps == ["checkpoint-5", "checkpoint-10", "checkpoint-13"]
     assert (out / "taken up/model.safetensors").read_bytes() == (out / "pruned/model.safetensors").read_bytes()
@@ -225,7 +225,7 @@ def test_only_the_main_process_speaks_and_writes(both):
             "README.md", "all_results.json", "blocks.png", "config.json", "model.safetensors",
         }  # fmt: skip
     assert said.count("Training eps_resnet20 on") == len(RUNS) + 2, "and those that were refused and stopped"
-    assert said.count("Going on from") == 2
+    assert said.count("Resuming from") == 2
     # A bar writes over itself until it is closed with a line break.
     bars = [line for line in both["errors"].split("\n") if "epoch 4/4: 100%" in line.rpartition("\r")[2]]
     assert len(bars) == 4, "one for each run of four epochs"
@@ -299,7 +299,7 @@ def test_one_process_killed_right_after_a_removal(both, tmp_path):
     (tmp_path / "killed").rename(tmp_path / "on/again")
     done = launch(tmp_path / "on", {"again": [*PRUNED, *batch(8), "--resume_from_checkpoint"]})
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "Going on from" in done.stdout
+    assert "Resuming from" in done.stdout
     assert (tmp_path / "on/again/model.safetensors").read_bytes() == (
         both["out"] / "pruned/model.safetensors"
     ).read_bytes()

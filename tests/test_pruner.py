@@ -228,7 +228,7 @@ def test_what_was_not_measured_is_not_closed(model, value, caplog):
         respond(model, {})
         matter(model, {}, default=value)
         assert pruner.step() == []
-        assert f"no branch has an importance after epoch {epoch}." in caplog.messages[epoch]
+        assert f"none has an importance after epoch {epoch}." in caplog.messages[epoch]
     assert pruner.epsilon == 0.0
     respond(model, {})
     matter(model, {SLOTS[0]: 0.1}, default=value)
@@ -447,7 +447,7 @@ def test_state_of_another_model(model, optimizer):
     respond(other.model, {SLOTS[0]: 0.1})
     other.step()
     before = list(model.parameters())
-    with pytest.raises(ValueError, match=r"state is of another model: they differ at 'stages\.0\.blocks\.3"):
+    with pytest.raises(ValueError, match=r"state belongs to another model: they differ at 'stages\.0\.blocks\.3"):
         EpsilonPruner(model, optimizer, epsilon=1.0).load_state_dict(other.state_dict())
     assert list(map(id, model.parameters())) == list(map(id, before)), "refused, and nothing lost"
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
@@ -460,7 +460,7 @@ def test_state_that_is_less_pruned_than_the_model(model):
     state = pruner.state_dict()
     respond(model, {SLOTS[0]: 0.0})
     pruner.step()
-    with pytest.raises(ValueError, match=r"has already lost 'stages\.0\.blocks\.0\.drop_path'"):
+    with pytest.raises(ValueError, match=r"Branch 'stages\.0\.blocks\.0\.drop_path' is removed"):
         pruner.load_state_dict(state)
 
 
@@ -478,7 +478,7 @@ def test_one_branch_always_stays(model, caplog, epsilon, live_removal):
     assert len(model.removed) == (8 if live_removal else 0)
     [warning] = caplog.messages
     assert warning.startswith(
-        f"epsilon={epsilon:g} would close all 9 branches that are left: {SLOTS[4]}, whose response"
+        f"epsilon={epsilon:g} would close all 9 remaining branches: {SLOTS[4]}, which has the largest response"
     )
     timm_eps.remove_closed(model)
     assert list(gates(model)) == [SLOTS[4]]
@@ -518,7 +518,7 @@ def test_the_last_branch_is_taken_up_as_it_was(model):
 
 @pytest.mark.parametrize("given", [{}, {"epsilon": 1.0, "keep": 0.5}])
 def test_exactly_one_of_epsilon_and_keep(model, given):
-    with pytest.raises(ValueError, match="Give exactly one of epsilon and keep"):
+    with pytest.raises(ValueError, match="Give exactly one of epsilon, keep"):
         EpsilonPruner(model, **given)
 
 
@@ -533,8 +533,8 @@ def test_exactly_one_of_epsilon_and_keep(model, given):
         ({"keep": 10}, "keep=10 branches, but EpsResNet has only 9"),
         ({"epsilon": 1.0, "patience": 0}, "patience must be"),
         ({"epsilon": 1.0, "warmup_epochs": -1}, "warmup_epochs must be"),
-        ({"epsilon": 1.0, "ramp_epochs": 3}, "ramp_epochs=3 goes with keep"),
-        ({"epsilon": 1.0, "criterion": "importance"}, "criterion='importance' goes with keep"),
+        ({"epsilon": 1.0, "ramp_epochs": 3}, "ramp_epochs=3 needs a budget such as keep"),
+        ({"epsilon": 1.0, "criterion": "importance"}, "criterion='importance' needs a budget such as keep"),
         ({"keep": 0.5, "criterion": "size"}, "criterion must be one of response, importance, last, got 'size'"),
     ],
 )
@@ -552,9 +552,9 @@ def test_gates_are_added_where_there_are_none():
 
 def test_containers_and_feature_extractors_are_refused():
     features = timm.create_model("eps_resnet20", features_only=True)
-    remedies = {nn.Sequential(tiny_net()): r"the one inside it, model\.0", features: "without features_only"}
+    remedies = {nn.Sequential(tiny_net()): r"the timm model inside it, model\.0", features: "without features_only"}
     for other, remedy in remedies.items():
-        with pytest.raises(ValueError, match=f"is no timm model; pass .*{remedy}"):
+        with pytest.raises(ValueError, match=f"is not a timm model; pass .*{remedy}"):
             EpsilonPruner(other, epsilon=1.0)
 
 
@@ -667,7 +667,7 @@ def test_a_budget_that_frozen_branches_exceed(model, given, caplog):
     (message,) = caplog.messages
     wanted = 9 - pruner.schedule.kept(9)
     assert message.startswith("4 of the 9 branches are frozen and stay")
-    assert f"at most 5 branches can go, and {wanted} are to" in message
+    assert f"at most 5 branches can be removed, but {wanted} must be" in message
     assert "prune_frozen=True" in message
     end_epochs(pruner, 4)
     assert model.removed == SLOTS[4:]
@@ -717,7 +717,7 @@ def test_branches_that_begin_at_zero_are_named(name, slots, caplog):
     else:
         model = timm.create_model(name, num_classes=3, zero_init_last=True)
     EpsilonPruner(model, keep=0.5)
-    found = [text for text in caplog.messages if "put out zero" in text]
+    found = [text for text in caplog.messages if "output zero" in text]
     assert len(found) == 1
     assert next(iter(gates(model))) in found[0]
     assert "eps_* twin" in found[0]

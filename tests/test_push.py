@@ -189,7 +189,7 @@ def test_trained_pushed_loaded_and_tuned_on_other_labels(hub, tmp_path, monkeypa
     said = capsys.readouterr().out
     assert "| latency at batch 1, ONNX Runtime on CPUs |" in said
     assert f"Pushed to {hub.endpoint}/me/first" in said
-    assert hub.commits("me/first") == ["initial commit", "Trained on scikit-learn digits, 5 blocks left"]
+    assert hub.commits("me/first") == ["initial commit", "Trained on scikit-learn digits, 5 blocks remain"]
     local = {p.relative_to(tmp_path / "first").as_posix() for p in (tmp_path / "first").rglob("*") if p.is_file()}
     pushed = hub.files("me/first")
     assert pushed.keys() == local | {".gitattributes"}
@@ -209,7 +209,7 @@ def test_trained_pushed_loaded_and_tuned_on_other_labels(hub, tmp_path, monkeypa
     second = ["--model_name_or_path", "me/first", "--dataset_name", "me/shapes", "--keep", "3", *SHORT]
     second += ["--ignore_mismatched_sizes", "--learning_rate", "0.02", "--license", "mit", "--output_dir", "second"]
     train_hf.main([*second, "--push_to_hub", "--hub_model_id", "me/second", "--hub_token", hub.token])
-    assert hub.commits("me/second") == ["initial commit", "Trained on me/shapes, 3 blocks left"]
+    assert hub.commits("me/second") == ["initial commit", "Trained on me/shapes, 3 blocks remain"]
     assert hub.files("me/second").keys() == ALWAYS | {"all_results.json"}
     check_tuned(hub)
     for key, repo in hub.repos.items():
@@ -365,7 +365,7 @@ def test_a_wrong_token_creates_nothing(hub, repo_id):
     ("model", "arguments", "message"),
     [
         (lambda: timm.create_model("test_resnet"), {}, r"has no gates; call timm_eps\.add_gates\(model\) first"),
-        (lambda: timm_eps.models.eps_resnet.EpsResNet([1, 1, 1]), {}, "cannot be built again from a name"),
+        (lambda: timm_eps.models.eps_resnet.EpsResNet([1, 1, 1]), {}, "cannot be rebuilt from a name"),
         (lambda: torch.compile(tiny_net()), {}, "Got a compiled model"),
         (tiny_net, {"label_names": ["a"]}, "label_names must have one name for each of the 10 classes, got 1"),
         (tiny_net, {"results": {"eval_accuracy": 0.9}}, "results lacks architecture, arguments"),
@@ -548,7 +548,7 @@ def test_onnx_without_onnxscript(hub, monkeypatch, tmp_path):
 def test_flags_of_the_hub_without_a_push(given, capsys):
     with pytest.raises(SystemExit):
         train_hf.parse_arguments(given)
-    assert f"error: {given[0]} goes with --push_to_hub" in capsys.readouterr().err
+    assert f"error: {given[0]} needs --push_to_hub" in capsys.readouterr().err
 
 
 def run_script(monkeypatch, *arguments: str) -> str:
@@ -604,7 +604,7 @@ def test_a_push_that_fails_after_the_training_is_told_in_one_line(hub, monkeypat
     short = ["--num_train_epochs", "1", "--max_train_samples", "40", "--max_eval_samples", "20", "--no_gates"]
     push = ["--push_to_hub", "--hub_model_id", "me/fails-late", "--output_dir", str(tmp_path)]
     error = run_script(monkeypatch, *short, *push)
-    assert error.startswith(f"train_hf.py: error: The push of what is saved in {tmp_path} to me/fails-late failed: ")
+    assert error.startswith(f"train_hf.py: error: The push of {tmp_path} to me/fails-late failed: ")
     assert "Nothing of the model was published. To try again: hf upload me/fails-late" in error
     assert "\n" not in error
     assert hub.files("me/fails-late").keys() == {".gitattributes"}

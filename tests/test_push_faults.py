@@ -111,8 +111,8 @@ def check(hub, ready, saved, caplog, request: str, fault: str, scope: str) -> st
     assert "\n" not in said
     assert len(said) < 900
     assert hub.token not in "".join(traceback.format_exception(error))
-    if said.endswith(f"look at {hub.endpoint}/me/faults/commits/draft."):
-        assert "Whether the model was published is not known" in said
+    if said.endswith(f"check {hub.endpoint}/me/faults/commits/draft."):
+        assert "It is unknown whether the model was published" in said
         assert scope != "it"
         return "unknown"
     assert said.endswith("Nothing of the model was published.")

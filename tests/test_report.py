@@ -91,7 +91,7 @@ def test_table():
         "|---|---:|---:|---:|",
         "| residual branches | 9 | 4 | −5 |",
         "| parameters | 100 | 40 | −60.0 % |",
-        "| multiply-adds an image | 1,000 | 500 | −50.0 % |",
+        "| multiply-adds per image | 1,000 | 500 | −50.0 % |",
         "| latency at batch 1 | 2.0 ms | 1.0 ms | 2.00× faster |",
         "| latency at batch 128 | 200.0 ms | 100.0 ms | 2.00× faster |",
         "| training time | 10 s | 5 s | 0.50× |",

@@ -133,7 +133,7 @@ def test_from_any_checkpoint_to_the_same_end(whole, tmp_path, step, capsys):
     run(out, *EVERY_3, *LATEST)
     assert outcome(out) == outcome(whole)
     assert written(out) == written(whole), "and so whoever goes on from what is written now"
-    assert f"Going on from {out}/checkpoint-{step}: " in capsys.readouterr().out
+    assert f"Resuming from {out}/checkpoint-{step}: " in capsys.readouterr().out
 
 
 def test_checkpoints_change_nothing(whole, tmp_path):
@@ -209,14 +209,14 @@ def test_of_two_the_whole_one(whole, caplog):
     torn = out / "checkpoint-9"
     weights = torn / "optimizer.bin"
     weights.write_bytes(weights.read_bytes()[:-7])
-    with caplog.at_level(logging.WARNING, "timm_eps"), pytest.raises(ValueError, match="not a whole checkpoint") as e:
+    with caplog.at_level(logging.WARNING, "timm_eps"), pytest.raises(ValueError, match="not an intact checkpoint") as e:
         run(out, *EVERY_3, "--resume_from_checkpoint", str(torn))
     assert f"{torn} " in str(e.value)
-    assert "optimizer.bin is not as it was written" in str(e.value)
+    assert "optimizer.bin was changed" in str(e.value)
     run(out, *EVERY_3, *LATEST)
     assert outcome(out) == outcome(whole)
     assert names(out) == names(whole)
-    assert f"{torn} is not whole (optimizer.bin is not as it was written)" in caplog.text
+    assert f"{torn} is damaged (optimizer.bin was changed)" in caplog.text
     assert checkpoints.why_torn(torn) is None, "written anew"
 
 
@@ -285,14 +285,16 @@ def test_another_run_does_not_go_on_from_it(whole, tmp_path, arguments, name, be
 def test_another_run_does_not_go_on_from_the_latest_either(whole):
     """It neither goes on nor begins anew, which would mix the checkpoints of two runs."""
     out = stopped_at(whole, "checkpoint-6", name="latest-of-another")
-    with pytest.raises(ValueError, match=r"checkpoint-6 has seed 0, this one 1: it would not go on as it began"):
+    with pytest.raises(ValueError, match=r"checkpoint-6 has seed 0, but this one 1. Use the same arguments"):
         run(out, "--seed", "1", *EVERY_3, *LATEST)
     assert names(out) == ["checkpoint-3", "checkpoint-6"]
 
 
 def test_a_new_run_does_not_mix_its_checkpoints_with_others(whole):
     out = stopped_at(whole, "checkpoint-6", name="mixed")
-    with pytest.raises(ValueError, match=r"holds checkpoints of a run before, the last one checkpoint-6: go on with"):
+    with pytest.raises(
+        ValueError, match=r"contains checkpoints of an earlier run, the last one checkpoint-6. Resume it with"
+    ):
         run(out, *EVERY_3)
     assert names(out) == ["checkpoint-3", "checkpoint-6"]
 
@@ -301,7 +303,7 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_others(whole):
     ("path", "reason"), [("nowhere", "manifest.json is missing"), (".", "manifest.json is missing")]
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path, path, reason):
-    with pytest.raises(ValueError, match=rf"is not a whole checkpoint \({reason}\)"):
+    with pytest.raises(ValueError, match=rf"is not an intact checkpoint \({reason}\)"):
         run(tmp_path, "--resume_from_checkpoint", str(tmp_path / path))
 
 
@@ -322,7 +324,7 @@ def test_dense_checkpoints_of_a_run_before_are_found_before_the_training(tmp_pat
     run(tmp_path / "out", *both)
     shutil.rmtree(tmp_path / "out/checkpoint-4")
     (tmp_path / "out/model.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds checkpoints of a run before"):
+    with pytest.raises(ValueError, match="contains checkpoints of an earlier run"):
         run(tmp_path / "out", *both)
     assert not (tmp_path / "out/checkpoint-4").exists(), "said before one half was trained for nothing"
 

@@ -216,7 +216,7 @@ def check_refusals(directory: Path) -> None:
     for match, fields in {
         "architecture must be one of eps_resnet20, .* got 'eps_resnet50'": {"architecture": "eps_resnet50"},
         "model_args has global_pool='max'": {"model_args": {"global_pool": "max"}},
-        r"model_args\['width'\] is no argument of a CIFAR network": {"model_args": {"width": 2}},
+        r"model_args\['width'\] is not an argument of a CIFAR network": {"model_args": {"width": 2}},
         "removes 'stages.7.blocks.0.drop_path', which eps_resnet20": {
             "model_args": {"removed": ["stages.7.blocks.0.drop_path"]}
         },

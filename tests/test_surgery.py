@@ -132,7 +132,7 @@ def test_what_changes_the_output_stays(images, caplog):
     close(model, "stages.1.blocks.1.drop_path", "stages.2.blocks.1.drop_path")
     before = model(images)
     assert timm_eps.remove_closed(model) == ["stages.2.blocks.1.drop_path"]
-    assert "stages.1.blocks.1.drop_path stays, closed: the output changes without it" in caplog.text
+    assert "stages.1.blocks.1.drop_path stays closed: the output would change without it" in caplog.text
     assert model.stages[1].blocks[1].conv1.weight is kept
     assert torch.equal(model(images), before)
     assert removed_slots(model) == ["stages.2.blocks.1.drop_path"]
@@ -170,7 +170,7 @@ def test_models_without_branches_are_refused():
         timm_eps.add_gates(timm.create_model("vgg11", num_classes=2))
     with pytest.raises(ValueError, match=r"has no gates; call timm_eps\.add_gates\(model\) first"):
         timm_eps.remove_closed(timm.create_model("resnet18"))
-    with pytest.raises(ValueError, match="Linear is no timm model"):
+    with pytest.raises(ValueError, match="Linear is not a timm model"):
         timm_eps.remove_closed(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"has no gates"):
         timm_eps.param_groups(timm.create_model("resnet18"), 0.1)
@@ -199,16 +199,16 @@ def test_add_gates_inside_transformers_own_wrapper():
 
 def test_slots_that_are_no_branches_get_no_gate(caplog):
     """The reasons are told, but for slots that a block without a shortcut has for nothing."""
-    with pytest.raises(ValueError, match=r"ResNet has no residual branch .*it acts on the block's input"):
+    with pytest.raises(ValueError, match=r"ResNet has no residual branch .*it gets the block's input"):
         timm_eps.add_gates(timm.create_model("resnest14d", num_classes=2))
-    with pytest.raises(ValueError, match=r"RDNet has no residual branch .*no shortcut stands beside it"):
+    with pytest.raises(ValueError, match=r"RDNet has no residual branch .*the block has no shortcut"):
         timm_eps.add_gates(timm.create_model("rdnet_tiny", num_classes=2))
     caplog.clear()
     model = timm.create_model("mobilevit_xxs", num_classes=2)
     gated = timm_eps.add_gates(model)
     refused = [record.getMessage() for record in caplog.records]
     assert len(refused) == 4
-    assert refused[0].startswith("No gate at stages.1.0.drop_path of ByobNet: no shortcut stands beside it")
+    assert refused[0].startswith("No gate at stages.1.0.drop_path of ByobNet: the block has no shortcut")
     assert "stages.1.0.drop_path" not in gated
     caplog.clear()
     assert len(timm_eps.add_gates(timm.create_model("mobilenetv2_035", num_classes=2))) == 10

@@ -174,7 +174,9 @@ def test_a_corrupt_image_ends_the_run_unless_it_is_to_be_skipped(tmp_path, split
     arguments = [*SHORT, *photographs(tmp_path / "data", 8, 8), *further, "--output_dir", str(tmp_path / "out")]
     arguments += ["--max_train_samples", "8"] if "--streaming" in further else []
     file = break_one(tmp_path / "data", split)
-    with pytest.raises(ValueError, match=rf"{file} \({split}\) is no image .*; --corrupt_images skip leaves it out"):
+    with pytest.raises(
+        ValueError, match=rf"{file} \({split}\) cannot be read as an image; --corrupt_images skip leaves it out"
+    ):
         train_hf.main(arguments)
     assert not (tmp_path / "out/model.safetensors").exists()
 
@@ -213,12 +215,18 @@ def test_corrupt_images_in_a_table_are_counted_once_each(tmp_path, further, name
 @pytest.mark.parametrize(
     ("further", "message"),
     [
-        (["--streaming"], "The stream does not say how many images it has; --max_train_samples makes so many an epoch"),
-        (["--streaming", "--train_split_name", "train+test"], "no split to validate on"),
-        (["--streaming", "--label_column_name", "text"], "'text' holds string; which classes there are is not known"),
-        (["--label_column_name", "share"], "'share' holds .*; classes are strings or whole numbers"),
-        (["--label_column_name", "img"], "'img' is no column of type ClassLabel"),
-        (["--image_column_name", "share"], "'share' .*holds no images"),
+        (
+            ["--streaming"],
+            "The number of images of the stream is unknown; set the images per epoch with --max_train_samples",
+        ),
+        (["--streaming", "--train_split_name", "train+test"], "no validation split"),
+        (
+            ["--streaming", "--label_column_name", "text"],
+            "'text' contains string, but the classes of a stream are unknown",
+        ),
+        (["--label_column_name", "share"], "'share' contains .*; classes must be strings or whole numbers"),
+        (["--label_column_name", "img"], "'img' is not a column of type ClassLabel"),
+        (["--image_column_name", "share"], "'share' .*contains no images"),
         (["--train_split_name", "training"], r"no split 'training', only \['test', 'train'\]"),
     ],
 )

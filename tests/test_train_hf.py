@@ -76,7 +76,7 @@ def test_everything_is_written(tmp_path, capsys):
     assert str(tmp_path) not in (out / "README.md").read_text()
     said = capsys.readouterr().out
     assert "Training eps_resnet20 on 200 images of scikit-learn digits (3x8x8, 10 classes), testing on 360" in said
-    assert "3 of 9 residual branches stayed" in said
+    assert "3 of 9 residual branches remain" in said
     assert "timm equal, AutoModelForImageClassification equal, pipeline equal." in said
 
 
@@ -138,32 +138,32 @@ def test_config_file_and_flags(tmp_path):
     [
         (["--keep", "0.5", "--epsilon", "1"], "--epsilon and --keep exclude each other"),
         (["--compile", "--cuda_graphs"], "--cuda_graphs and --compile exclude each other"),
-        (["--cuda_graphs", "--gradient_accumulation_steps", "2"], "--cuda_graphs goes with --gradient_accumulation"),
+        (["--cuda_graphs", "--gradient_accumulation_steps", "2"], "--cuda_graphs needs --gradient_accumulation"),
         (["--no_gates", "--compare_dense"], "--no_gates and --compare_dense exclude each other"),
         (["--dataset_name", "a", "--train_dir", "b"], "--dataset_name and --train_dir exclude each other"),
         (["--model_name_or_path", "a", "--architecture", "b"], "--model_name_or_path and --architecture exclude"),
-        (["--validation_dir", "a"], "--validation_dir goes with --train_dir"),
-        (["--dataset_config_name", "a"], "--dataset_config_name goes with --dataset_name"),
+        (["--validation_dir", "a"], "--validation_dir needs --train_dir"),
+        (["--dataset_config_name", "a"], "--dataset_config_name needs --dataset_name"),
         (["--num_train_epochs", "-1"], "--num_train_epochs: must be at least 0, got -1"),
         (["--padding", "-1"], "--padding: must be at least 0, got -1"),
         (["--lr_decay_start", "30"], "--lr_decay_start: must be between 0 and 1, got 30"),
         (["--image_size", "0"], "--image_size: must be at least 4, got 0"),
         (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
-        (["--hub_model_id", "me/x"], "--hub_model_id goes with --push_to_hub"),
-        (["--flip", "--augmentation", "distort"], "--flip goes with --augmentation crop or resized_crop"),
-        (["--color_jitter", "0.1", "0.1", "0.1"], "--color_jitter goes with --augmentation resized_crop"),
-        (["--nesterov", "--optimizer", "adamw"], "--nesterov goes with --optimizer sgd"),
+        (["--hub_model_id", "me/x"], "--hub_model_id needs --push_to_hub"),
+        (["--flip", "--augmentation", "distort"], "--flip needs --augmentation crop or resized_crop"),
+        (["--color_jitter", "0.1", "0.1", "0.1"], "--color_jitter needs --augmentation resized_crop"),
+        (["--nesterov", "--optimizer", "adamw"], "--nesterov needs --optimizer sgd"),
         (["--steps_per_epoch", "9", "--streaming"], "--steps_per_epoch and --streaming exclude each other"),
         (["--epsilon", "inf"], "--epsilon: must be finite, got inf"),
         (["--epsilon", "nan"], "--epsilon: must be finite, got nan"),
         (["--weight_decay", "inf"], "--weight_decay: must be finite, got inf"),
         (["--lr_factors", "1", "nan"], "--lr_factors: must be finite, got nan"),
         (["--weight_decay_drop", "9", "inf"], "--weight_decay_drop: must be finite, got inf"),
-        (["--epsilon", "1", "--criterion", "importance"], "--criterion importance goes with --keep"),
-        (["--report_to", "tensorboard"], "--report_to goes with --with_tracking"),
-        (["--logging_steps", "5"], "--logging_steps goes with --with_tracking"),
+        (["--epsilon", "1", "--criterion", "importance"], "--criterion importance needs --keep"),
+        (["--report_to", "tensorboard"], "--report_to needs --with_tracking"),
+        (["--logging_steps", "5"], "--logging_steps needs --with_tracking"),
         (["--logging_steps", "0", "--with_tracking"], "--logging_steps: must be at least 1, got 0"),
-        (["--checkpoints_total_limit", "2"], "--checkpoints_total_limit goes with --checkpointing_steps"),
+        (["--checkpoints_total_limit", "2"], "--checkpoints_total_limit needs --checkpointing_steps"),
         (["--checkpoints_total_limit", "0", "--checkpointing_steps", "1"], "limit: must be at least 1, got 0"),
         (["--checkpointing_steps", "0"], "--checkpointing_steps: must be at least 1, got 0"),
         (["--checkpointing_steps", "-3"], "--checkpointing_steps: must be at least 1, got -3"),
@@ -223,8 +223,8 @@ def test_the_stored_config_is_the_default():
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[1]", "must hold an object of arguments by name, not a list"),
-        ('{"epsilom": 2.5}', "holds 'epsilom', which is no argument"),
+        ("[1]", "must contain an object of arguments by name, not a list"),
+        ('{"epsilom": 2.5}', "contains 'epsilom', which is not an argument"),
     ],
 )
 def test_bad_config(tmp_path, content, message):
@@ -241,9 +241,9 @@ def test_bad_config(tmp_path, content, message):
         (["--keep", "1.5"], "keep must be a fraction"),
         (["--epsilon", "-1"], "epsilon must be a number of at least 0"),
         (["--learning_rate", "nan", "--num_train_epochs", "1"], "The loss of epoch 1 is nan; lower --learning_rate"),
-        (["--cuda_graphs"], "--cuda_graphs is for one process on an NVIDIA GPU; here are 1 on cpu"),
+        (["--cuda_graphs"], "--cuda_graphs needs one process on an NVIDIA GPU, but this run has 1 on cpu"),
         (["--fold", "9"], "fold must be 0 to 4"),
-        (["--image_column_name", "picture"], "'picture' is no column of type Image"),
+        (["--image_column_name", "picture"], "'picture' is not a column of type Image"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):
@@ -294,7 +294,7 @@ def test_pruned_model_is_fine_tuned_further(tmp_path):
     ]
     arguments += ["--label_column_name", "fine_label", "--keep", "4", "--output_dir", str(tmp_path / "second")]
     arguments += ["--lr_scheduler", "restarting", "--lr_milestones", "1", "2", "3"]
-    with pytest.raises(ValueError, match=r"tells 10 classes apart, the data set has 3; --ignore_mismatched_sizes"):
+    with pytest.raises(ValueError, match=r"has 10 classes, but the data set has 3. Use --ignore_mismatched_sizes"):
         train_hf.main(arguments)
     second = train_hf.main([*arguments, "--ignore_mismatched_sizes"])
     card = (tmp_path / "second" / "README.md").read_text()
@@ -316,7 +316,7 @@ def test_only_this_packages_models_go_on(tmp_path):
     from transformers import TimmWrapperConfig
 
     TimmWrapperConfig(architecture="resnet18").save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="is a timm_wrapper, no eps_resnet"):
+    with pytest.raises(ValueError, match="is a timm_wrapper, not an eps_resnet"):
         train_hf.main(["--model_name_or_path", str(tmp_path / "other"), "--output_dir", str(tmp_path / "out")])
 
 
@@ -408,7 +408,7 @@ def test_foreign_launchers_end_in_one_line_or_a_whole_run(tmp_path):
             assert sum(line.startswith("train_hf.py: error: ") for line in said[name].splitlines()) == 1
             assert not (tmp_path / name / "model.safetensors").exists()
     assert "DeepSpeed is not installed" in said["deepspeed"]
-    assert "Blocks cannot be taken out of a model under FSDP" in said["fsdp"]
+    assert "Blocks cannot be removed from a model under FSDP" in said["fsdp"]
     assert "--mixed_precision fp16 needs an accelerator" in said["fp16"]
     for name in ("not connected", "not connected, of a rank"):
         assert "error: " in said[name]
@@ -545,7 +545,7 @@ def test_a_budget_that_was_not_reached_is_said_to_be(tmp_path, capsys):
     assert results["blocks_kept"] == 9
     card = (tmp_path / "README.md").read_text()
     for text in (capsys.readouterr().out, card):
-        assert "it wanted 5 branches, and 9 stayed" in text
+        assert "5 branches were requested, 9 remain" in text
         assert "faster" not in text
         assert "| pruned |" not in text
     assert "- pruned" not in card
@@ -572,7 +572,7 @@ def test_a_saved_network_is_fine_tuned_on_images_of_another_size(tmp_path):
 def test_a_network_of_one_size_refuses_another_one(tmp_path):
     timm_eps.save_pretrained(timm.create_model("eps_test_vit", num_classes=10), tmp_path / "a")
     size = ["--model_name_or_path", str(tmp_path / "a"), "--image_size", "64"]
-    with pytest.raises(ValueError, match=r"--image_size 64.*takes images of one size, 160"):
+    with pytest.raises(ValueError, match=r"--image_size 64.*accepts only images of size 160"):
         train_hf.main([*TINY[2:], *size, "--output_dir", str(tmp_path / "b")])
 
 

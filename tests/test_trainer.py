@@ -466,20 +466,20 @@ def test_what_trainer_decays_is_not_decayed_twice(tmp_path):
 
 
 def test_load_best_model_at_end_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="load_best_model_at_end puts weights back"):
+    with pytest.raises(ValueError, match="load_best_model_at_end is not supported"):
         make_trainer(tmp_path, load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch")
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(3, 3), lambda: timm.create_model("eps_resnet20")])
 def test_a_model_that_does_not_save_its_structure_is_refused(tmp_path, make):
-    with pytest.raises(ValueError, match=r"not (Linear|EpsResNet): .*from_timm\(model\) wraps a timm model"):
+    with pytest.raises(ValueError, match=r"not (Linear|EpsResNet)\. Wrap a timm model with .*from_timm\(model\)"):
         make_trainer(tmp_path, make())
 
 
 @pytest.mark.parametrize("budget", [dict(epsilon=1.0, keep=4), dict(patience=2)])
 def test_both_or_neither_of_epsilon_and_keep(tmp_path, budget):
     trainer = make_trainer(tmp_path, budget=budget, max_steps=1)
-    with pytest.raises(ValueError, match="exactly one of epsilon and keep"):
+    with pytest.raises(ValueError, match="exactly one of epsilon, keep"):
         trainer.train()
 
 
@@ -508,7 +508,7 @@ def plain_checkpoint(tmp_path_factory) -> Path:
 
 def test_a_checkpoint_made_without_the_callback_is_refused(tmp_path, plain_checkpoint):
     trainer = make_trainer(tmp_path, **SGD)
-    with pytest.raises(ValueError, match="step 2 holds no state of an EpsilonCallback"):
+    with pytest.raises(ValueError, match="step 2 has no state of an EpsilonCallback"):
         trainer.train(resume_from_checkpoint=str(plain_checkpoint))
 
 
@@ -524,7 +524,7 @@ def test_weights_and_pruner_of_different_runs_are_refused(trained, tmp_path):
 
 def test_a_checkpoint_of_a_shallower_network_is_refused(trained, tmp_path):
     _, _, out = trained()
-    with pytest.raises(ValueError, match="not of one run"):
+    with pytest.raises(ValueError, match="from different runs"):
         make_trainer(tmp_path, fresh_model(architecture="eps_resnet32"), **SGD).train(
             resume_from_checkpoint=f"{out}/checkpoint-{STEPS}"
         )
@@ -541,7 +541,7 @@ def test_weights_of_a_part_leave_the_structure_alone(tmp_path):
 def test_a_model_that_lost_more_than_the_checkpoint_is_refused(trained, tmp_path):
     _, _, out = trained()
     model = AutoModelForImageClassification.from_pretrained(out / f"checkpoint-{LAST}")
-    with pytest.raises(ValueError, match="lost"):
+    with pytest.raises(ValueError, match="removed from this model"):
         make_trainer(tmp_path, model, **SGD).train(resume_from_checkpoint=f"{out}/checkpoint-{STEPS}")
 
 
@@ -822,4 +822,4 @@ def test_zero_scales_are_spoken_of_in_trainer(tmp_path, caplog):
     wrapper = EpsResNetForImageClassification.from_timm(model)
     with warnings_logged(caplog) as warned:
         make_trainer(tmp_path, wrapper, budget=SOON, max_steps=1, **SGD).train()
-    assert sum("put out zero" in text for text in warned) == 1
+    assert sum("output zero" in text for text in warned) == 1

@@ -1,7 +1,7 @@
 """How much of a network may stay: a number of branches, or its parameters, multiply-adds or latency.
 
-A budget is a fraction of the dense network or an absolute number. A float of at most 1 is a fraction; an int, or a
-float above 1, is absolute: branches, parameters, multiply-adds of an image, or milliseconds of a batch.
+A budget is a fraction of the dense network or an absolute number. A float of at most 1 is a fraction. An int, or a
+float above 1, is an absolute number: branches, parameters, multiply-adds per image, or milliseconds per batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Budget:
-    """How much may stay, in one unit. There are four; one of your own says by ``count`` what a network has.
+    """A limit on the size of a network, in one unit. Four are built in; your own subclass implements ``count``.
 
     Example::
 
@@ -47,11 +47,11 @@ class Budget:
         value: Fraction of the dense network (float, 0 < value <= 1), or an absolute number (int, or float above 1).
 
     Attributes:
-        argument: Its name as an argument.
-        unit: What an absolute number counts.
+        argument: Name of the budget as an argument.
+        unit: Unit of an absolute number.
 
     Raises:
-        ValueError: ``value`` is no positive number.
+        ValueError: ``value`` is not a positive number.
     """
 
     argument: ClassVar[str]
@@ -72,15 +72,15 @@ class Budget:
         return isinstance(self.value, float) and self.value <= 1
 
     def goal(self, dense: float) -> float:
-        """What may stay, in ``unit``, of a network that has ``dense``."""
+        """The limit in ``unit`` for a dense network of size ``dense``."""
         return self.value * dense if self.is_fraction else self.value
 
     def count(self, network: nn.Module, image_shape: Sequence[int]) -> float:
-        """What a network has, in ``unit``. It falls with each branch that is removed.
+        """Size of a network, in ``unit``. It must decrease with each removed branch.
 
         Args:
-            network: The timm model with what is left of it, on the meta device: shapes without numbers.
-            image_shape: (C, H, W) of the images that it is configured for.
+            network: Pruned timm model on the meta device, which has shapes but no values.
+            image_shape: Shape (C, H, W) of the model's configured images.
         """
         raise ValueError(f"{self!r} cannot be counted: {type(self).__name__} has no method count.")
 
@@ -123,11 +123,11 @@ class TargetMacs(Budget):
 
 
 class TargetLatency(Budget):
-    """Time of a forward pass on the device at hand.
+    """Time of a forward pass on the model's device.
 
     Args:
         value: Fraction of the dense network's time (float, 0 < value <= 1), or milliseconds (int, or float above 1).
-        batch_size: Number of images of the pass.
+        batch_size: Number of images in the pass.
     """
 
     argument = "target_latency"
@@ -144,14 +144,14 @@ BUDGETS: dict[str, type[Budget]] = {kind.argument: kind for kind in (Keep, Targe
 
 
 def budget_from(**values: float | Budget | None) -> Budget:
-    """The budget among arguments of which exactly one is given.
+    """Return the one budget that is given.
 
     Args:
-        values: ``keep``, ``target_params``, ``target_macs`` and ``target_latency``, or some of them: a number, or the
-            budget of that name.
+        values: Any of ``keep``, ``target_params``, ``target_macs`` and ``target_latency``, as a number or as a budget
+            of that name.
 
     Raises:
-        ValueError: None or several are given, or the one is out of range.
+        ValueError: No budget or several are given, or the value is out of range.
     """
     given = {name: value for name, value in values.items() if value is not None}
     if len(given) != 1:
@@ -165,10 +165,10 @@ def check_reachable(budget: Budget, dense: float, least: float, count: int) -> N
     """Raise ValueError if a network exceeds a budget even without any of its branches.
 
     Args:
-        budget: What may stay.
-        dense: What the network has, in the unit of the budget.
-        least: What it has without any branch.
-        count: Number of its branches.
+        budget: The budget.
+        dense: Size of the dense network, in the unit of the budget.
+        least: Size of the network without any branch.
+        count: Number of branches of the dense network.
     """
     if budget.goal(dense) < least:
         digits = 2 if isinstance(budget, TargetLatency) else 0

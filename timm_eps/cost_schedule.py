@@ -21,17 +21,17 @@ __all__ = ["CostEpsilon", "schedule_from"]
 
 
 class CostEpsilon(BudgetEpsilon):
-    """ε that follows the ranks of the branches until the network costs no more than a budget allows.
+    """A schedule that closes the branches of lowest rank until the network is within a budget.
 
-    After warm-up what may stay falls along the cubic ramp of :class:`BudgetEpsilon`. In each epoch the branches of the
-    lowest rank close, as many as it takes. At least one branch stays.
+    After warm-up the allowed size falls along the cubic ramp of :class:`BudgetEpsilon`. In each epoch, as many branches
+    close as this size requires, starting with the lowest rank. At least one branch stays.
 
-    Parameters and multiply-adds are counted on the structure that is left. Latency is measured for each branch when
-    the training begins, and at the end of the ramp on the network that is left, whose number of branches is corrected.
+    Parameters and multiply-adds are counted on the remaining structure. The latency of each branch is measured when the
+    training begins. At the end of the ramp the remaining network is measured, and its number of branches corrected.
 
     Args:
-        budget: What may stay.
-        warmup_epochs: Number of epochs with ε = 0 first.
+        budget: Size that the network may keep.
+        warmup_epochs: Number of epochs with ε = 0 at the beginning.
         ramp_epochs: Number of epochs from the first closed branch to the full budget.
 
     Example::
@@ -48,11 +48,11 @@ class CostEpsilon(BudgetEpsilon):
         self._began_dense = True
 
     def attach(self, model: nn.Module) -> None:
-        """Measure the model that is to be trained.
+        """Measure the model before it is trained.
 
         Raises:
-            ValueError: The network exceeds the budget even without any branch. It is not checked for a network that
-                has lost branches already: a state that is loaded next says what the dense network had.
+            ValueError: The network exceeds the budget even without any branch. A network with removed branches is not
+                checked, because the size of the dense network comes from a state that is loaded later.
         """
         body = timm_body(model)
         self._began_dense = not removed_slots(body)
@@ -64,24 +64,24 @@ class CostEpsilon(BudgetEpsilon):
             check_reachable(self.budget, self.costs.dense, self.costs.least(), len(gates(body)))
 
     def kept(self, total: int) -> int:
-        """How many of ``total`` branches stay at most: which ones go, and so how many, their ranks decide."""
+        """Maximum number of branches, out of ``total``, that stay. The final number depends on the ranks."""
         return max(total - 1, 1)
 
     def to_close(self, epoch: int, total: int) -> int:
-        """How many of ``total`` branches are to be closed or removed: as many as are removed, or more."""
+        """Minimum number of branches, out of ``total``, that must be closed or removed in ``epoch``."""
         assert self.costs is not None, "attached when the pruner was made"
         removed = self.costs.removed()
         return removed if self.costs.left([]) <= self._allowed(epoch) else min(removed + 1, total)
 
     def divide(self, epoch: int, ranks: Mapping[str, float], total: int) -> tuple[list[str], list[str]]:
-        """The branches that are to be closed in ``epoch`` and the others, as :meth:`BudgetEpsilon.divide` has them."""
+        """The branches to close in ``epoch``, and the others, as in :meth:`BudgetEpsilon.divide`."""
         costs = self.costs
         assert costs is not None, "attached when the pruner was made"
         ordered = sorted((slot for slot, value in ranks.items() if math.isfinite(value)), key=ranks.__getitem__)
         most = min(len(ordered), len(ranks) - 1)
 
         def first_within(cost: float) -> list[str]:
-            # What is left falls with each further branch.
+            # The cost decreases with each further branch, so a binary search finds the first number within the budget.
             return ordered[: bisect.bisect_left(range(most), -cost, key=lambda count: -costs.left(ordered[:count]))]
 
         allowed = self._allowed(epoch)
@@ -96,22 +96,22 @@ class CostEpsilon(BudgetEpsilon):
         return dense - max(dense - self.budget.goal(dense), 0.0) * self.progress(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured of the dense network, as plain numbers and dicts."""
+        """The measurements of the dense network, as plain numbers and dicts."""
         assert self.costs is not None, "attached when the pruner was made"
         return self.costs.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what was measured when the training began.
+        """Load the measurements from the beginning of the training.
 
         Raises:
-            ValueError: The state is of another kind of budget.
+            ValueError: The state belongs to another kind of budget.
         """
         assert self.costs is not None, "attached when the pruner was made"
         if missing := self.costs.state_dict().keys() ^ state.keys():
-            raise ValueError(f"The pruner's state is of another budget than {self.budget!r}: it differs in {missing}.")
+            raise ValueError(f"The pruner's state is for another budget than {self.budget!r}: it differs in {missing}.")
         if isinstance(self.costs, _Counts) and self._began_dense and state["dense"] != self.costs.dense:
             raise ValueError(
-                f"The pruner's state is of another budget than {self.budget!r}, or of another network: its dense "
+                f"The pruner's state is for another budget than {self.budget!r}, or another network: its dense "
                 f"network had {state['dense']:g}, this one has {self.costs.dense:g}."
             )
         for name, value in state.items():
@@ -119,11 +119,11 @@ class CostEpsilon(BudgetEpsilon):
 
 
 class _Counts:
-    """What a budget counts.
+    """Sizes that a budget counts.
 
     Args:
         body: The timm model.
-        budget: Counts it.
+        budget: Budget that counts the sizes.
     """
 
     def __init__(self, body: nn.Module, budget: Budget) -> None:
@@ -135,7 +135,7 @@ class _Counts:
         return len(removed_slots(self.body))
 
     def left(self, slots: Iterable[str]) -> float:
-        """What is left without these branches and those that are removed."""
+        """Size without these branches and the removed ones."""
         key = frozenset((*slots, *removed_slots(self.body)))
         if key not in self._known:
             here = [slot for slot in key if slot in gates(self.body)]
@@ -151,7 +151,7 @@ class _Counts:
 
 
 class _Times:
-    """Milliseconds of a forward pass. All processes go by the times of the first one.
+    """Milliseconds of a forward pass. All processes use the times of the first one.
 
     Args:
         body: The timm model.
@@ -169,7 +169,7 @@ class _Times:
         return len(removed_slots(self.body))
 
     def left(self, slots: Iterable[str]) -> float:
-        """Predicted from what went with each branch when the training began."""
+        """Time predicted from the time of each branch at the beginning of the training."""
         without = {*slots, *removed_slots(self.body)}
         return max(self.dense - sum(self.saved.get(slot, 0.0) for slot in without), self.none)
 
@@ -178,7 +178,7 @@ class _Times:
         return self.none
 
     def measured(self, slots: Iterable[str]) -> float:
-        """Measured beside the network without any branch: the drift of the machine since then cancels out."""
+        """Time measured in turn with the network without branches, so that the drift of the machine cancels out."""
         key = frozenset((*slots, *removed_slots(self.body)))
         if key not in self._known:
             here = [slot for slot in key if slot in gates(self.body)]
@@ -199,34 +199,34 @@ def schedule_from(
     ramp_epochs: int,
     schedule: Schedule | None = None,
 ) -> Schedule:
-    """The schedule that the arguments of a pruner stand for.
+    """Make the schedule from the arguments of a pruner.
 
     Args:
         epsilon: A constant threshold.
         keep: Fraction or number of branches to keep.
-        targets: Other budgets by the name of their argument, as :func:`timm_eps.budget.budget_from` takes them.
+        targets: Other budgets by argument name, as in :func:`timm_eps.budget.budget_from`.
         warmup_epochs: Number of epochs in which every gate is open.
         ramp_epochs: Number of epochs from the first closed branch to the full budget.
-        schedule: One that is ready.
+        schedule: Schedule that is used as it is.
 
     Raises:
-        ValueError: Not exactly one of them is given, or a ramp without a budget.
+        ValueError: Not exactly one of them is given, or a ramp is given without a budget.
     """
     given = {"epsilon": epsilon, "keep": keep, **targets, "schedule": schedule}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
         raise ValueError(
-            f"Give exactly one of epsilon and keep, or in place of keep one of {', '.join(targets)}, or a schedule; "
+            f"Give exactly one of epsilon, keep, {', '.join(targets)} and schedule; "
             f"got {' and '.join(f'{name}={value!r}' for name, value in given.items()) or 'none'}."
         )
     if schedule is not None:
         if warmup_epochs or ramp_epochs:
-            raise ValueError("warmup_epochs and ramp_epochs go with epsilon or a budget: a schedule has its own.")
+            raise ValueError("warmup_epochs and ramp_epochs need epsilon or a budget; a schedule has its own.")
         return schedule
     if keep is not None:
         return BudgetEpsilon(keep, warmup_epochs, ramp_epochs)
     if epsilon is None:
         return CostEpsilon(budget_from(**targets), warmup_epochs, ramp_epochs)
     if ramp_epochs:
-        raise ValueError(f"ramp_epochs={ramp_epochs} goes with keep; a constant epsilon has no ramp.")
+        raise ValueError(f"ramp_epochs={ramp_epochs} needs a budget such as keep; a constant epsilon has no ramp.")
     return ConstantEpsilon(epsilon, warmup_epochs)

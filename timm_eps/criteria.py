@@ -1,8 +1,7 @@
-"""Which branches close first: what a budget ranks the branches by.
+"""Criteria that rank the branches. With a budget, the branches of the lowest rank close first.
 
-A criterion is a callable that gets what an epoch has shown (:class:`Seen`) and returns a rank for each branch. The
-branches of the lowest rank close first. One with an infinite rank, or without a rank, stays open. A criterion of one's
-own is a function or a small class::
+A criterion is a callable. It gets the results of an epoch (:class:`Seen`) and returns a rank for each branch. A branch
+with an infinite rank, or without a rank, stays open. Your own criterion is a function or a small class::
 
     class LargestFirst:
         \"\"\"Closes the branches with the most parameters first.\"\"\"
@@ -38,13 +37,13 @@ __all__ = [
 
 
 class Seen(NamedTuple):
-    """What a criterion ranks by.
+    """Input of a criterion.
 
     Attributes:
         model: The timm model, with gates.
-        responses: The response of each branch that may close, in the epoch that ended; infinite if it did not run.
-        importances: The importance of each of them; infinite if it was not measured.
-        removed: Slots of the branches that are removed.
+        responses: Response of each branch that may close, in the finished epoch; infinite if the branch did not run.
+        importances: Importance of each of these branches; infinite if it was not measured.
+        removed: Slots of the removed branches.
         staying: Slots of branches that must not close.
         kept: Number of branches that stay in the end; None under a budget of parameters, multiply-adds or latency.
     """
@@ -58,7 +57,7 @@ class Seen(NamedTuple):
 
 
 class Criterion(Protocol):
-    """Ranks branches. ``measures_importance = True`` as a class attribute lets the gates measure importances."""
+    """Ranks branches. Set the class attribute ``measures_importance = True`` to let the gates measure importances."""
 
     def __call__(self, seen: Seen) -> Mapping[str, float]:
         """The rank of each branch by slot; the lowest closes first."""
@@ -66,17 +65,17 @@ class Criterion(Protocol):
 
 
 class Response:
-    """The paper's criterion: the branches with the smallest response close first, under one ε for all that are due."""
+    """The paper's criterion: the branches with the smallest response close first. All of them get the same ε."""
 
     def __call__(self, seen: Seen) -> Mapping[str, float]:
         return seen.responses
 
 
 class Importance:
-    """The branches without which the loss would change least close first, stage by stage.
+    """Branches whose removal would change the loss least close first, separately for each stage.
 
     The change is measured to first order (:meth:`timm_eps.EpsilonGate.measure_importance`). Importances of different
-    stages do not compare, so the stages shrink side by side. Under ``keep`` each stage keeps its share of the budget.
+    stages are not comparable, so the stages shrink in parallel. With ``keep`` each stage keeps its share.
     """
 
     measures_importance = True
@@ -96,15 +95,15 @@ class Importance:
 
 
 def last_first(slots: Iterable[str]) -> dict[str, float]:
-    """Ranks by which the last branches of a network go first."""
+    """Ranks that close the last branches of a network first."""
     return {slot: -index for index, slot in enumerate(sorted(slots, key=natural_order))}
 
 
 class Last:
     """The last branches of the network close first.
 
-    A simple cut to compare with. On a pretrained network it is hard to beat: late blocks are large, and know most about
-    the classes that the network was trained on before.
+    This is a simple baseline. It is hard to beat on a pretrained network: late blocks are large, and most specific to
+    the classes of the pretraining.
     """
 
     def __call__(self, seen: Seen) -> Mapping[str, float]:
@@ -112,12 +111,12 @@ class Last:
 
 
 class LeaveOneOut:
-    """The branches without which the loss rises least close first: measured exactly, on images of one's own.
+    """Branches whose removal increases the loss least close first. The loss is measured exactly, on your images.
 
-    After each epoch after which branches are to close, the network is evaluated on the images once for each branch.
+    Whenever branches must close after an epoch, the network is evaluated on the images once for each branch.
 
     Args:
-        batches: Images and labels, as :func:`timm_eps.analyze` takes them; a few hundred training images will do.
+        batches: Images and labels, as for :func:`timm_eps.analyze`; a few hundred training images are enough.
         loss: Function of logits (B, classes) and labels that returns the mean loss of a batch.
     """
 
@@ -133,7 +132,7 @@ class LeaveOneOut:
         there = [slot for slot in seen.responses if slot not in closed]
         scores = scores_without_each(net, there, self._read, self.loss) if there else {}
         rises = {slot: found.loss - dense for slot, found in scores.items()}
-        # What is closed is not opened again: the others have adapted to it.
+        # Closed branches are not opened again, because the others have adapted to them.
         least = min((rise for rise in rises.values() if math.isfinite(rise)), default=0.0) - 1
         return rises | {slot: least for slot in closed if slot in gates(net)}
 
@@ -146,10 +145,10 @@ CRITERIA: dict[str, type[Response | Importance | Last]] = {
 
 
 def criterion_from(criterion: str | Criterion) -> Criterion:
-    """A criterion, or the one that a name stands for.
+    """The criterion with a given name, or the criterion that is given.
 
     Raises:
-        ValueError: The name is unknown, or what is given cannot be called.
+        ValueError: The name is unknown, or the object cannot be called.
     """
     if isinstance(criterion, str) and criterion in CRITERIA:
         return CRITERIA[criterion]()
@@ -163,21 +162,21 @@ def criterion_from(criterion: str | Criterion) -> Criterion:
 
 
 def ranked_by(criterion: Criterion, seen: Seen) -> dict[str, float]:
-    """The ranks of all branches that may close; infinite where the criterion or the responses say nothing.
+    """The ranks of all branches that may close; infinite without a finite rank or response.
 
     Raises:
-        ValueError: The criterion returns something else than numbers by slot.
+        ValueError: The criterion does not return a dict of numbers by slot.
     """
     ranks = criterion(seen)
     name = type(criterion).__name__
     if not isinstance(ranks, Mapping):
         raise ValueError(f"{name} must return a rank for each slot, as a dict, got {type(ranks).__name__}.")
     if strangers := [slot for slot in ranks if slot not in seen.responses]:
-        raise ValueError(f"{name} ranks {str(strangers[0])[:80]!r}, which is no branch that may close.")
+        raise ValueError(f"{name} ranks {str(strangers[0])[:80]!r}, which is not a branch that may close.")
     found = dict.fromkeys(seen.responses, math.inf)
     for slot, rank in ranks.items():
         value = float(rank)
-        # What diverged or did not run stays as it is, whatever its rank.
+        # Branches that diverged or did not run stay as they are, for any rank.
         if math.isfinite(seen.responses[slot]) and slot not in seen.staying and not math.isnan(value):
             found[slot] = value
     return found

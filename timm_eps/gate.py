@@ -1,4 +1,4 @@
-"""The gate of ε-ResNet: a residual branch whose whole response stays under ε is replaced by zero.
+"""The gate of ε-ResNet: it replaces a residual branch by zero if the whole response stays below ε.
 
 "Learning Strict Identity Mappings in Deep Residual Networks", X. Yu, Z. Yu, S. Ramalingam, CVPR 2018,
 https://arxiv.org/abs/1804.01661, section 3. A residual block computes ``x + F(x)``; an ε-residual block computes
@@ -6,10 +6,10 @@ https://arxiv.org/abs/1804.01661, section 3. A residual block computes ``x + F(x
 
     S(F) = 0  if |F_i| < ε for every element i of the mini-batch,      S(F) = F  otherwise.
 
-The paper assembles S from four ReLUs and a large constant. That construction is the indicator
-``max|F| >= ε`` everywhere but in a band of width 1e-6 around the threshold, and its gradient is zero almost
-everywhere, so S is computed here as what it is: the indicator, multiplied in. While the gate is shut the product
-passes exact zeros back into the branch, which leaves weight decay as the only force on its weights.
+The paper builds S from four ReLUs and a large constant. Outside a band of width 1e-6 around the threshold, that
+construction equals the indicator ``max|F| >= ε``, and its gradient is zero almost everywhere. S is therefore computed
+here as a multiplication by the indicator. While the gate is closed, the product passes exact zeros back into the
+branch, so only weight decay changes its weights.
 """
 
 import numbers
@@ -37,8 +37,8 @@ def max_response(x: Tensor) -> Tensor:
     """
     x = x.detach()
     if x.numel() == 0:
-        return x.new_full((), -1.0)  # NOT_SEEN, as TorchScript cannot read it
-    if x.is_cuda:  # in one kernel, as starting one takes longer than reading x; on the CPU it is several times slower
+        return x.new_full((), -1.0)  # NOT_SEEN, which TorchScript cannot read
+    if x.is_cuda:  # one kernel: its launch takes longer than reading x. On the CPU this is several times slower
         return torch.linalg.vector_norm(x, ord=torch.inf)
     low, high = torch.aminmax(x)
     return torch.maximum(-low, high)
@@ -55,41 +55,41 @@ def epsilon_gate(x: Tensor, epsilon: Tensor | float) -> Tensor:
         ``x`` if any ``|x_i| >= epsilon`` or any element is NaN (so that the loss shows it), else zeros; same shape
         and dtype as ``x``.
     """
-    # A product and not a selection of detached zeros: with no gradient at all (None instead of zeros) optimizers skip
-    # the parameter, weight decay included, and the branch would never empty.
+    # A product instead of detached zeros: optimizers skip a parameter whose gradient is None, including its weight
+    # decay, so the branch would never become empty.
     return x * _is_open(max_response(x), torch.as_tensor(epsilon, dtype=torch.float32, device=x.device))
 
 
 def _is_open(response: Tensor, epsilon: Tensor) -> Tensor:
-    # "not below" rather than "at or above": a NaN response must leave the gate open. ε is a float32, so that is what
-    # both are compared as: in half precision a small ε would be 0.
+    # "not below" instead of "at or above", because a NaN response must leave the gate open. The comparison is in
+    # float32, the dtype of ε: in half precision a small ε would be 0.
     return torch.logical_not(response < epsilon)
 
 
 class EpsilonGate(nn.Module):
-    """:func:`epsilon_gate` as a module that stands at the end of a residual branch, in its stochastic-depth slot.
+    """:func:`epsilon_gate` as a module at the end of a residual branch, in its stochastic-depth slot.
 
     In training the gate decides on every batch, as in the paper, and ``response`` accumulates the largest response
     since the last reset. In evaluation ``closed`` alone decides, so the output for one image cannot depend on the other
     images of its batch.
 
     The gate has no parameters. An open gate has no entry in the state dict. A closed gate has the entry ``closed``, so
-    a network without gates refuses the weights because of the unknown name.
+    a network without gates rejects the weights because of the unknown name.
 
-    The threshold and the measurements stay in float32 when the model is converted to another dtype, in which a small ε
-    could become 0. Empty batches are ignored. A graph of ``torch.fx`` calls the gate as a module, so the graph follows
-    ``closed`` as the model does.
+    The threshold and the measurements stay in float32 when the model is converted to another dtype, because a small ε
+    could become 0 there. Empty batches are ignored. A graph of ``torch.fx`` calls the gate as a module, so a change of
+    ``closed`` affects the graph, too.
 
     Args:
-        epsilon: Threshold ε in activation units; 0 never closes.
-        drop_path: Module that stood in the slot before; it runs after the gate.
+        epsilon: Threshold ε in activation units. With 0 the gate never closes.
+        drop_path: Previous module of the slot; it runs after the gate.
         single_zero: Whether a closed gate outputs a single zero in evaluation instead of a tensor of zeros. This costs
             nothing, and the shortcut alone determines the memory layout of the sum. For blocks that broadcast.
 
     Attributes:
-        epsilon (float): Threshold in activation units. Setting it checks it.
+        epsilon (float): Threshold in activation units. A new value is checked when it is set.
         response (Tensor): Largest ``max|F|`` seen in training since :meth:`reset_response`, 0-dimensional float;
-            -1 if there was no training since.
+            -1 if the gate has seen no training batch since then.
         importance (Tensor): Sum over the batches since :meth:`reset_response` of the squared first-order change in the
             loss if the branch were removed, 0-dimensional float. Only updated while :meth:`measure_importance` is on.
         closed (bool): Whether the branch is zero in evaluation.
@@ -107,7 +107,7 @@ class EpsilonGate(nn.Module):
 
     threshold: Tensor
 
-    # TorchScript compiles properties unless told not to; a script has no use for setting ε.
+    # By default TorchScript compiles properties. A script does not need to set ε.
     __jit_unused_properties__: ClassVar = ["epsilon"]
 
     def __init__(self, epsilon: float = 0.0, drop_path: nn.Module | None = None, *, single_zero: bool = False) -> None:
@@ -115,12 +115,12 @@ class EpsilonGate(nn.Module):
         self.drop_path = nn.Identity() if drop_path is None else drop_path
         self.single_zero = single_zero
         self.closed = False
-        # ε is read from a buffer in the forward pass because a compiled graph would be specialised on a Python float
-        # and compiled anew at every change of ε. The float beside it restores the buffer after construction on the
-        # meta device, where buffers hold nothing.
+        # The forward pass reads ε from a buffer, because a compiled graph is specialised on a Python float and would be
+        # recompiled at every change of ε. The float restores the buffer after construction on the meta device, where
+        # buffers have no values.
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32), persistent=False)
-        # No buffer: DistributedDataParallel gives every process the buffers of the first one before each step, and
-        # what the others have seen would be lost.
+        # Not a buffer: before each step DistributedDataParallel replaces the buffers of every process by those of the
+        # first one, so the responses of the other processes would be overwritten.
         self.response = torch.full((), NOT_SEEN, dtype=torch.float32)
         self.importance = torch.zeros((), dtype=torch.float32)
         self.gain: Tensor | None = None
@@ -149,10 +149,10 @@ class EpsilonGate(nn.Module):
     def measure_importance(self, measure: bool = True) -> None:
         """Start or stop measuring ``importance`` in training.
 
-        The branch is multiplied by a gain of one. If the branch is removed, the loss L changes, to first order, by
+        The branch is multiplied by a gain of one. If the branch is removed, the loss L changes to first order by
         ``dL/dgain``, the sum of F dL/dF over a batch ("Importance Estimation for Neural Network Pruning", P. Molchanov
-        et al., CVPR 2019, https://arxiv.org/abs/1906.10771, equation 8). It costs one pass over F in the backward pass.
-        A closed gate has no importance.
+        et al., CVPR 2019, https://arxiv.org/abs/1906.10771, equation 8). The cost is one pass over F in the backward
+        pass. A closed gate has no importance.
         """
         self.gain = None
         if measure:
@@ -161,11 +161,11 @@ class EpsilonGate(nn.Module):
             self.gain.register_post_accumulate_grad_hook(self._note_importance)
 
     def _note_importance(self, gain: Tensor) -> None:
-        assert gain.grad is not None, "the hook runs when there is one"
+        assert gain.grad is not None, "the hook runs after the gradient is accumulated"
         if self.importance.device != gain.device:
             self.importance = self.importance.to(gain.device)
         change = gain.grad.detach().square()
-        # An overflow is of a step that GradScaler skips: it says nothing of the branch.
+        # GradScaler skips a step with an overflow, which contains no information about the branch.
         self.importance += change.where(change.isfinite(), 0.0)
         gain.grad = None
 
@@ -194,9 +194,9 @@ class EpsilonGate(nn.Module):
             self.closed = bool(state_dict[key])
             state_dict = {name: value for name, value in state_dict.items() if name != key}
         elif local_metadata:
-            self.closed = False  # torch notes the modules of a whole model, in which this gate was open
+            self.closed = False  # torch's metadata lists the modules of a whole model, in which this gate was open
         elif self.closed:
-            missing_keys.append(key)  # a plain dict may hold the weights of a part, and say nothing about this gate
+            missing_keys.append(key)  # a plain dict may contain only a part of the weights, without this gate
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -204,27 +204,27 @@ class EpsilonGate(nn.Module):
     def _replicate_for_data_parallel(self) -> Any:
         if self.training:
             raise ValueError(
-                "nn.DataParallel trains copies of the model and keeps the responses of one; start one process for "
-                "each GPU: torchrun --nproc_per_node N, or accelerate launch --multi_gpu."
+                "nn.DataParallel trains copies of the model and keeps the responses of one copy only. Start one "
+                "process for each GPU: torchrun --nproc_per_node N, or accelerate launch --multi_gpu."
             )
         return super()._replicate_for_data_parallel()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EpsilonGate":
-        """What ``to``, ``half`` and their like do; torch's own recurrent layers override it for the same reason."""
+        """Keep float32 in ``to``, ``half`` and similar calls. torch's recurrent layers override this method, too."""
         super()._apply(fn, recurse)
         if self.threshold.dtype != torch.float32:
             self.threshold = torch.full_like(self.threshold, self._epsilon, dtype=torch.float32)
         return self
 
     def init_non_persistent_buffers(self) -> None:
-        """Give the buffers their values after they were materialised from the meta device (timm's convention)."""
+        """Set the buffers after the model has moved from the meta device (timm's convention)."""
         self.threshold.fill_(self._epsilon)
         self.reset_response()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands behind an "and"
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles the right side of an "and"
             if isinstance(x, Proxy) and getattr(x.tracer, "root", self) is not self:
-                # What follows depends on numbers, which a trace by torch.fx has not: its graph calls this module.
+                # The following code depends on values, which torch.fx does not have, so its graph calls this module.
                 return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         if self.training:
             response = max_response(x)
@@ -235,15 +235,16 @@ class EpsilonGate(nn.Module):
             gain = self.gain
             if gain is not None:
                 weight = weight * gain.to(x.device)
-            x = x * weight  # a product, as in epsilon_gate; one number leaves x the type that it has
+            x = x * weight  # a product, as in epsilon_gate; a 0-dimensional factor keeps the dtype of x
         elif self.closed:
             x = x.new_zeros(()) if self.single_zero else torch.zeros_like(x)
         return self.drop_path(x)
 
     def fuse(self) -> nn.Module:
-        """What computes the same in evaluation: of an open gate, what stood in the slot before it.
+        """The module that computes the same in evaluation: for an open gate, the previous module of the slot.
 
-        ``timm.utils.reparameterize_model`` puts it in the gate's place. A closed gate stays: its branch is still there.
+        ``timm.utils.reparameterize_model`` replaces the gate by it. A closed gate stays, because its branch still
+        exists.
         """
         return self if self.closed else self.drop_path
 
@@ -253,7 +254,7 @@ class EpsilonGate(nn.Module):
 
 def check_epsilon(value: float) -> float:
     """Return ``value`` as a float, or raise ValueError if it cannot be a threshold."""
-    # What single precision cannot hold would be infinity there, and close every gate. NaN is in no range.
+    # A number too large for float32 would become infinity and close every gate. The comparison also rejects NaN.
     largest = torch.finfo(torch.float32).max
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= largest:
         raise ValueError(

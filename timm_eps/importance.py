@@ -1,4 +1,4 @@
-"""How much the loss would change without a branch, and what a budget by importance ranks the branches by."""
+"""Importance of branches, the change of the loss if a branch were removed, and the ranks made from it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ __all__ = ["importance_ranks", "measured_importances", "note_step", "sum_gradien
 
 
 def sum_gradients(gates: Iterable[EpsilonGate]) -> None:
-    """Begin to measure importance over the steps of an optimizer: :func:`note_step` is called before each of them.
+    """Start to measure importance over optimizer steps: :func:`note_step` is called before each step.
 
-    A gate on its own takes each backward pass for a step (:meth:`EpsilonGate.measure_importance`). Here the gradients
-    of several passes add up, as those of parameters do.
+    :meth:`EpsilonGate.measure_importance` treats each backward pass as a step. Here the gradients of several passes
+    accumulate, like the gradients of parameters.
     """
     for gate in gates:
         gate.gain = torch.ones((), device=gate.threshold.device, requires_grad=True)
 
 
 def note_step(gates: Iterable[EpsilonGate]) -> None:
-    """Add to the importance of each gate its share in an optimizer's step, and begin to sum anew.
+    """Add the share of each gate in an optimizer step to its importance, and reset the gradient sums.
 
-    The share is the square of what the loss would change, to first order, without the branch, divided by the sum of
-    these squares over all gates. So a step counts as much as another, whatever its loss was multiplied by (a
-    ``GradScaler``'s scale, a number of micro-batches), and micro-batches count as the one batch that they make up.
+    The share is the squared first-order change of the loss without the branch, divided by the sum of these squares over
+    all gates. All steps therefore have the same weight, for any scale of the loss (of a ``GradScaler``, or the number
+    of micro-batches). Micro-batches count as one batch.
 
-    A step of which a gradient is not finite is left out: it is one that a ``GradScaler`` skips, or comes after it.
+    A step with a gradient that is not finite is skipped, as a ``GradScaler`` does.
     """
     measured = [gate for gate in gates if gate.gain is not None and gate.gain.grad is not None]
     if not measured:
@@ -50,15 +50,14 @@ def note_step(gates: Iterable[EpsilonGate]) -> None:
 def measured_importances(
     recorded: Mapping[str, float], responses: Mapping[str, float], streaks: Mapping[str, int]
 ) -> dict[str, float]:
-    """The importances of an epoch that were measured.
+    """The measured importances of an epoch.
 
-    What is open and responds but got no gradient was not: nobody called backward. And what diverged stays open, as it
-    does by its response.
+    An open branch without a gradient was not measured (``backward()`` was not called). Diverged branches stay open.
 
     Args:
-        recorded: What the gates had at its end, by slot.
-        responses: The responses of the epoch, by slot.
-        streaks: For how many epochs each branch that is there has been closed.
+        recorded: Importances of the gates at the end of the epoch, by slot.
+        responses: Responses of the epoch, by slot.
+        streaks: Number of epochs that each remaining branch has been closed.
     """
     return {
         slot: importance
@@ -73,17 +72,17 @@ def measured_importances(
 def importance_ranks(
     importances: Mapping[str, float], removed: Iterable[str], kept: int, staying: Collection[str] = ()
 ) -> dict[str, float]:
-    """Rank of each branch: the lowest go first, and one whose rank is infinite stays.
+    """Rank of each branch. The lowest ranks close first; a branch with an infinite rank stays.
 
-    Each stage keeps its share of the budget, those of its branches that are the most important, and the stages shrink
-    side by side. Importances of different stages do not compare: over nothing the large branches of late stages stay
-    and hardly a parameter goes, over the size the small ones of the first stage do.
+    Each stage keeps its share of the budget, filled with its most important branches, and the stages shrink in
+    parallel. Importances of different stages are not comparable: ranking raw importance keeps the large late branches
+    and frees few parameters; dividing by size keeps the small early ones instead.
 
     Args:
-        importances: Of each branch that is there, as the gates have it; infinity or no number if it was not measured.
-        removed: Slots of the branches that are gone.
-        kept: How many branches stay in the end. Where that is not one for each stage, importance alone decides.
-        staying: Slots of branches that are not to go. They count as those that their stage keeps.
+        importances: Importance of each remaining branch; infinity or NaN if it was not measured.
+        removed: Slots of the removed branches.
+        kept: Number of branches that stay in the end. If it is too small for one per stage, importance alone decides.
+        staying: Slots of branches that must not close. They use places of their stage.
     """
     importances = {slot: math.inf if slot in staying else value for slot, value in importances.items()}
     counts = collections.Counter(stage_of(slot) for slot in (*importances, *removed))
@@ -102,12 +101,12 @@ def importance_ranks(
 
 
 def shares(counts: Mapping[str, int], kept: int, least: Mapping[str, int] | None = None) -> dict[str, int]:
-    """How many of ``kept`` places each stage has, in proportion to its branches (D'Hondt).
+    """Number of places for each stage, out of ``kept``, in proportion to its branches (D'Hondt method).
 
     Args:
         counts: Number of branches of each stage.
         kept: Number of places.
-        least: Places that each stage has in any case, by default one.
+        least: Minimum number of places of each stage, by default one.
     """
     places = dict.fromkeys(counts, 1) if least is None else dict(least)
     for _ in range(kept - sum(places.values())):

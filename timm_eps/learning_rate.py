@@ -1,4 +1,4 @@
-"""The learning rate that begins anew when blocks were discarded."""
+"""A learning rate schedule that restarts when blocks are closed or removed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["RestartingLR"]
 class RestartingLR(LRScheduler):
     """Lowers the learning rate in steps, and restarts whenever more blocks are closed or removed.
 
-    The paper calls this schedule required on CIFAR and SVHN. The defaults are its CIFAR setting: 0.1 of the learning
-    rate after 82 epochs, 0.01 after 123, 0.002 after 300, counted from the start; and after 41, 61 and 150 epochs,
-    counted from the last restart. Call :meth:`step` once an epoch with the number of blocks closed or removed so far.
+    The paper requires this schedule on CIFAR and SVHN. The defaults are its CIFAR setting: 0.1 of the learning rate
+    after 82 epochs, 0.01 after 123 and 0.002 after 300, counted from the start. After a restart, the same factors apply
+    after 41, 61 and 150 epochs. Call :meth:`step` once an epoch with the number of blocks closed or removed so far.
 
     Args:
-        optimizer: Optimizer whose current learning rates are the highest ones.
+        optimizer: Optimizer. Its current learning rates are the maxima of the schedule.
         milestones: Epochs at which the next factor applies, before any restart.
-        restart_milestones: The same, in epochs after a restart.
-        factors: One more than milestones; multiplies the learning rate.
+        restart_milestones: Epochs after a restart at which the next factor applies.
+        factors: Factors of the learning rate, one more than milestones.
 
     Raises:
         ValueError: The milestones do not increase, or their number does not fit the factors.
@@ -65,7 +65,7 @@ class RestartingLR(LRScheduler):
         """Advance one epoch.
 
         Args:
-            discarded: Number of blocks that are closed or removed by now. If it grew, the schedule restarts.
+            discarded: Number of blocks closed or removed so far. If it has increased, the schedule restarts.
         """
         if discarded is not None:
             if discarded > self.discarded:

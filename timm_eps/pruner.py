@@ -1,4 +1,4 @@
-"""The pruner: once an epoch it reads the gates, freezes their decisions, and deletes what collapsed."""
+"""The pruner: after each epoch it reads the responses, closes branches, and removes long-closed ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["EpsilonPruner"]
 
 
 class EpsilonPruner:
-    """Makes a network shallower while it trains.
+    """Removes residual branches from a network while it trains.
 
     Example::
 
@@ -46,14 +46,14 @@ class EpsilonPruner:
 
     Weights that are loaded into the model while it has a pruner may lack branches. These branches are first removed
     from the model, its optimizers and its followers. ``accelerator.register_for_checkpointing(pruner)`` with
-    ``accelerator.load_state`` therefore resumes a run, and so does Lightning, in any order of loading.
+    ``accelerator.load_state`` therefore resumes a run. Lightning works as well. The order of loading does not matter.
 
     Args:
         model: Model with gates (any ``eps_*`` model). A timm model without gates gets them here. It must not be wrapped
-            or compiled: wrap or compile it after the pruner was made, and give the pruner the model itself.
+            or compiled: create the pruner first, with the model itself, and wrap or compile it afterwards.
         optimizer: Optimizer, or a list of them. Parameters of removed blocks and their state are deleted from it; all
             others stay. timm's ``Lookahead`` and Accelerate's wrapper are supported.
-        epsilon: The paper's threshold, in activation units, one for the whole network. Exclusive with a budget.
+        epsilon: Threshold of the paper, in activation units, one for the whole network. Not allowed with a budget.
         keep: Fraction (float) or number (int) of branches to keep; ε then follows the responses.
         target_params: Instead of ``keep``, fraction (float up to 1) or number of the network's parameters.
         target_macs: Instead of ``keep``, fraction or number of the multiply-adds for one image.
@@ -67,20 +67,20 @@ class EpsilonPruner:
         criterion: With a budget, ranking of the branches: ``'response'``, the largest of an epoch; ``'importance'``,
             the change of the loss without the branch, measured over the steps of the optimizer; ``'last'``, the last
             branches of the network first; an object of :mod:`timm_eps.criteria`, or your own. With any criterion except
-            the response, each branch that is due gets its own ε, twice its response. Importance needs the optimizer;
-            with ``keep`` it leaves each stage its share.
-        schedule: Instead of ``epsilon`` or a budget, an object that says ε in each epoch: one of
+            the response, each branch due to close gets its own ε, twice its response. Importance needs the optimizer.
+            With ``keep`` and importance, each stage keeps its share.
+        schedule: Instead of ``epsilon`` or a budget, an object that returns ε for each epoch: one of
             :mod:`timm_eps.schedule`, or your own.
-        prune_frozen: Whether to remove branches none of whose parameters needs a gradient. By default they are kept.
+        prune_frozen: Whether to remove branches without trainable parameters. By default they are kept.
         followers: Averages of the model's weights: timm's ``ModelEmaV3``, torch's ``AveragedModel``, or the copy in it.
             After each step they have the same closed and removed branches as the model.
 
     Attributes:
         epoch (int): Number of finished epochs.
-        epsilon (float): Threshold of the current epoch; with a budget, that of the branches that are due to close.
+        epsilon (float): Threshold of the current epoch; with a budget, threshold of the branches due to close.
         total (int): Number of branches of the unpruned network.
         followers (list): Copies that follow the model; more may be appended.
-        history (list[dict]): One record an epoch: ``epoch``, ``epsilon``, ``responses`` (slot to float), ``closed``
+        history (list[dict]): One record per epoch: ``epoch``, ``epsilon``, ``responses`` (slot to float), ``closed``
             (list of slots, those closed on every batch) and ``removed`` (those removed after it); also
             ``importances`` if they were measured.
 
@@ -133,7 +133,7 @@ class EpsilonPruner:
             add_gates(model)
         self._parameters = set(model.parameters())
         self._streaks = dict.fromkeys(gates(model), 0)
-        self._stuck: set[str] = set()  # closed, but proven to be needed: not tried again until another one is ready
+        self._stuck: set[str] = set()  # closed, but the output needs them: retried when another one is ready
         self.total = len(self._streaks) + len(removed_slots(model))
         self._thresholds = Thresholds(model, schedule, ranking, self.total)
         if isinstance(keep, numbers.Integral) and keep > self.total:
@@ -151,7 +151,7 @@ class EpsilonPruner:
 
     @property
     def optimizer(self) -> Optimizers:
-        """What holds the model's parameters; it may be set later than the pruner is made."""
+        """Optimizer of the model's parameters. It may be set after the pruner was created."""
         return self._optimizer
 
     @optimizer.setter
@@ -172,7 +172,7 @@ class EpsilonPruner:
                 self._measure(gate)
 
     def _measure(self, gate: EpsilonGate) -> None:
-        """Measure a gate's importance, over the steps of the optimizer or, without one, over backward passes."""
+        """Measure a gate's importance over optimizer steps, or over backward passes if there is no optimizer."""
         if self._optimizers:
             sum_gradients([gate])
         else:
@@ -188,7 +188,7 @@ class EpsilonPruner:
 
     @property
     def schedule(self) -> Schedule:
-        """What says ε in each epoch."""
+        """Schedule that returns ε for each epoch."""
         return self._thresholds.schedule
 
     @property
@@ -204,29 +204,29 @@ class EpsilonPruner:
     def step(self) -> list[str]:
         """End an epoch: close, remove, and set ε for the next.
 
-        A branch that did not run in training mode in this epoch stays as it is. A warning says so if no branch ran. A
-        second warning names a copy of the model that is updated in place, but is not among the followers.
+        A branch that did not run in training mode in this epoch stays as it is. A warning is logged if no branch ran,
+        and another one if a copy of the model is updated in place but is not among the followers.
 
-        Under ``torch.distributed`` every process must call this. All processes decide on the largest response of all of
-        them, so they take the same decision.
+        Under ``torch.distributed`` every process must call this. All processes use the largest response of all
+        processes, so they make the same decision.
 
         Returns:
             The slot paths removed now.
         """
         found = gates(self.model)
         self._streaks = {slot: streak for slot, streak in self._streaks.items() if slot in found}  # see remove_closed
-        is_ranked = self._thresholds.is_ranking(self.epoch, len(found))  # asked now: branches that go change the answer
+        is_ranked = self._thresholds.is_ranking(self.epoch, len(found))  # before any branch is removed
         is_measured = self._is_measuring
         staying = self._staying
         responses = self._collect_responses()
         if found and not responses and not self._warned_of_evaluation:
             self._warned_of_evaluation = True
             _logger.warning(
-                "No branch saw a batch in training mode before this step(), so nothing can close. Call model.train() "
+                "No branch saw a batch in training mode before this step(), so no branch can close. Call model.train() "
                 "before the training batches, and model.eval() only to evaluate."
             )
         for slot, response in responses.items():
-            # In the gate's own precision, or a response right at ε would be judged differently than in training.
+            # In the gate's precision: otherwise a response equal to ε would be treated differently than in training.
             # NaN is not below ε: a diverged branch stays open.
             is_below = slot not in staying and response < found[slot].threshold.item()
             self._streaks[slot] = self._streaks[slot] + 1 if is_below else 0
@@ -250,9 +250,9 @@ class EpsilonPruner:
         self._take_along()
         for copied in left_behind(self.model, self.followers):
             _logger.warning(
-                "A copy of the model (%s) is updated in place, as an average of the weights is, but has not closed and "
-                "removed the branches that the model has: what it computes, and what it is updated with, is wrong. "
-                "Hand it over: EpsilonPruner(..., followers=[ema]), or pruner.followers.append(ema).",
+                "A copy of the model (%s) is updated in place, like an average of the weights, but it lacks the "
+                "model's closed and removed branches. Its outputs and its updates are wrong. "
+                "Pass it to the pruner: EpsilonPruner(..., followers=[ema]), or pruner.followers.append(ema).",
                 type(copied).__name__,
             )
         return removed
@@ -274,8 +274,8 @@ class EpsilonPruner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state. A model that still has all its blocks gets the saved structure first.
 
-        Load the weights before or after this. Load the optimizer state after one of them, because it fits the smaller
-        structure only.
+        Load the weights before or after this. Load the optimizer state afterwards, because it fits only the smaller
+        structure.
 
         Raises:
             ValueError: The state belongs to another architecture, or the model lacks blocks that the state still has.
@@ -298,13 +298,13 @@ class EpsilonPruner:
     def share_responses(self) -> None:
         """Under ``torch.distributed``, give every process the largest response of all processes, for each gate.
 
-        :meth:`step` calls this. Call it yourself before saving in mid-epoch; otherwise the other processes' responses
-        are lost. Every process must call it.
+        :meth:`step` calls this. Call it yourself before saving in mid-epoch; otherwise the checkpoint does not contain
+        the responses of the other processes. Every process must call it.
         """
         share_measured(gates(self.model).values(), with_importance=self._is_measuring)
 
     def _collect_responses(self) -> dict[str, float]:
-        """The epoch's response of each branch that ran in training; one that is frozen in evaluation mode has none."""
+        """The epoch's response of each branch that ran in training mode."""
         self.share_responses()
         found = {slot: float(gate.response) for slot, gate in gates(self.model).items()}
         return {slot: value for slot, value in found.items() if not value < 0}
@@ -321,7 +321,7 @@ class EpsilonPruner:
     def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
         found, measuring, staying = gates(self.model), self._is_measuring, self._staying
         if lacking := found.keys() - thresholds.keys():
-            raise ValueError(f"The schedule says no epsilon for {min(lacking)!r}; it must for each branch it is given.")
+            raise ValueError(f"The schedule returned no epsilon for {min(lacking)!r}; each branch needs one.")
         self.epsilon = max(thresholds.values(), default=0.0)
         for slot, gate in found.items():
             gate.epsilon = 0.0 if slot in staying else thresholds[slot]
@@ -337,12 +337,12 @@ class EpsilonPruner:
         return set() if self.prune_frozen else self._frozen.of(timm_body(self.model))
 
     def _lose(self, model: nn.Module, slots: list[str]) -> None:
-        """Take out of the model the branches that weights which are about to be loaded lack."""
+        """Remove the branches that are missing in the weights to be loaded."""
         replay_removed(model, slots)
         self._take_along()
 
     def _take_along(self) -> None:
-        """Let optimizers and followers lose what the model has lost, whoever took it out."""
+        """Remove from optimizers and followers whatever was removed from the model."""
         parameters = set(self.model.parameters())
         forget(self._optimizers, self._parameters - parameters)
         self._parameters = parameters

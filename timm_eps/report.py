@@ -1,4 +1,4 @@
-"""What a run found: parameters, multiply-adds and latency side by side, and the picture of which blocks went when."""
+"""Results of a run: a table of parameters, multiply-adds and latency, and a picture of the removed blocks."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Multiply-adds of convolutions and matrix products for one image (1, C, H, W).
 
-    They are counted on a copy without memory, so that every device gives the same number: torch counts attention on
-    some devices only.
+    They are counted on a copy on the meta device, so the number is the same for every device: torch counts attention
+    only on some devices.
     """
     has_memory = any(not parameter.is_meta for parameter in model.parameters())
     net = meta_copy(model) if has_memory else model
@@ -54,7 +54,7 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
 
 
 def hardware(device: torch.device | str) -> str:
-    """What computes: the accelerator, or this process's threads and, where Linux tells it, the processor's model."""
+    """Name of the accelerator, or number of threads and, on Linux, the processor's model."""
     device = torch.device(device)
     if device.type == "cpu":
         described = Path("/proc/cpuinfo")
@@ -67,12 +67,12 @@ def hardware(device: torch.device | str) -> str:
 def paired_latency(
     models: Mapping[str, nn.Module], batch: Tensor, repeats: int = 15, warmup: int = 3
 ) -> dict[str, float]:
-    """Median seconds of a forward pass, of those of :func:`paired_seconds`, whose arguments it takes."""
+    """Median seconds of a forward pass. The arguments are those of :func:`paired_seconds`."""
     return {name: statistics.median(found) for name, found in paired_seconds(models, batch, repeats, warmup).items()}
 
 
 def spread_of_ratios(some: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Lower and upper quartile of the ratios of times that were measured in turn."""
+    """Lower and upper quartile of the ratios of paired times."""
     ratios = [one / other for one, other in zip(some, others, strict=True)]
     lower, _, upper = statistics.quantiles(ratios, n=4)
     return [lower, upper]
@@ -81,16 +81,15 @@ def spread_of_ratios(some: Sequence[float], others: Sequence[float]) -> list[flo
 def paired_seconds(
     models: Mapping[str, nn.Module], batch: Tensor, repeats: int = 15, warmup: int = 3
 ) -> dict[str, list[float]]:
-    """Seconds of forward passes, measured in turn so that all models see the same drift of the machine.
+    """Seconds of forward passes, measured in turn so that drift of the machine affects all models equally.
 
-    The order is drawn anew in each turn: a model that always follows the same other one finds its cache as that one
-    left it.
+    The order is random in each turn, because each model affects the cache of the next one.
 
     Args:
-        models: Models by name; run in evaluation mode.
+        models: Models by name. They run in evaluation mode.
         batch: Images (B, C, H, W).
-        repeats: Measurements of each.
-        warmup: Passes of each that are not counted.
+        repeats: Number of measurements of each model.
+        warmup: Number of passes of each model that are not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
     synchronise: Callable[[], None] = torch.cuda.synchronize if batch.is_cuda else lambda: None
@@ -104,26 +103,26 @@ def paired_seconds(
                 start = time.perf_counter()
                 model(batch)
                 synchronise()
-                stop = time.perf_counter()  # before the modules' modes come back, which takes longer the more there are
+                stop = time.perf_counter()  # before the modes of all modules are restored, which takes time
             if turn >= warmup:
                 seconds[name].append(stop - start)
     return seconds
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
-    """The most bytes this process has held since the last reset: of an accelerator's allocator, or resident on Unix."""
+    """Peak bytes since the last reset: of the accelerator's allocator, or resident memory on Unix."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # of Linux, where getrusage begins with what the parent process held
+    if status.exists():  # Linux, where getrusage starts with the memory of the parent process
         return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0])
-    import resource  # not on Windows
+    import resource  # not available on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def reset_peak_memory(device: torch.device | str = "cpu") -> None:
-    """Let :func:`peak_memory` begin with what is held now. Only Linux and CUDA can; elsewhere it does nothing."""
+    """Restart :func:`peak_memory` from the current memory. It has an effect only on Linux and CUDA."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif (switch := Path("/proc/self/clear_refs")).exists():
@@ -131,7 +130,7 @@ def reset_peak_memory(device: torch.device | str = "cpu") -> None:
 
 
 def comparison_table(results: Mapping[str, Any]) -> str:
-    """A Markdown table, dense network against pruned, from the values of ``all_results.json``."""
+    """A Markdown table that compares the dense and the pruned network, from the values of ``all_results.json``."""
 
     def row(what: str, before: Any, after: Any, form: Callable[[Any], str], change: str = "") -> str:
         return f"| {what} | {form(before)} | {form(after)} | {change} |"
@@ -159,7 +158,7 @@ def comparison_table(results: Mapping[str, Any]) -> str:
         "|---|---:|---:|---:|",
         row("residual branches", blocks, kept, str, f"−{blocks - kept}"),
         row("parameters", results["dense_params"], results["params"], "{:,}".format, gone("params")),
-        row("multiply-adds an image", results["dense_macs"], results["macs"], "{:,}".format, gone("macs")),
+        row("multiply-adds per image", results["dense_macs"], results["macs"], "{:,}".format, gone("macs")),
     ]
     for key, what in timed(results):
         lines.append(row(what, results[f"dense_{key}"], results[key], _milliseconds, faster(key)))
@@ -178,11 +177,11 @@ def is_pruned(results: Mapping[str, Any]) -> bool:
 
 
 def outcome(results: Mapping[str, Any]) -> str:
-    """What a run did to the network, in a few sentences, from the values of ``all_results.json``."""
+    """A summary of a run in a few sentences, from the values of ``all_results.json``."""
     share = 100 * (1 - results["params"] / results["dense_params"])
     text = (
-        f"{results['blocks_kept']} of {results['blocks_total']} residual branches stayed; "
-        f"{share:.1f} % of the parameters are gone. The network that is left classifies "
+        f"{results['blocks_kept']} of {results['blocks_total']} residual branches remain; "
+        f"{share:.1f} % of the parameters are removed. The pruned network classifies "
         f"{100 * results['eval_accuracy']:.2f} % of the {results['eval_images']} test images correctly."
     )
     if not is_pruned(results):
@@ -193,14 +192,14 @@ def outcome(results: Mapping[str, Any]) -> str:
     wanted = results.get("blocks_wanted")
     if wanted is not None and results["blocks_kept"] > wanted:
         text += (
-            f" The budget was not reached: it wanted {wanted} branches, and {results['blocks_kept']} stayed. Train for "
-            "more epochs, or shorten --epsilon_warmup_epochs and --ramp_epochs."
+            f" The budget was not reached: {wanted} branches were requested, {results['blocks_kept']} remain. "
+            "Train for more epochs, or shorten --epsilon_warmup_epochs and --ramp_epochs."
         )
     return text
 
 
 def class_changes(results: Mapping[str, Any], most: int = 3) -> str:
-    """The classes whose accuracy fell most from the dense network to the pruned one; empty if that is not known.
+    """The classes with the largest loss of accuracy after pruning; empty if the accuracies are unknown.
 
     Args:
         results: Values of ``all_results.json``.
@@ -212,17 +211,17 @@ def class_changes(results: Mapping[str, Any], most: int = 3) -> str:
     if not changes:
         return ""
     if not worst:
-        return "By class: the accuracy of none fell."
+        return "The accuracy fell for no class."
     named = ", ".join(f"{name} {changes[name]:+.1f}".replace("-", "−") for name in worst)
-    return f"By class, in points, the accuracy fell most for: {named}."
+    return f"Largest changes of accuracy by class, in points: {named}."
 
 
 def _plain_table(results: Mapping[str, Any]) -> str:
-    """A Markdown table of a network that has all its branches."""
+    """A Markdown table of an unpruned network."""
     rows = {
         "residual branches": str(results["blocks_total"]),
         "parameters": f"{results['params']:,}",
-        "multiply-adds an image": f"{results['macs']:,}",
+        "multiply-adds per image": f"{results['macs']:,}",
     }
     rows |= {what: _milliseconds(results[key]) for key, what in timed(results)}
     rows["accuracy"] = f"{100 * results['eval_accuracy']:.2f} %"
@@ -233,7 +232,7 @@ def _plain_table(results: Mapping[str, Any]) -> str:
 
 
 def timed(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Keys of the latencies that were measured, and what they are of: by runtime, then by batch size."""
+    """Keys and labels of the measured latencies, sorted by runtime, then by batch size."""
     found = []
     for key in results:
         if parts := re.fullmatch(r"(onnx_)?latency_batch(\d+)_seconds", key):
@@ -249,15 +248,15 @@ def _milliseconds(seconds: float) -> str:
 def draw_blocks(
     slots: Sequence[str], removed: Sequence[str], history: Sequence[Mapping[str, Any]], path: str | Path, title: str
 ) -> None:
-    """Draw which blocks stayed, and per epoch how each responded, when it closed and when it went.
+    """Draw the remaining blocks and, for each epoch, the responses and the closed and removed branches.
 
     The counterpart of the paper's figure 1 for one run. Without a history only the structure is drawn.
 
     Args:
         slots: All branches of the unpruned network, in order.
-        removed: Those that are gone.
+        removed: Removed branches.
         history: Records of :attr:`EpsilonPruner.history`.
-        path: Where to write the PNG.
+        path: Path of the PNG file.
         title: First line of the picture.
     """
     import numpy as np

@@ -1,7 +1,7 @@
-"""What ε is in each epoch.
+"""Schedules of ε.
 
-An ε schedule maps (epoch, responses of the epoch before) to a threshold for each branch. Those here hold ε = 0 while
-the network warms up: a branch that starts near zero would otherwise be shut before it has learnt anything, and stay so.
+An ε schedule maps (epoch, responses of the previous epoch) to a threshold for each branch. The schedules here keep ε =
+0 during warm-up. Otherwise a branch that starts near zero would be closed before it has learnt anything.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ __all__ = ["BudgetEpsilon", "ConstantEpsilon", "Schedule"]
 
 
 class Schedule(Protocol):
-    """What :class:`timm_eps.EpsilonPruner` asks for the thresholds of an epoch.
+    """Interface by which :class:`timm_eps.EpsilonPruner` gets the thresholds of an epoch.
 
-    A schedule of one's own needs this one method, and none of these classes. It decides by its arguments alone: a
-    checkpoint does not hold it::
+    Your own schedule needs only this method and no base class. Its result must depend only on its arguments, because a
+    checkpoint does not contain the schedule::
 
         class Rising:
             def __call__(self, epoch, responses, total):
@@ -34,9 +34,9 @@ class Schedule(Protocol):
 
         Args:
             epoch: The epoch that begins.
-            responses: Response of each branch that is still there, in the epoch before; infinity if it did not run, or
-                is not to close.
-            total: Number of branches that the model was built with.
+            responses: Response of each remaining branch in the previous epoch; infinity if it did not run or must not
+                close.
+            total: Number of branches of the unpruned network.
         """
 
 
@@ -45,7 +45,7 @@ class ConstantEpsilon:
 
     Args:
         epsilon: Threshold in activation units.
-        warmup_epochs: Number of epochs with ε = 0 first.
+        warmup_epochs: Number of epochs with ε = 0 at the beginning.
 
     Raises:
         ValueError: ε is negative, NaN or infinite, or the warm-up is negative.
@@ -68,18 +68,18 @@ class ConstantEpsilon:
 
 
 class BudgetEpsilon:
-    """ε that follows the responses so that a given share of the branches is left at the end of a ramp.
+    """A schedule that follows the responses and leaves a given share of the branches at the end of a ramp.
 
-    After warm-up the number of branches to close rises along a cubic ramp (Zhu and Gupta, "To prune, or not to
-    prune", arXiv 1710.01878, equation 1): fast at first, slowly towards the end. In each epoch ε is set so that this
-    many branches responded less than ε in the epoch before, the removed ones counted in.
+    After warm-up the number of branches to close rises along a cubic ramp (Zhu and Gupta, "To prune, or not to prune",
+    arXiv 1710.01878, equation 1): fast at first, slowly towards the end. In each epoch ε is set so that this number of
+    branches had a response below ε in the previous epoch, including the removed ones.
 
-    Only these branches get ε, the others zero. A response is the largest of an epoch, and that of a single batch can be
-    far smaller: under one ε for all, branches that are to stay would be shut on most batches meanwhile.
+    Only these branches get ε; the others get zero. A response is the maximum over an epoch, and the maximum of a single
+    batch can be far smaller. With one ε for all, the remaining branches would be closed on most batches.
 
     Args:
         keep: Fraction (float, 0 < keep < 1) or number (int, at least 1) of branches to keep.
-        warmup_epochs: Number of epochs with ε = 0 first.
+        warmup_epochs: Number of epochs with ε = 0 at the beginning.
         ramp_epochs: Number of epochs from the first closed branch to the full budget.
 
     Raises:
@@ -100,20 +100,20 @@ class BudgetEpsilon:
             raise ValueError(
                 f"keep must be a fraction of the branches between 0 and 1 or a number of at least 1, got {keep!r}."
             )
-        self.keep = int(keep) if whole else float(keep)  # numpy's numbers, too
+        self.keep = int(keep) if whole else float(keep)  # converts numpy numbers, too
         self.warmup_epochs = _check_epochs("warmup_epochs", warmup_epochs)
         self.ramp_epochs = _check_epochs("ramp_epochs", ramp_epochs)
 
     def kept(self, total: int) -> int:
-        """How many of ``total`` branches stay in the end."""
+        """Number of branches, out of ``total``, that stay in the end."""
         return min(self.keep, total) if isinstance(self.keep, int) else max(1, round(self.keep * total))
 
     def to_close(self, epoch: int, total: int) -> int:
-        """How many of ``total`` branches are to be closed or gone in ``epoch``."""
+        """Number of branches, out of ``total``, that must be closed or removed in ``epoch``."""
         return round((total - self.kept(total)) * self.progress(epoch))
 
     def progress(self, epoch: int) -> float:
-        """How far the ramp is in ``epoch``: from 0, before it, to 1, at its end."""
+        """Position on the ramp in ``epoch``, from 0 before it to 1 at its end."""
         done = (epoch - self.warmup_epochs + 1) / max(1, self.ramp_epochs)
         return 1.0 - (1.0 - min(max(done, 0.0), 1.0)) ** 3
 
@@ -122,21 +122,21 @@ class BudgetEpsilon:
 
         Args:
             epoch: The epoch that begins.
-            responses: Response of each branch that is still there, in the epoch before; infinity if it did not run.
-            total: Number of branches that the model was built with.
+            responses: Response of each remaining branch in the previous epoch; infinity if it did not run.
+            total: Number of branches of the unpruned network.
         """
         due, others = self.divide(epoch, responses, total)
         if not due:
             return dict.fromkeys(responses, 0.0)
         largest = responses[due[-1]]
-        # Halfway to the next response, so that neither rounding nor a small change lets a branch slip over.
+        # Halfway to the next response, so that rounding or a small change does not matter.
         epsilon = (largest + responses[others[0]]) / 2 if others else largest * 1.01
         return {slot: epsilon if slot in due else 0.0 for slot in responses}
 
     def divide(self, epoch: int, ranks: Mapping[str, float], total: int) -> tuple[list[str], list[str]]:
-        """The branches that are to be closed in ``epoch``, those of the lowest rank, and the others, in order.
+        """The branches to close in ``epoch``, which have the lowest ranks, and the others, in order of rank.
 
-        One whose rank has no end or is not a number cannot be closed, and is in neither list.
+        A branch whose rank is infinite or NaN cannot be closed, and is in neither list.
         """
         close = max(self.to_close(epoch, total) - (total - len(ranks)), 0)
         ordered = sorted((slot for slot, value in ranks.items() if math.isfinite(value)), key=ranks.__getitem__)

@@ -1,4 +1,4 @@
-"""Which ε each branch gets in an epoch: by a schedule, and by the criterion that ranks branches for it."""
+"""The ε of each branch in an epoch, from a schedule and a criterion that ranks the branches."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _logger = logging.getLogger(__name__)
 
 
 def ranking_for(schedule: Schedule, criterion: str | Criterion) -> Criterion:
-    """The criterion that a name stands for, or that is given.
+    """The criterion with a given name, or the criterion that is given.
 
     Raises:
-        ValueError: It is unknown, or the schedule has no use for it.
+        ValueError: The criterion is unknown, or the schedule cannot use it.
     """
     ranking = criterion_from(criterion)
     if not isinstance(schedule, BudgetEpsilon) and not isinstance(ranking, Response):
-        raise ValueError(f"criterion={criterion!r} goes with keep; any other epsilon is one for the responses.")
+        raise ValueError(f"criterion={criterion!r} needs a budget such as keep; other schedules use the responses.")
     return ranking
 
 
 class Thresholds:
-    """Decides for a pruner.
+    """Computes the thresholds for a pruner.
 
     Args:
         model: The model with gates.
-        schedule: Says ε, or how many branches are due.
-        ranking: Ranks the branches of a schedule by budget, as :func:`ranking_for` returned it.
+        schedule: Schedule of ε, or of the number of branches to close.
+        ranking: Criterion returned by :func:`ranking_for`, which ranks the branches if there is a budget.
         total: Number of branches of the unpruned network.
     """
 
@@ -54,29 +54,29 @@ class Thresholds:
         return self.schedule.kept(self.total) if isinstance(self.schedule, BudgetEpsilon) else self.total
 
     def is_ranking(self, epoch: int, left: int) -> bool:
-        """Whether branches are to be ranked after an epoch, if so many are left."""
+        """Whether branches must be ranked after an epoch at the end of which ``left`` branches remain."""
         if not isinstance(self.schedule, BudgetEpsilon):
             return False
         return self.schedule.to_close(epoch + 1, self.total) > self.total - left
 
     def is_measuring(self, epoch: int, left: int) -> bool:
-        """Whether importances are needed to rank the branches after an epoch, if so many are left."""
+        """Whether ranking the branches after an epoch needs importances; see :meth:`is_ranking`."""
         return getattr(self.ranking, "measures_importance", False) and self.is_ranking(epoch, left)
 
     def first(self) -> dict[str, float]:
-        """ε of each branch in the first epoch. A budget needs responses, so under one this epoch is open."""
+        """ε of each branch in the first epoch. With a budget all branches stay open, since it needs responses first."""
         return self.schedule(0, dict.fromkeys(gates(self.model), math.inf), self.total)
 
     def following(
         self, record: Mapping[str, Any], streaks: Mapping[str, int], staying: Collection[str], is_ranked: bool
     ) -> dict[str, float]:
-        """ε of each branch in the epoch that begins, by what the last one showed.
+        """ε of each branch in the epoch that begins, from the results of the last epoch.
 
         Args:
-            record: Of the last epoch, as in :attr:`EpsilonPruner.history`.
-            streaks: For how many epochs each branch that is there has been closed.
-            staying: Slots of branches that are not to go.
-            is_ranked: Whether branches were to be ranked after that epoch, asked before any was removed.
+            record: Record of the last epoch, as in :attr:`EpsilonPruner.history`.
+            streaks: Number of epochs that each remaining branch has been closed.
+            staying: Slots of branches that must not close.
+            is_ranked: Result of :meth:`is_ranking` for the last epoch, before branches were removed.
         """
         epoch, responses = record["epoch"] + 1, record["responses"]
         remaining = {slot: math.inf if slot in staying else responses.get(slot, math.inf) for slot in streaks}
@@ -84,21 +84,21 @@ class Thresholds:
         if isinstance(self.ranking, Response):
             thresholds = self.schedule(epoch, remaining, self.total)
             is_open = [slot for slot, gate in found.items() if not gate.closed]
-            # The last open branch is not closed on single batches either: its response may be under a constant ε.
+            # The last open branch must stay open on every batch, although its response may be below a constant ε.
             return {**thresholds, is_open[0]: 0.0} if len(is_open) == 1 else thresholds
         if not is_ranked:
             return dict.fromkeys(streaks, 0.0)
-        assert isinstance(self.schedule, BudgetEpsilon), "another epsilon has no other criterion"
+        assert isinstance(self.schedule, BudgetEpsilon), "only a budget has another criterion"
         kept = None if isinstance(self.schedule, CostEpsilon) else self.schedule.kept(self.total)
         body = timm_body(self.model)
         importances = self._importances(record, streaks)
         ranks = ranked_by(
             self.ranking, Seen(body, remaining, importances, removed_slots(self.model), set(staying), kept)
         )
-        # A criterion may say something else in each process: what it says in the first one counts.
+        # The ranks may differ between processes: all processes use the ranks of the first one.
         ranks = dict(zip(ranks, agreed(list(ranks.values()), body), strict=True))
         due, _ = self.schedule.divide(epoch, ranks, self.total)
-        # Of an empty branch at least the smallest number there is: 0 is not below 0.
+        # The ε of an empty branch must be above 0, because 0 is not below 0.
         least = {slot: torch.finfo(found[slot].threshold.dtype).tiny for slot in due}
         return {slot: max(2 * remaining[slot], least[slot]) if slot in due else 0.0 for slot in streaks}
 
@@ -108,23 +108,23 @@ class Thresholds:
         measured = measured_importances(recorded, record["responses"], streaks)
         if recorded and not measured:
             _logger.warning(
-                "Nothing closes: no branch has an importance after epoch %d. It is measured by loss.backward(), not by "
-                "torch.autograd.grad, from finite gradients.",
+                "No branch closes: none has an importance after epoch %d. Importance is measured in loss.backward(), "
+                "not in torch.autograd.grad, and only from finite gradients.",
                 record["epoch"],
             )
         return dict.fromkeys(streaks, math.inf) | measured
 
 
 def keep_one_open(model: nn.Module, responses: Mapping[str, float], epsilon: float) -> str | None:
-    """Open the branch of the largest response, if all branches are closed: a network of none learns nothing.
+    """Open the branch with the largest response if all branches are closed, since they could not learn any more.
 
     Args:
         model: The model with gates.
-        responses: Of the epoch that ended, by slot.
-        epsilon: The threshold that closed them, for the warning.
+        responses: Responses of the finished epoch, by slot.
+        epsilon: Threshold that closed the branches, for the warning.
 
     Returns:
-        The slot of the branch that was opened; None if there was no need.
+        The slot of the opened branch; None if none was opened.
     """
     found = gates(model)
     if not responses or not all(gate.closed for gate in found.values()):
@@ -132,7 +132,7 @@ def keep_one_open(model: nn.Module, responses: Mapping[str, float], epsilon: flo
     strongest = max(responses, key=responses.__getitem__)
     found[strongest].closed = False
     _logger.warning(
-        "epsilon=%g would close all %d branches that are left: %s, whose response (%g) is the largest, stays open. "
+        "epsilon=%g would close all %d remaining branches: %s, which has the largest response (%g), stays open. "
         "Lower epsilon to keep more.",
         epsilon,
         len(found),

@@ -1,1 +1,1 @@
-"""What each branch is worth and costs, and which ones to remove for a budget."""
+"""Value and cost of each branch, and the choice of branches to remove for a budget."""

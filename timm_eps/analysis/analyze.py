@@ -1,6 +1,6 @@
-"""What each residual branch is worth and what it costs, without training.
+"""Measure the value and the cost of each residual branch, without training.
 
-A closed gate is the removal of its branch, so what the loss rises by when a gate closes is exact. The report chooses
+Closing a gate has the same effect as removing its branch, so the measured rise of the loss is exact. The report chooses
 branches for a budget (:meth:`timm_eps.Analysis.choose`), and :func:`timm_eps.prune` removes them.
 """
 
@@ -38,28 +38,27 @@ def analyze(
     rerank: int = 8,
     progress: bool = True,
 ) -> Analysis:
-    """Measure what each residual branch is worth and what it costs. Nothing is trained, and the model stays as it is.
+    """Measure the value and the cost of each residual branch. There is no training, and the model is not changed.
 
-    First each branch is closed alone. Then branches are closed one after the other, always the one that the loss
-    rises least by, and the others are ranked again. Branches that are closed already count as removed.
+    First each branch is closed alone. Then branches are closed one after the other, in each step the one with the
+    smallest rise of the loss, and the others are ranked again. Branches that are already closed count as removed.
 
     Args:
         model: A timm model with or without gates, or a transformers model of this package, with a classifier.
         batches: Pairs (images, labels), or dicts with ``pixel_values`` and ``labels``: images (B, C, H, W) normalised
-            as the network reads them, labels (B,) or class probabilities (B, classes). They are read once and kept in
-            memory.
-        batch_sizes: Batch sizes whose times are measured on the model's device; empty to measure none.
+            for the network, labels (B,) or class probabilities (B, classes). They are read once and kept in memory.
+        batch_sizes: Batch sizes for the latency on the model's device; empty to measure none.
         loss: Function of logits (B, classes) and labels that returns the mean loss of a batch.
-        rerank: Number of branches that are tried before each closing: those that the loss rose least by when they
-            were last tried. 1 keeps to the first ranking; a number as large as that of the branches tries them all.
+        rerank: Number of branches to try before each closing: those with the smallest rise of the loss when they were
+            last tried. 1 keeps the first ranking. The number of branches tries all of them.
         progress: Whether to show a progress bar.
 
     Returns:
-        The report. It holds the model and the images for :meth:`timm_eps.Analysis.choose`.
+        The report. It keeps the model and the images for :meth:`timm_eps.Analysis.choose`.
 
     Raises:
-        ValueError: The model has no open branch, no classifier, or is wrapped or compiled; the batches are of another
-            kind; ``rerank`` or a batch size is no positive whole number.
+        ValueError: The model has no open branch, no classifier, or is wrapped or compiled; the batches have another
+            form; ``rerank`` or a batch size is not a positive whole number.
 
     Example::
 
@@ -75,7 +74,7 @@ def analyze(
     net = pruned_copy(net, closed_slots(net))
     classes = getattr(net, "num_classes", 0)
     if not classes:
-        raise ValueError(f"{type(net).__name__} has no classifier, so it has no loss to analyze by; give it one.")
+        raise ValueError(f"{type(net).__name__} has no classifier, which the loss of the analysis needs; add one.")
     if not (slots := open_slots(net)):
         raise ValueError(f"{type(net).__name__} has no open branch: all of them are closed or removed.")
     live.batches = read_batches(batches, classes)
@@ -102,15 +101,15 @@ class _Runs:
     """Scores of a network on the images of an analysis.
 
     Args:
-        live: Holds the images and the loss.
-        tick: Called after each batch.
+        live: Network with the images and the loss.
+        tick: Function that is called after each batch.
     """
 
     def __init__(self, live: LiveNetwork, tick: Callable[[], Any]) -> None:
         self.live, self.tick = live, tick
 
     def dense(self, net: nn.Module) -> tuple[Score, dict[str, float]]:
-        """Score of the network as it is, and the largest response of each branch."""
+        """Score of the current network, and the largest response of each branch."""
         largest: dict[str, Tensor] = {}
 
         def note(slot: str, _: nn.Module, args: tuple) -> None:
@@ -143,9 +142,9 @@ def _curve(
     rerank: int,
     times: dict[int, BranchTimes],
 ) -> list[Step]:
-    """Close branch after branch, until none is left.
+    """Close branch after branch, until none remains.
 
-    The network loses each closed branch, so that the runs get faster.
+    Each closed branch is removed from the network, so that the runs get faster.
     """
     net = pruned_copy(net, [])
     known = dict(singles)
@@ -153,14 +152,14 @@ def _curve(
     steps = [_step([], dense, net, runs.live.image_shape, left)]
     while known:
         tried = sorted(known, key=lambda slot: _last_if_nan(known[slot]))[:rerank]
-        if len(steps) > 1:  # the first time each has just been tried
+        if len(steps) > 1:  # the first time, each branch has just been tried
             known |= runs.without_each(net, tried)
         best = min(tried, key=lambda slot: _last_if_nan(known[slot]))
         gates(net)[best].closed = True
         remove(net, closed_slots(net))
         there = open_slots(net)
         found = known[best]
-        closed = [best, *(slot for slot in known if slot != best and slot not in there)]  # some stand inside others
+        closed = [best, *(slot for slot in known if slot != best and slot not in there)]  # including branches inside it
         known = {slot: value for slot, value in known.items() if slot not in closed}
         left = {
             size: max(value - sum(times[size].saved[slot] for slot in closed), times[size].none)

@@ -1,4 +1,4 @@
-"""Which branches to remove for a budget, by what an analysis found."""
+"""Choose the branches to remove for a budget, from the results of an analysis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .worth import Branch, Step
 __all__ = ["choose"]
 
 Cost = Callable[[list[str]], float]
-# What a report has of a branch and of a step, and the live network of a structure.
+# Field of a report's branches and steps, and of the size of a live network.
 _FIELDS: dict[type[Budget], str] = {TargetParams: "parameters", TargetMacs: "macs"}
 
 
@@ -25,21 +25,21 @@ def choose(
     """Choose branches for a budget; see :meth:`timm_eps.Analysis.choose`.
 
     Args:
-        branches: What each branch is worth and costs alone.
-        curve: What is left, closing by closing.
-        budget: What may stay.
-        batch_size: Batch size of a latency.
-        live: The network; without it the choice is the curve's own.
+        branches: Value and cost of each branch alone.
+        curve: Remaining network after each closing.
+        budget: Size that the network may keep.
+        batch_size: Batch size of the latency.
+        live: Network to measure; without it the choice follows the curve.
 
     Raises:
-        ValueError: The network needs more even without any branch, or has other branches by now.
+        ValueError: The network exceeds the budget even without any branch, or its branches have changed.
     """
     if type(budget) in BUDGETS.values():
         costs = {branch.slot: _of_branch(branch, budget, batch_size) for branch in branches}
         left = [_of_step(step, budget, batch_size) for step in curve]
     elif live is None:
-        raise ValueError(f"{budget!r} is counted on the network, which a report that was read from a file has not.")
-    else:  # a user's own
+        raise ValueError(f"{budget!r} is counted on the network, but a report from a file has no network.")
+    else:  # a user-defined budget
         count: Cost = partial(live.count_without, budget)
         costs = {branch.slot: count([]) - count([branch.slot]) for branch in branches}
         left = [count([slot for step in curve[: place + 1] for slot in step.slots]) for place in range(len(curve))]
@@ -58,7 +58,7 @@ def choose(
         return within_measured(partial(chooser.best, predicted), measure, goal)
     if isinstance(budget, Keep):
         return chooser.best(predicted, goal)
-    if field := _FIELDS.get(type(budget)):  # the analysis has counted some of these structures
+    if field := _FIELDS.get(type(budget)):  # the analysis has already counted some structures
         return chooser.best(lambda slots: getattr(live.size_without(slots), field), goal)
     return chooser.best(partial(live.count_without, budget), goal)
 
@@ -80,7 +80,7 @@ def _of_step(step: Step, budget: Budget, batch_size: int) -> float:
 
 
 def _along(curve: Sequence[Step], left: Sequence[float], goal: float) -> list[str]:
-    """The branches that are closed at the first step of the curve that costs no more than a goal."""
+    """The closed branches at the first step of the curve with a cost within the goal."""
     last = next((index for index, cost in enumerate(left) if cost <= goal), len(curve) - 1)
     return [slot for step in curve[: last + 1] for slot in step.slots]
 
@@ -94,11 +94,11 @@ class _Chooser:
     """Compares several choices by their loss on the images.
 
     Args:
-        costs: What goes with each branch, in the order of the network.
-        branches: What each is worth.
-        curve: What is left, closing by closing.
-        left: The cost of each step of the curve.
-        live: The network.
+        costs: Savings by each branch, in the order of the network.
+        branches: Value of each branch.
+        curve: Remaining network after each closing.
+        left: Cost of each step of the curve.
+        live: Network to measure.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class _Chooser:
     ) -> None:
         self.costs, self.curve, self.left, self.live = costs, curve, left, live
         self.rises = {branch.slot: _or_infinity(branch.rise) for branch in branches}
-        # What the loss rose by at a branch's turn: the others that the curve prefers had been closed by then.
+        # Rise of the loss at each branch's step of the curve, with the branches of earlier steps closed.
         self.rises_in_turn = dict.fromkeys(costs, math.inf)
         for before, step in itertools.pairwise(curve):
             rise = _or_infinity(step.loss - before.loss) / max(len(step.slots), 1)
@@ -119,7 +119,7 @@ class _Chooser:
         self._losses: dict[tuple[str, ...], float] = {}
 
     def best(self, cost: Cost, goal: float) -> list[str]:
-        """Of some choices without which the network costs no more than ``goal``, the one of the smallest loss."""
+        """The choice with the smallest loss, out of some choices with a cost of at most ``goal``."""
         choices = [
             _along(self.curve, self.left, goal),
             self._knapsack(self.rises, cost, goal),
@@ -136,7 +136,7 @@ class _Chooser:
         return list(*within) if within else list(self.costs)
 
     def _knapsack(self, rises: dict[str, float], cost: Cost, goal: float) -> list[str]:
-        """The least sum of rises; asked for more until the network really costs no more than ``goal``."""
+        """The choice with the smallest sum of rises, enlarged until the real cost of the network is within ``goal``."""
         need = cost([]) - goal
         while True:
             slots = least_loss(rises, self.costs, need)

@@ -1,4 +1,4 @@
-"""Branches removed at once, without training."""
+"""Remove branches at once, without training."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["prune"]
 def prune(model: nn.Module, slots: Iterable[str]) -> list[str]:
     """Close branches and remove them at once, in place; fine-tune afterwards.
 
-    A probe proves that the network without the branches computes the same as with closed gates. Make the optimizer
-    afterwards; otherwise it keeps the parameters that were removed.
+    A probe checks that the network without the branches computes the same as with closed gates. Create the optimizer
+    afterwards; otherwise it keeps the removed parameters.
 
     Args:
         model: A timm model with or without gates, or a transformers model of this package.
-        slots: Slot paths, as :meth:`timm_eps.Analysis.choose` returns them.
+        slots: Slot paths, as returned by :meth:`timm_eps.Analysis.choose`.
 
     Returns:
-        The slot paths removed now, those of branches inside a removed one among them. A slot that is not returned
-        could not be removed without a change of the output: its branch stays in the model, closed, with a warning.
+        The slot paths removed now, including branches inside a removed one. A slot is not returned if its removal would
+            change the output. Its branch then stays closed in the model, and a warning is logged.
 
     Raises:
-        ValueError: A slot is unknown, the model has no residual branch, or is wrapped or compiled. All its gates are
-            then as they were.
+        ValueError: A slot is unknown, the model has no residual branch, or is wrapped or compiled. The gates are
+            unchanged then.
 
     Example::
 

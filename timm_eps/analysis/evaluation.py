@@ -1,4 +1,4 @@
-"""Loss and accuracy of a classifier on batches that stay in memory."""
+"""Loss and accuracy of a classifier on batches in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W) as a network reads them, and labels (B,), or class probabilities (B, classes)."""
+    """Normalised images (B, C, H, W), and labels (B,) or class probabilities (B, classes)."""
 
     images: Tensor
     labels: Tensor
@@ -27,9 +27,9 @@ class Score:
     """Sums over images.
 
     Attributes:
-        images: Their number.
-        loss_sum: Sum of their losses.
-        correct: Number of those that are classified correctly.
+        images: Number of images.
+        loss_sum: Sum of the losses.
+        correct: Number of correctly classified images.
     """
 
     images: int = 0
@@ -41,7 +41,7 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean loss of an image."""
+        """Mean loss per image."""
         return self.loss_sum / self.images
 
     @property
@@ -51,15 +51,15 @@ class Score:
 
 
 def read_batches(batches: Iterable[Any], classes: int) -> list[Batch]:
-    """All batches, read once and kept, so that a generator will do and no image is decoded twice.
+    """All batches. They are read once, so a generator works, and no image is decoded twice.
 
     Args:
         batches: Pairs (images, labels), or mappings with ``pixel_values`` and ``labels``.
         classes: Number of classes of the network.
 
     Raises:
-        ValueError: There is no batch, or one that is neither, with no float images (B, C, H, W), labels of another
-            number or kind, or a label that the network has no class for.
+        ValueError: There is no batch, or a batch has another form, images that are not float (B, C, H, W), labels of
+            another number or kind, or a label outside the network's classes.
     """
     if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
         raise ValueError(
@@ -69,7 +69,7 @@ def read_batches(batches: Iterable[Any], classes: int) -> list[Batch]:
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
         found = [_read_batch(index, batch, classes) for index, batch in enumerate(batches)]
     if not any(len(batch.labels) for batch in found):
-        raise ValueError("batches holds no images. A generator that was read before is empty; make a new one.")
+        raise ValueError("batches contains no images. A generator that was already read is empty; make a new one.")
     return [batch for batch in found if len(batch.labels)]
 
 
@@ -88,7 +88,7 @@ def _read_batch(index: int, batch: Any, classes: int) -> Batch:
         )
     if not (isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4):
         raise ValueError(
-            f"The images of {name.lower()} must be a float tensor (B, C, H, W), normalised as the network reads them, "
+            f"The images of {name.lower()} must be a float tensor (B, C, H, W), normalised for the network, "
             f"got {_described(images)}."
         )
     if not (isinstance(labels, Tensor) and labels.shape in ((len(images),), (len(images), classes))):
@@ -115,9 +115,9 @@ def score(logits: Tensor, labels: Tensor, loss: Loss = F.cross_entropy) -> Score
     """Score of one batch.
 
     Args:
-        logits: (B, classes).
-        labels: (B,) or (B, classes), on any device.
-        loss: Mean loss of a batch from logits and labels.
+        logits: Logits (B, classes).
+        labels: Labels (B,) or (B, classes), on any device.
+        loss: Function of logits and labels that returns the mean loss.
     """
     logits, labels = logits.float(), labels.to(logits.device)
     classes = labels if labels.ndim == 1 else labels.argmax(1)
@@ -136,6 +136,6 @@ def evaluate(body: nn.Module, batches: Iterable[Batch], loss: Loss = F.cross_ent
 
 
 def to_network(body: nn.Module, images: Tensor) -> Tensor:
-    """Images on the device and in the type of a network's weights."""
+    """Images on the device and with the dtype of a network's weights."""
     parameter = next(body.parameters())
     return images.to(parameter.device, parameter.dtype, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The network behind a report, which answers what a choice of branches really costs."""
+"""The network of a report, which measures the real cost of a choice of branches."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = ["LiveNetwork", "batch_of"]
 
 
 class LiveNetwork:
-    """Measures the network that was analyzed without some of its branches. The network itself stays as it is.
+    """Measures the analyzed network without some of its branches. The network itself is not changed.
 
     Args:
-        model: The model as the caller has it.
-        batches: The images of the analysis.
-        loss: Mean loss of a batch from logits and labels.
+        model: Model of the caller.
+        batches: Images of the analysis.
+        loss: Function of logits and labels that returns the mean loss.
     """
 
     def __init__(self, model: nn.Module, batches: list[Batch], loss: Loss) -> None:
@@ -48,26 +48,26 @@ class LiveNetwork:
         return tuple(self.batches[0].images.shape[1:])
 
     def copy(self) -> nn.Module:
-        """A copy of the network as it is now, with gates and the same weights; where gates belong is found out once."""
+        """A copy of the current network, with gates and the same weights. The slots are searched only once."""
         body = timm_body(self.model)
         if gates(body) or removed_slots(body):
             return gated_copy(body)
-        # The same modules over the same memory.
+        # New modules that share the memory.
         now = [*map(id, body.modules()), *(tensor.data_ptr() for tensor in (*body.parameters(), *body.buffers()))]
         if self._gated is None or self._gated[0] != now:
             self._gated = now, gated_copy(body)
         return shared_copy(self._gated[1])
 
     def check(self, slots: Iterable[str]) -> None:
-        """Raise ValueError if other branches are open by now than these."""
+        """Raise ValueError if the open branches are no longer these."""
         if different := set(open_slots(self.copy())) ^ set(slots):
             raise ValueError(
-                f"The model is not the one that was analyzed: they differ at {min(different)!r}, which was closed, "
-                "removed or added since. Analyze the model as it is now."
+                f"The model has changed since the analysis: branch {min(different)!r} was closed, removed or added. "
+                "Analyze the model again."
             )
 
     def loss_without(self, slots: Iterable[str]) -> float:
-        """Mean loss of an image without these branches."""
+        """Mean loss per image without these branches."""
         net = self.copy()
         for slot in slots:
             gates(net)[slot].closed = True
@@ -82,7 +82,7 @@ class LiveNetwork:
         return self._sizes[key]
 
     def count_without(self, budget: Budget, slots: Iterable[str]) -> float:
-        """What a budget counts without these branches."""
+        """Size in the unit of a budget without these branches."""
         key = frozenset(slots)
         counts = self._counts.setdefault(budget, {})
         if key not in counts:
@@ -95,8 +95,8 @@ class LiveNetwork:
 
         Args:
             batch_size: Number of images.
-            dense: Milliseconds of the dense network to go by: what is measured is then relative to the dense network
-                as it is measured in turn, and the drift of the machine cancels out.
+            dense: Milliseconds of the dense network as a reference. The dense network is then measured in turn, and the
+                result scaled accordingly, so that the drift of the machine cancels out.
         """
         net = self.copy()
         net = pruned_copy(net, closed_slots(net))
@@ -111,6 +111,6 @@ class LiveNetwork:
 
 
 def batch_of(body: nn.Module, batches: list[Batch], size: int) -> Tensor:
-    """So many images, the first of the data, some of them several times if there are too few; on the body's device."""
+    """The first ``size`` images of the data, repeated if there are too few, on the body's device."""
     images = torch.cat([batch.images[:size] for batch in batches[:size]])
     return to_network(body, images[torch.arange(size) % len(images)])

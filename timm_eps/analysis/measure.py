@@ -1,9 +1,9 @@
-"""What each branch costs: the parameters, the multiply-adds and the time that go when it is removed.
+"""Measure the cost of each branch: the parameters, the multiply-adds and the time that its removal saves.
 
-Parameters and multiply-adds are counted on a copy without memory that has really lost the branch, not estimated from
-its layers: a block that keeps one of two branches keeps what both of them use. Time is measured inside the network,
-block by block, in the dense network and in a few copies that have lost branches; what the blocks save is then scaled
-to what the whole network saves when all of them go.
+Parameters and multiply-adds are counted on a copy on the meta device without the branch, not estimated from its layers,
+because branches of one block may share layers. Time is measured inside the network, block by block, in the dense
+network and in a few copies without some branches. The savings of the blocks are then scaled to the saving of the whole
+network without all branches.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ __all__ = [
     "size_without",
 ]
 
-# How often a network is timed: as often as fits into the seconds, within the limits.
+# Number of time measurements of a network: as many as fit into the seconds, within the limits.
 REPEATS = 15
 _LEAST_REPEATS, _SECONDS = 5, 2.0
 
 
 class Size(NamedTuple):
-    """What a network holds and computes.
+    """Size of a network.
 
     Attributes:
         parameters: Number of parameters.
@@ -55,7 +55,7 @@ class Size(NamedTuple):
 
 
 def size_of(body: nn.Module, image_shape: Sequence[int]) -> Size:
-    """Parameters and multiply-adds of a network as it stands, without computing anything.
+    """Parameters and multiply-adds of a network, without computing its output.
 
     Args:
         body: A timm model.
@@ -66,12 +66,12 @@ def size_of(body: nn.Module, image_shape: Sequence[int]) -> Size:
 
 
 def size_without(body: nn.Module, slots: Iterable[str], image_shape: Sequence[int]) -> Size:
-    """Parameters and multiply-adds that are left when these branches are removed, whether they are closed or not."""
+    """Parameters and multiply-adds without these branches, which may be open or closed."""
     return size_of(network_without(body, slots), image_shape)
 
 
 def network_without(body: nn.Module, slots: Iterable[str]) -> nn.Module:
-    """A copy on the meta device without these branches, whether they are closed or not."""
+    """A copy on the meta device without these branches, which may be open or closed."""
     net = meta_copy(body)
     _collapse(net, set(slots))
     return net
@@ -86,12 +86,12 @@ def gated_copy(model: nn.Module) -> nn.Module:
 
 
 def open_slots(body: nn.Module) -> list[str]:
-    """The slots of the branches that count, in the order of the network."""
+    """The slots of open branches, in the order of the network."""
     return sorted((slot for slot, gate in gates(body).items() if not gate.closed), key=natural_order)
 
 
 def pruned_copy(body: nn.Module, slots: Iterable[str]) -> nn.Module:
-    """A copy without exactly these branches, proven; all others are open. It shares its weights with the model."""
+    """A copy without exactly these branches, with all others open. Its output is checked, and it shares the weights."""
     net = shared_copy(body)
     chosen = set(slots)
     for slot, gate in gates(net).items():
@@ -101,9 +101,9 @@ def pruned_copy(body: nn.Module, slots: Iterable[str]) -> nn.Module:
 
 
 def repeats_for(net: nn.Module, batch: Tensor, most: int = REPEATS) -> int:
-    """How often a forward pass is timed: a slow one less often than a fast one, whose time is less certain."""
+    """Number of time measurements of a forward pass: fewer for a slow one, more for a fast one."""
     with evaluating(net):
-        net(batch)  # the first pass prepares much
+        net(batch)  # the first pass includes preparations
     [seconds] = paired_latency({"once": net}, batch, 1, 0).values()
     return max(_LEAST_REPEATS, min(most, int(_SECONDS / seconds)))
 
@@ -117,9 +117,9 @@ class BranchTimes(NamedTuple):
     """Times of a forward pass, in milliseconds.
 
     Attributes:
-        dense: Of the network as it is.
-        none: Of the network without any branch.
-        saved: What goes with each branch; together as much as from ``dense`` to ``none``.
+        dense: Time of the current network.
+        none: Time of the network without any branch.
+        saved: Time saved by each branch. The sum is ``dense - none``.
     """
 
     dense: float
@@ -128,15 +128,15 @@ class BranchTimes(NamedTuple):
 
 
 def branch_times(body: nn.Module, batch: Tensor) -> BranchTimes:
-    """The time that goes with each branch.
+    """The time that the removal of each branch saves.
 
-    However many branches there are, few networks are timed: the dense one, the one without any branch, and, where
-    blocks hold several branches, those without the first branch of every block, without the second, and so on. The
-    branches of one block share what the block saves as a whole.
+    Only a few networks are timed, for any number of branches: the dense one, and the one without any branch. If blocks
+    have several branches, also the ones without the first branch of every block, without the second, and so on. The
+    saving of a whole block is divided among its branches.
 
     Args:
         body: A timm model with gates, none of them closed; it is not changed.
-        batch: Images (B, C, H, W) on its device.
+        batch: Images (B, C, H, W) on the device of the model.
     """
     repeats = repeats_for(body, batch)
     blocks = slots_by_block(body, gates(body))
@@ -174,9 +174,9 @@ def _collapse(net: nn.Module, slots: set[str]) -> None:
 def _block_milliseconds(
     nets: Mapping[str, nn.Module], paths: Sequence[str], batch: Tensor, repeats: int, warmup: int = 3
 ) -> dict[str, dict[str, float]]:
-    """Time within each block of each network, measured in turn; 0 of one that is not called, or not there.
+    """Time within each block of each network, measured in turn; 0 for a block that is not called or does not exist.
 
-    It is the shortest one: a block takes so little time that whatever else the machine does would show.
+    The minimum is used, because a block takes so little time that other processes would affect the median.
     """
     synchronise: Callable[[], None] = torch.cuda.synchronize if batch.is_cuda else lambda: None
     times: dict[str, dict[str, list[float]]] = {name: {path: [] for path in paths} for name in nets}
@@ -194,7 +194,7 @@ def _block_milliseconds(
 def _time_blocks(
     net: nn.Module, paths: Sequence[str], batch: Tensor, synchronise: Callable[[], None]
 ) -> dict[str, float]:
-    """Seconds within each block in one forward pass, all calls of it together."""
+    """Seconds within each block in one forward pass, summed over all its calls."""
     passed, begun, hooks = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0.0), []
     modules = dict(net.named_modules())
 
@@ -207,7 +207,7 @@ def _time_blocks(
         passed[path] += time.perf_counter() - begun[path]
 
     for path in paths:
-        if path in modules:  # a block around it may have been replaced
+        if path in modules:  # an outer block may have been replaced
             hooks.append(modules[path].register_forward_pre_hook(lambda *_, path=path: begin(path)))
             hooks.append(modules[path].register_forward_hook(lambda *_, path=path: end(path)))
     try:

@@ -13,15 +13,15 @@ __all__ = ["draw_analysis"]
 
 
 def draw_analysis(branches: Sequence[Branch], curve: Sequence[Step], title: str, path: str | Path) -> None:
-    """Draw for each branch what goes with it against what the loss rises by, and what is left closing by closing.
+    """Draw the savings against the rise of the loss for each branch, and the curve of closings.
 
     Costs are times at the largest batch size, or multiply-adds if no times were measured.
 
     Args:
-        branches: What each branch is worth and costs alone.
-        curve: What is left, closing by closing.
+        branches: Value and cost of each branch alone.
+        curve: Remaining network after each closing.
         title: First line of the picture.
-        path: Where to write the PNG.
+        path: Path of the PNG file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -35,13 +35,13 @@ class Analysis:
         removed = timm_eps.prune(model, slots)
 
     Attributes:
-        architecture: timm's name of the network, or its class.
-        hardware: What the times were measured on.
+        architecture: Name of the network in timm, or its class.
+        hardware: Hardware of the time measurements.
         images: Number of images.
         image_shape: (C, H, W) of an image.
-        branches: What each branch is worth and costs alone, in the order of the network.
-        curve: The dense network, then what is left after each closing, the branch of the smallest rise first.
-        live: The network and the images behind the report; none if it was read from a file.
+        branches: Value and cost of each branch alone, in the order of the network.
+        curve: Dense network, then the remaining network after each closing, beginning with the smallest rise.
+        live: Network and images of the report; None if it was read from a file.
     """
 
     architecture: str
@@ -54,12 +54,12 @@ class Analysis:
 
     @property
     def dense(self) -> Step:
-        """The network that was analyzed."""
+        """The analyzed network before any closing."""
         return self.curve[0]
 
     @property
     def batch_sizes(self) -> list[int]:
-        """Batch sizes whose times were measured."""
+        """Batch sizes of the time measurements."""
         return list(self.dense.milliseconds)
 
     def __str__(self) -> str:
@@ -78,28 +78,28 @@ class Analysis:
         """Choose the branches to remove for a budget, so that the loss rises least.
 
         Give exactly one budget. A float of at most 1 is a fraction of the dense network. An int, or a float above 1,
-        is absolute: milliseconds of a forward pass, multiply-adds of an image, parameters, or branches.
+        is absolute: milliseconds of a forward pass, multiply-adds per image, parameters, or branches.
 
-        Three choices are compared by their loss on the images of the analysis: that of the curve, and those with the
-        smallest sum of rises, each branch alone or at its turn in the curve. Parameters and multiply-adds are counted
-        on the structure that is left and never exceed the target. Latency is measured on the pruned network; the
-        choice is corrected and measured again until it is within 5 %, or as near as the branches allow. A report that
-        was read from a file has no network: its choice is that of the curve, by the numbers in the file.
+        Three choices are compared by their loss on the images of the analysis: the choice of the curve, and those with
+        the smallest sum of rises, for each branch alone or at its step of the curve. Parameters and multiply-adds are
+        counted on the remaining structure and never exceed the target. Latency is measured on the pruned network. The
+        choice is corrected and measured again until it is within 5 %, or as close as the branches allow. A report that
+        was read from a file has no network, so its choice follows the curve, with the numbers in the file.
 
         Args:
             target_latency: Time of a forward pass at ``batch_size``.
             target_macs: Multiply-adds of convolutions and matrix products for one image.
-            target_params: Parameters.
-            keep: Branches; at least one stays.
-            budget: A :class:`timm_eps.Budget`: one of these four, or your own.
-            batch_size: Batch size of ``target_latency``, one that was measured; by default the largest.
+            target_params: Parameters of the whole network.
+            keep: Number or fraction of branches; at least one stays.
+            budget: Instead of these, a :class:`timm_eps.Budget`, built-in or your own.
+            batch_size: Batch size of ``target_latency``, one of the measured ones; by default the largest.
 
         Returns:
             Slot paths, in the order of the network, for :func:`timm_eps.prune`.
 
         Raises:
-            ValueError: Not exactly one budget is given, it is out of range, or the network needs more even without
-                any branch; the batch size was not measured; the model has other branches by now.
+            ValueError: Not exactly one budget is given, it is out of range, or the network exceeds it even without any
+                branch; the batch size was not measured; the branches of the model have changed.
         """
         targets = {"target_latency": target_latency, "target_macs": target_macs, "target_params": target_params}
         if budget is None:
@@ -114,7 +114,7 @@ class Analysis:
     def _batch_size(self, batch_size: int | None, is_needed: bool) -> int:
         if not is_needed:
             if batch_size is not None:
-                raise ValueError(f"batch_size={batch_size!r} goes with target_latency.")
+                raise ValueError(f"batch_size={batch_size!r} needs target_latency.")
             return 0
         if not self.batch_sizes or batch_size not in (None, *self.batch_sizes):
             raise ValueError(
@@ -124,15 +124,15 @@ class Analysis:
         return batch_size or max(self.batch_sizes)
 
     def plot(self, path: str | Path) -> None:
-        """Draw what each branch costs against what the loss rises by without it, and the curve. Needs matplotlib.
+        """Draw the savings of each branch against the rise of the loss, and the curve. Needs matplotlib.
 
         Args:
-            path: Where to write the PNG.
+            path: Path of the PNG file.
         """
         draw_analysis(self.branches, self.curve, f"{self.architecture}, {self.images:,} images", path)
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON, without the network and the images. What is not finite becomes null."""
+        """Write the report as JSON, without the network and the images. Numbers that are not finite become null."""
         content = {
             "format": _FORMAT,
             "architecture": self.architecture,
@@ -146,17 +146,17 @@ class Analysis:
 
     @classmethod
     def load(cls, path: str | Path) -> Analysis:
-        """Read what :meth:`save` wrote.
+        """Read a file of :meth:`save`.
 
         Raises:
-            ValueError: The file holds something else; the message names the field.
+            ValueError: The file has other content. The message names the field.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is no report of timm_eps.analyze: {error}.") from None
+            raise ValueError(f"{path} is not a report of timm_eps.analyze: {error}.") from None
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise ValueError(f"{path} is no report of timm_eps.analyze: its format is not {_FORMAT!r}.")
+            raise ValueError(f"{path} is not a report of timm_eps.analyze: its format is not {_FORMAT!r}.")
         read = _Reader(str(path))
         return cls(
             read.field(content, "architecture", str),
@@ -201,7 +201,7 @@ def _finite(tree: Any) -> Any:
 
 
 class _Reader:
-    """Reads the fields of a report, and names the one that is wrong."""
+    """Reads the fields of a report. Errors name the wrong field."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -218,7 +218,7 @@ class _Reader:
         return value
 
     def number(self, entry: Any, name: str, where: str) -> float:
-        """A number; null is one that was not finite."""
+        """A number. null means a number that was not finite."""
         value = entry.get(name, "nothing") if isinstance(entry, dict) else "nothing"
         if value is None:
             return math.nan
@@ -253,7 +253,7 @@ class _Reader:
         where = f"{name}."
         slots = self.field(entry, "slots", list, where)
         if not all(isinstance(slot, str) for slot in slots):
-            raise ValueError(f"{self.path}: {where + 'slots'!r} must hold slot paths, got {str(slots)[:80]!r}.")
+            raise ValueError(f"{self.path}: {where + 'slots'!r} must contain slot paths, got {str(slots)[:80]!r}.")
         return Step(
             slots,
             self.number(entry, "loss", where),

@@ -1,4 +1,4 @@
-"""Which branches go for a budget: those whose removal raises the loss least, for what they cost."""
+"""Select branches for a budget so that their removal raises the loss least."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ _STEPS = 1000
 
 
 def least_loss(rises: Mapping[str, float], savings: Mapping[str, float], need: float) -> list[str]:
-    """The branches that save at least ``need`` together, at the smallest sum of rises: a knapsack, solved exactly.
+    """Branches that save at least ``need`` together, with the smallest sum of rises: an exact knapsack solution.
 
     Args:
-        rises: What the loss rises by without each branch. One below 0 counts as 0: it is not removed unless needed.
-        savings: What goes with each branch, in any unit, at least 0.
-        need: What is to go, in that unit. Rounding to a thousandth of it is to the safe side.
+        rises: Rise of the loss without each branch. Negative rises count as 0, so no branch is removed unnecessarily.
+        savings: Savings by the removal of each branch, in any unit, at least 0.
+        need: Required saving in the same unit. Savings are rounded down to a thousandth of it.
 
     Returns:
-        Slot paths; all that save anything if they do not save enough.
+        Slot paths; all branches with savings if they do not save enough.
     """
     useful = [slot for slot in rises if savings[slot] > 0]
     if need <= 0:
         return []
-    # Of each number of thousandths that are saved the smallest rise, and the branches, as bits.
+    # For each number of saved thousandths: the smallest rise, and the branches as bits.
     best: list[tuple[float, int]] = [(0.0, 0)] + [(math.inf, 0)] * _STEPS
     finite = [value for value in rises.values() if math.isfinite(value)]
-    far = 1 + sum(map(abs, finite))  # more than all others together
-    tiny = far * 1e-9  # of two equal sums, the one of fewer branches
+    far = 1 + sum(map(abs, finite))  # more than the sum of all others
+    tiny = far * 1e-9  # for equal sums, prefer fewer branches
     for index, slot in enumerate(useful):
         steps = math.floor(_STEPS * savings[slot] / need)
         weight = (max(rises[slot], 0.0) if math.isfinite(rises[slot]) else far) + tiny
@@ -49,14 +49,14 @@ def without_superfluous(
     cost: Callable[[list[str]], float],
     goal: float,
 ) -> list[str]:
-    """Those of the branches that are needed to get down to ``goal``; the one of the largest rise is spared first.
+    """The branches that are necessary for ``goal``. Unnecessary ones are kept, beginning with the largest rise.
 
     Args:
-        slots: Branches without which the network costs at most ``goal``.
-        rises: What the loss rises by without each.
-        savings: What goes with each alone: putting it back costs at least as much.
-        cost: What the network costs without some branches.
-        goal: What it may cost.
+        slots: Branches whose removal brings the cost to ``goal`` or below.
+        rises: Rise of the loss without each branch.
+        savings: Saving by each branch alone, a lower bound for the cost of keeping it.
+        cost: Function that returns the cost of the network without some branches.
+        goal: Maximum cost.
     """
     chosen = list(slots)
     now = cost(chosen)
@@ -79,15 +79,15 @@ def within_measured(
     """Choose by predicted costs so that the measured cost meets a goal.
 
     Args:
-        choose: The branches to remove for a predicted cost.
-        measure: What a network without them really costs.
-        goal: What it may cost.
-        tolerance: Fraction of the goal by which it may be missed.
-        rounds: Attempts; after each one the predicted cost is corrected by what was measured.
+        choose: Function that returns the branches to remove for a predicted cost.
+        measure: Function that returns the real cost without some branches.
+        goal: Maximum cost.
+        tolerance: Allowed error as a fraction of the goal.
+        rounds: Maximum number of attempts. After each one the predicted cost is corrected.
 
     Returns:
-        Of the choices that were measured the one nearest to the goal, and not above it by more than the tolerance;
-        if there is none, the cheapest.
+        The measured choice closest to the goal and not above it by more than the tolerance. If there is none, the
+        cheapest choice.
     """
     asked = goal
     tried: dict[tuple[str, ...], float] = {}

@@ -1,7 +1,7 @@
-"""A network run many times on the same images, each time without another branch.
+"""Run a network many times on the same images, each time without one branch.
 
-Whatever is computed before a branch is the same with and without it. A run therefore begins at the block that the
-branch belongs to: the modules that were through by then return what they returned in the run with all branches.
+All computation before a branch is the same with and without it. A run therefore begins at the block of the branch.
+Modules that finished before return their stored outputs of the run with all branches.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def scores_without_each(
     """Score of a network without each of some branches, and with all the others.
 
     Args:
-        body: A timm model with gates, as :class:`SuffixRuns` takes it.
-        slots: The branches.
+        body: A timm model with gates, as for :class:`SuffixRuns`.
+        slots: Slots of the branches.
         batches: Images and labels.
-        loss: Mean loss of a batch from logits and labels.
-        tick: Called for each branch and batch.
+        loss: Function of logits and labels that returns the mean loss.
+        tick: Function that is called for each branch and batch.
     """
     runs = SuffixRuns(body, slots, to_network(body, batches[0].images))
     scores = dict.fromkeys(slots, Score())
@@ -46,17 +46,17 @@ def scores_without_each(
 
 
 class SuffixRuns:
-    """Runs a network without one branch after the other.
+    """Runs a network without each of some branches, one at a time.
 
-    It is proven on two images of the first batch that the outputs are those of whole runs, bit for bit; where they
-    differ, because a model keeps a state outside of its modules' outputs, every run is a whole one. For one batch the
-    outputs of all modules before the last of the branches are held in memory.
+    Two images of the first batch are used to check that the outputs equal those of complete runs bit for bit. If they
+    differ, because a model keeps state outside of its modules' outputs, every run is complete. For one batch, the
+    outputs of all modules before the last branch are kept in memory.
 
     Args:
-        body: A timm model with gates in evaluation mode, a copy that nobody else uses: its modules' ``forward`` is
-            replaced for a time.
-        slots: The branches.
-        images: The first batch (B, C, H, W), on the model's device.
+        body: A timm model with gates in evaluation mode. It must be a separate copy, because the ``forward`` of its
+            modules is replaced temporarily.
+        slots: Slots of the branches.
+        images: First batch (B, C, H, W), on the model's device.
     """
 
     def __init__(self, body: nn.Module, slots: Iterable[str], images: Tensor) -> None:
@@ -74,7 +74,7 @@ class SuffixRuns:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The output for a batch (B, C, H, W) without each branch, which is closed for this alone: (slot, output)."""
+        """Yield (slot, output) for a batch (B, C, H, W), with only this branch closed."""
         kept = _Kept(itertools.chain.from_iterable(self.before.values()))
         if kept.modules:
             with kept.recording():
@@ -100,11 +100,11 @@ class SuffixRuns:
 
 
 class _ChangedInPlaceError(RuntimeError):
-    """A module changed what another one had returned."""
+    """A module changed the output of another one in place."""
 
 
 class _Kept:
-    """What modules returned in one run."""
+    """Outputs of modules in one run."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = list(dict.fromkeys(modules))
@@ -132,7 +132,7 @@ class _Kept:
 
 
 class _Hooks:
-    """Hooks for the time of a ``with`` block."""
+    """Hooks for the duration of a ``with`` block."""
 
     def __init__(self, handles: list[Any], then: Callable[[], None] = lambda: None) -> None:
         self.handles, self.then = handles, then
@@ -147,14 +147,14 @@ class _Hooks:
 
 
 class _Forwards:
-    """Lets modules return what they have returned before, for the time of a ``with`` block."""
+    """Makes modules return their stored outputs, for the duration of a ``with`` block."""
 
     def __init__(self, outputs: dict[nn.Module, Any]) -> None:
         self.outputs = outputs
 
     def __enter__(self) -> None:
         for module, output in self.outputs.items():
-            # On the instance: what others read of a module beside its output stays as it is.
+            # Only forward is replaced, on the instance, so other attributes of the module stay readable.
             module.forward = lambda *_, output=output, **__: output
 
     def __exit__(self, *_: object) -> None:
@@ -163,7 +163,7 @@ class _Forwards:
 
 
 def _through_before(body: nn.Module, slots: list[str], images: Tensor) -> dict[str, list[nn.Module]]:
-    """For each branch the largest modules that ran once, and were through when the branch's block began."""
+    """For each branch, the outermost modules that ran once and finished before the branch's block began."""
     began: dict[nn.Module, int] = {}
     ended: dict[nn.Module, int] = {}
     several: set[nn.Module] = set()
@@ -184,7 +184,7 @@ def _through_before(body: nn.Module, slots: list[str], images: Tensor) -> dict[s
 
     def through(module: nn.Module, before: int) -> Iterator[nn.Module]:
         for child in module.children():
-            is_plain = "forward" not in vars(child)  # one that somebody has replaced is left alone
+            is_plain = "forward" not in vars(child)  # a replaced forward is not touched
             if child in ended and child not in several and ended[child] < before and is_plain:
                 yield child
             else:

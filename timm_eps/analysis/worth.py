@@ -1,4 +1,4 @@
-"""The records of an analysis: one a branch, and one a step of the curve."""
+"""The records of an analysis: one for each branch, and one for each step of the curve."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ __all__ = ["Branch", "Step"]
 
 @dataclass(frozen=True)
 class Branch:
-    """What one residual branch is worth and costs, with all the others in place.
+    """Value and cost of one residual branch, with all the others in place.
 
     Attributes:
         slot: Slot path.
-        rise: What the mean loss of an image rises by without the branch. NaN or infinite if the loss is.
+        rise: Rise of the mean loss without the branch. NaN or infinite if the loss is.
         response: Largest ``|F|`` over the images, in activation units.
-        parameters: Number of parameters that go with the branch.
-        macs: Multiply-adds of an image that go with it.
-        milliseconds: Time of a forward pass that goes with it, by batch size.
+        parameters: Number of parameters saved without the branch.
+        macs: Multiply-adds per image saved without the branch.
+        milliseconds: Time of a forward pass saved without the branch, by batch size.
     """
 
     slot: str
@@ -30,16 +30,16 @@ class Branch:
 
 @dataclass(frozen=True)
 class Step:
-    """What is left after one more branch was closed, and those before it.
+    """The remaining network after closing one more branch.
 
     Attributes:
-        slots: The branch, and those inside of it; none in the first step, the dense network.
-        loss: Mean loss of an image.
-        accuracy: Fraction of the images that are classified correctly.
+        slots: Closed branch and the branches inside it; empty in the first step, the dense network.
+        loss: Mean loss per image.
+        accuracy: Fraction of correctly classified images.
         branches: Number of residual branches.
         parameters: Number of parameters.
-        macs: Multiply-adds of an image.
-        milliseconds: Time of a forward pass by batch size, predicted from that of the branches.
+        macs: Multiply-adds per image.
+        milliseconds: Time of a forward pass by batch size, predicted from the times of the branches.
     """
 
     slots: list[str]

@@ -1,1 +1,1 @@
-"""What files from elsewhere may say, and how they are read and written. Two of them are copied beside remote code."""
+"""Reading, checking and writing of model files. Some modules are copied to repositories with remote code."""

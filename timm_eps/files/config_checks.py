@@ -1,10 +1,10 @@
-"""Checks of what a configuration file may say: it is data, and it names structure alone.
+"""Checks of configuration files: they may only describe structure.
 
-A ``config.json`` from elsewhere decides how a network is built. It must not choose where weights come from, where
-files are written, on which device the network stands, or what the network puts out; the caller does. Numbers have
-bounds, so that a file of a few bytes cannot ask for gigabytes.
+A ``config.json`` from an unknown source determines how a network is built. It must not choose the source of weights,
+paths of written files, the device, or the form of the output; only the caller may. Numbers have limits, so that a small
+file cannot request gigabytes.
 
-This file imports nothing else of the package: copies of both stand beside the stand-alone code on the Hub.
+This file imports only ``value_checks`` from the package: copies of both are saved with the stand-alone code on the Hub.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -37,15 +37,15 @@ _SLOT = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 _KEYWORD = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
-# timm takes these beside the arguments of a network. They choose sources, files, devices, classes or the output's form.
+# Further arguments of timm. They choose sources, files, devices, classes or the form of the output.
 _NOT_STRUCTURE = re.compile(
-    r"(?!\w*drop_path$|pretrained_window_sizes?$)"  # arguments of networks that are called alike
+    r"(?!\w*drop_path$|pretrained_window_sizes?$)"  # arguments of networks with similar names
     r"(pretrained\w*|(\w+_)?(cfg|url|file|filename|dir|device|dtype|source|checkpoint|cache|weights|hub_id)(_\w+)?"
     r"|(\w+_)?path|features_only|out_indices|feature_cls|num_classes|kwargs_filter|scriptable|exportable|no_jit"
     r"|state_dict|custom_load|variant|model_name|architecture|pruned|label_\w+|hf_\w+|args|kwargs|self)",
     re.ASCII,
 )
-# The same among the fields at the root, where transformers reads them.
+# Similar fields at the root, where transformers reads them.
 _NOT_AT_ROOT = re.compile(
     r"quantization_config|\w*(attn|attention|experts)_implementation\w*|\w*(kernel|device|cache_dir|adapter)\w*|\w+_plan"
     r"|closed|removed|pretrained|state_dict|url|file|source|hf_hub_id|hf_hub_filename|custom_load|label_offset"
@@ -59,7 +59,7 @@ def check_slots(name: str, slots: object) -> list[str]:
     """Return a list of slot paths, such as ``stages.1.blocks.4.drop_path``.
 
     Raises:
-        ValueError: ``slots`` is no collection of such paths, or it names one of them twice.
+        ValueError: ``slots`` is not a collection of such paths, or contains one of them twice.
     """
     if isinstance(slots, str | bytes | Mapping) or not hasattr(slots, "__iter__"):
         raise refuse(name, "a list of slot paths", slots)
@@ -82,13 +82,13 @@ def check_network(
 
     Args:
         layers: Number of blocks in each stage.
-        channels: Width of each stage; as many as ``layers``.
+        channels: Width of each stage, of the same length as ``layers``.
         in_chans: Number of image channels.
         pixel_mean: Height and width of the images, or None.
         prefix: Text before the name of the field in a message.
 
     Raises:
-        ValueError: One of them is no number, or out of bounds; or the lengths differ.
+        ValueError: A value is not a number or out of bounds, or the lengths differ.
     """
 
     def named(field: str) -> str:
@@ -114,7 +114,7 @@ def _check_choice(*choices: str) -> Callable[[str, object], None]:
     return check
 
 
-# What a CIFAR network takes from a file. Layers by timm's names, never by an import path.
+# Arguments of a CIFAR network that a file may set. Layers have timm's names, never import paths.
 _CIFAR_ARGS: dict[str, Callable[[str, Any], object]] = {
     "layers": lambda name, value: None,  # together with the channels, by check_network
     "channels": lambda name, value: None,
@@ -131,16 +131,16 @@ _CIFAR_ARGS: dict[str, Callable[[str, Any], object]] = {
 
 
 def check_model_args(model_args: object, *, is_cifar: bool) -> dict[str, Any]:
-    """Return the ``model_args`` of a configuration file, which name structure alone.
+    """Check and return the ``model_args`` of a configuration file, which may only describe structure.
 
     Args:
-        model_args: As the file has them; None stands for none.
-        is_cifar: Whether they are for one of the CIFAR networks, whose arguments are known one by one. The twins take
-            those of timm's networks.
+        model_args: Arguments in the file; None if there are none.
+        is_cifar: Whether the network is one of the CIFAR networks, which have a fixed list of arguments. The twins
+            have the arguments of timm's networks.
 
     Raises:
-        ValueError: One of them is none of the network's, chooses something else than structure, or has a value out of
-            bounds. The message names it.
+        ValueError: An argument is unknown, chooses anything except structure, or has a value out of bounds. The message
+            names it.
     """
     if model_args is None:
         return {}
@@ -149,13 +149,13 @@ def check_model_args(model_args: object, *, is_cifar: bool) -> dict[str, Any]:
     for name, value in model_args.items():
         field = f"model_args[{shortened(name)}]"
         if not (isinstance(name, str) and _KEYWORD.fullmatch(name)):
-            raise ValueError(f"{field} is no keyword argument of a network.")
+            raise ValueError(f"{field} is not a keyword argument of a network.")
         if is_cifar and name not in _CIFAR_ARGS:
-            raise ValueError(f"{field} is no argument of a CIFAR network; these are {', '.join(_CIFAR_ARGS)}.")
+            raise ValueError(f"{field} is not an argument of a CIFAR network; these are {', '.join(_CIFAR_ARGS)}.")
         if not is_cifar and _NOT_STRUCTURE.fullmatch(name):
             raise ValueError(
-                f"{field} is refused: a configuration file names structure, not sources, files, devices, classes or "
-                "the form of the output. Pass it to the loading function."
+                f"{field} is refused: a configuration file may describe structure, but not sources, files, devices, "
+                "classes or the form of the output. Pass it to the loading function."
             )
         if is_cifar and value is not None:
             _CIFAR_ARGS[name](field, value)
@@ -166,7 +166,7 @@ def check_model_args(model_args: object, *, is_cifar: bool) -> dict[str, Any]:
     if is_cifar:
         given = {name: value for name, value in model_args.items() if value is not None}
         channels = given.get("channels", (16, 32, 64))
-        # Without layers the name tells them: the same number in each of the three stages.
+        # Without layers the name determines them: the same number in each of the three stages.
         check_network(
             given.get("layers", (1, 1, 1)), channels, given.get("in_chans", 3), given.get("pixel_mean"),
             prefix="model_args",
@@ -175,14 +175,14 @@ def check_model_args(model_args: object, *, is_cifar: bool) -> dict[str, Any]:
 
 
 def without_classes(model_args: object, num_classes: object) -> Any:
-    """``model_args`` less the number of classes that timm's own saver repeats there, if it is the one at the root."""
+    """``model_args`` without the number of classes, which timm's saver repeats there, if both numbers are equal."""
     if isinstance(model_args, Mapping) and num_classes is not None and model_args.get("num_classes") == num_classes:
         return {name: value for name, value in model_args.items() if name != "num_classes"}
     return model_args
 
 
 def _check_plain(name: str, value: object, depth: int = 0) -> None:
-    """Check a value of a timm argument that is not known here: plain data of sensible size."""
+    """Check the value of a timm argument that is unknown here: it must be plain data of limited size."""
     if depth > 8:
         raise refuse(name, "nested at most 8 deep", value)
     if value is None or isinstance(value, bool):
@@ -204,7 +204,7 @@ def _check_plain(name: str, value: object, depth: int = 0) -> None:
             raise refuse(name, "an object of at most 1000 values", value)
         for key, item in value.items():
             if not isinstance(key, str) or _NOT_STRUCTURE.fullmatch(key):
-                raise ValueError(f"{name}[{shortened(key)}] is refused: it does not name structure.")
+                raise ValueError(f"{name}[{shortened(key)}] is refused: it does not describe structure.")
             _check_plain(f"{name}[{shortened(key)}]", item, depth + 1)
     else:
         raise refuse(name, "plain data", value)
@@ -248,7 +248,7 @@ _PRETRAINED_CFG: dict[str, Callable[[str, Any], object]] = {
     **dict.fromkeys(
         ("architecture", "tag", "interpolation", "crop_mode", "license", "description", "origin_url", "paper_name",
          "paper_ids", "notes", "label_descriptions"),
-        lambda name, value: None,  # texts that nothing acts on, but for the first four
+        lambda name, value: None,  # texts without effect, except the first four
     ),
     **dict.fromkeys(("architecture", "tag", "interpolation", "crop_mode"), check_text),
 }  # fmt: skip
@@ -261,23 +261,23 @@ def _check_pretrained_cfg(cfg: object) -> None:
         field = f"pretrained_cfg[{shortened(name)}]"
         if name in _SOURCES:
             if value:
-                raise ValueError(f"{field} is refused: a configuration file does not choose where weights come from.")
+                raise ValueError(f"{field} is refused: a configuration file must not choose the source of weights.")
         elif name not in _PRETRAINED_CFG:
-            raise ValueError(f"{field} is no field of timm's description of weights.")
+            raise ValueError(f"{field} is not a field of timm's description of weights.")
         elif value is not None:
             _PRETRAINED_CFG[name](field, value)
 
 
 def check_label_names(name: str, names: object, count: int | None = None) -> list[str]:
-    """Return class names in the order of the logits; those of a mapping are its values, by number.
+    """Return class names in the order of the logits.
 
     Args:
         name: Name of the field, for messages.
         names: A list of strings, or a mapping from class numbers to strings.
-        count: Number of classes, if it is known.
+        count: Number of classes, if known.
 
     Raises:
-        ValueError: A name is no string, a class has none, or there are more or fewer than ``count``.
+        ValueError: A name is not a string, a class has no name, or there are not ``count`` names.
     """
     if isinstance(names, Mapping):
         try:
@@ -297,14 +297,14 @@ def check_label_names(name: str, names: object, count: int | None = None) -> lis
 
 
 def check_config(config: object, *, is_cifar: Callable[[str], bool]) -> dict[str, Any]:
-    """Return the content of a ``config.json``, which is data and names structure alone.
+    """Check and return the content of a ``config.json``, which may only describe structure.
 
     Args:
-        config: As ``json.load`` returns it.
-        is_cifar: Tells by an architecture's name whether it is one of the CIFAR networks.
+        config: Content, as returned by ``json.load``.
+        is_cifar: Function that returns whether an architecture name is one of the CIFAR networks.
 
     Raises:
-        ValueError: A field is missing, unknown, out of bounds, or chooses something else than structure.
+        ValueError: A field is missing, unknown, out of bounds, or chooses anything except structure.
     """
     if not isinstance(config, Mapping):
         raise refuse("config.json", "an object", config)
@@ -313,10 +313,10 @@ def check_config(config: object, *, is_cifar: Callable[[str], bool]) -> dict[str
     check_text("architecture", config["architecture"])
     for name in config:
         if not isinstance(name, str) or _NOT_AT_ROOT.fullmatch(name):
-            # A null, or transformers' own name for the usual attention, chooses nothing.
+            # A null, or transformers' name of the default attention, has no effect.
             if config[name] in (None, "eager", "sdpa"):
                 continue
-            raise ValueError(f"{shortened(name)} is refused at the root of config.json: it does not name structure.")
+            raise ValueError(f"{shortened(name)} is refused at the root of config.json: it is not structure.")
     config = {**config, "model_args": without_classes(config.get("model_args"), config.get("num_classes"))}
     checks: dict[str, Callable[[str, Any], object]] = {
         **dict.fromkeys(("num_classes", "num_labels"), lambda name, value: check_whole(name, value, 0, MAX_CLASSES)),
@@ -334,7 +334,7 @@ def check_config(config: object, *, is_cifar: Callable[[str], bool]) -> dict[str
         if config.get(name) is not None:
             check(name, config[name])
     if is_cifar(config["architecture"]) and (config.get("pretrained_cfg") or {}).get("fixed_input_size"):
-        raise ValueError("pretrained_cfg['fixed_input_size'] must be false: a CIFAR network takes images of any size.")
+        raise ValueError("pretrained_cfg['fixed_input_size'] must be false: CIFAR networks accept images of any size.")
     return config
 
 

@@ -1,4 +1,4 @@
-"""Files that others can read and that outlast a power cut."""
+"""Make files readable for other users and safe on the disk."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ __all__ = ["settle", "to_disk"]
 
 
 def settle(directory: Path) -> list[Path]:
-    """Give all files below a directory the permissions of new files, and wait until they have reached the disk.
+    """Give all files below a directory the default permissions of new files, and wait until they are on the disk.
 
-    safetensors leaves its files to their owner alone.
+    safetensors makes its files readable only for their owner.
 
     Args:
-        directory: Directory that nobody else writes into.
+        directory: Directory that no other process writes to.
 
     Returns:
         The paths of the files, relative to the directory.
     """
-    # The umask cannot be read without setting it, which other threads would see.
+    # Reading the umask requires setting it, which would affect other threads.
     probe = directory / ".mode"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
@@ -33,9 +33,9 @@ def settle(directory: Path) -> list[Path]:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or the entries of a directory, have reached the disk."""
+    """Wait until a file, or the entries of a directory, are on the disk."""
     if path.is_dir() and os.name == "nt":
-        return  # directories cannot be opened there
+        return  # Windows cannot open directories
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -4,7 +4,7 @@ A plan of removal is a list of edits. Each one replaces a module or a parameter,
 carries edits out while it prunes. A saved model can bring its edits along: then stock timm builds the dense network and
 the same edits make the pruned one of it.
 
-This file imports nothing else of the package than what stands beside it: copies stand beside saved models.
+This file imports only modules that are copied into saved directories with it.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -29,7 +29,7 @@ __all__ = [
     "restore_constants", "without_overtaken",
 ]  # fmt: skip
 
-# What may follow the path of an edit in JSON, one of them.
+# In JSON, each edit has a path and one of these keys.
 KINDS = ("zero", "pass", "chain", "constant")
 # What timm calls a stochastic-depth slot.
 SLOT_NAME = re.compile(r"(\w+_)?drop_path\d*", re.ASCII)
@@ -87,7 +87,7 @@ class Edit(NamedTuple):
         for name in self.value:
             chain.add_module(name, old.get_submodule(name))
         if self.value and getattr(chain[0], "inplace", False):
-            # It used to work on the block's sum. Now it gets the block's input, which others may need unchanged.
+            # Before, it changed the block's sum. Now it gets the block's input, which others may need unchanged.
             chain[0] = copy.copy(chain[0])
             chain[0].inplace = False  # type: ignore[assignment]
         return _like(old, chain)
@@ -118,7 +118,7 @@ class Edit(NamedTuple):
             raise self._misfit(body)
         order = list(parent._parameters)
         parameter: Any = parent._parameters.pop(name)
-        # The value no longer counts, but the block's code multiplies by it.
+        # The value does not affect the output, but the block's code still multiplies by it.
         ones = parameter.detach().new_ones(()).expand(parameter.shape)
         parent.register_buffer(name, ones, persistent=False)
         before = getattr(parent, _CONSTANTS, ())
@@ -163,7 +163,7 @@ def apply_edits(body: nn.Module, edits: Iterable[Edit]) -> Callable[[], None]:
 
 
 def without_overtaken(edits: Iterable[Edit]) -> list[Edit]:
-    """Leave out edits inside modules that a later edit replaces."""
+    """Omit edits inside modules that a later edit replaces."""
     kept: list[Edit] = []
     for edit in edits:
         if edit.kind in ("pass", "chain"):
@@ -195,7 +195,8 @@ def edits_as_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
 def edits_digest(architecture: str, removed: Iterable[str], edits: list[dict[str, Any]]) -> str:
     """SHA-256 that binds edits to the network and the removed branches that they are for.
 
-    Weights show that an edit of a module with parameters is missing. Of other modules nothing else tells.
+    If an edit of a module with parameters is missing, the weights do not fit. For other modules, only this digest does
+    not fit.
 
     Args:
         architecture: Name of the network in timm.
@@ -293,7 +294,7 @@ def _like(old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 def restore_constants(body: nn.Module) -> None:
-    """Set the parameters that became ones to ones again, after a loader built the network without memory."""
+    """Set the parameters of ``'constant'`` edits to ones again, after a loader built the network without memory."""
     for module in body.modules():
         for name in getattr(module, _CONSTANTS, ()):
             buffer: Any = module._buffers[name]

@@ -1,11 +1,11 @@
 """ε-ResNet for CIFAR-sized images, pruned or not, for transformers alone: a copy of ``standalone.py`` of timm-eps.
 
-Beside it stand copies of the files that it imports. They treat a configuration as data and check weights.
+The repository also has copies of the modules that it imports.
 
 "Learning Strict Identity Mappings in Deep Residual Networks", X. Yu, Z. Yu, S. Ramalingam, CVPR 2018,
 https://arxiv.org/abs/1804.01661. The network is a pre-activation ResNet of depth 6n + 2. Training with the package
-timm-eps found the residual blocks that the task does not need; ``model_args["removed"]`` in ``config.json`` lists
-them, and what is left of such a block is its shortcut. timm-eps and timm read the same files. Needs transformers 5.23.
+timm-eps found the residual blocks that the task does not need; ``model_args["removed"]`` in ``config.json`` lists them.
+Only the shortcut of such a block remains. timm-eps and timm read the same files. Needs transformers 5.23.
 
     x (B, 3, 32, 32) -> stem: conv 3x3, BN, ReLU -> (B, 16, 32, 32)
       -> stage 1: (B, 16, 32, 32) -> stage 2: (B, 32, 16, 16) -> stage 3: (B, 64, 8, 8) -> BN, ReLU, pool, linear
@@ -33,9 +33,9 @@ from .strict_loading import StrictLoading
 
 __all__ = ["EpsResNetBackbone", "EpsResNetConfig", "EpsResNetForImageClassification", "EpsResNetModel"]
 
-# Named one by one: other depths of the form 6n + 2, such as eps_resnet50, are those of ImageNet networks.
+# An explicit list, because other depths of the form 6n + 2, such as eps_resnet50, are ImageNet networks.
 _BLOCKS = {f"eps_resnet{depth}": (depth - 2) // 6 for depth in (20, 32, 44, 56, 110, 200, 302, 500, 752)}
-# timm's arguments. These come in one kind only, and the drop rates count in timm's training alone.
+# timm's arguments. These have only one supported value, and the drop rates affect only training in timm.
 _FIXED = {"act_layer": "relu", "global_pool": "avg", "norm_layer": "batchnorm2d", "closed": []}
 _IGNORED = {"drop_path_rate", "drop_rate"}
 
@@ -45,14 +45,14 @@ class EpsResNetConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of the ε-ResNet classes, stored under timm's keys: ``num_classes`` and ``label_names``.
 
     Args:
-        architecture: timm-eps's name of the unpruned network, ``eps_resnet20`` to ``eps_resnet752``.
-        model_args: timm's keyword arguments: ``removed`` (slots of the branches that are gone), ``layers`` (blocks of
-            each stage), ``channels`` (width of each stage), ``in_chans`` (channels of the images), ``pixel_mean``
-            (their height and width, if the network takes off the mean of each pixel).
+        architecture: Name of the unpruned network in timm-eps, ``eps_resnet20`` to ``eps_resnet752``.
+        model_args: Keyword arguments of timm: ``removed`` (slots of removed branches), ``layers`` (blocks of each
+            stage), ``channels`` (width of each stage), ``in_chans`` (channels of the images), ``pixel_mean`` (height
+            and width of the images, if the network subtracts the mean of each pixel).
         pretrained_cfg: timm's description of the input, which the image processor reads.
 
     Raises:
-        ValueError: ``architecture`` or one of ``model_args`` is none that this file knows.
+        ValueError: ``architecture`` or one of ``model_args`` is unknown.
     """
 
     model_type = "eps_resnet"
@@ -79,7 +79,7 @@ class EpsResNetConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def network(self) -> dict[str, Any]:
-        """What the network is built from: ``layers``, ``channels``, ``in_chans``, ``removed`` and ``pixel_mean``."""
+        """Arguments of the network: ``layers``, ``channels``, ``in_chans``, ``removed`` and ``pixel_mean``."""
         if self.architecture not in _BLOCKS:
             raise ValueError(f"architecture must be one of {', '.join(_BLOCKS)}, got {self.architecture!r}.")
         layers = (_BLOCKS[self.architecture],) * 3
@@ -102,7 +102,7 @@ class EpsResNetConfig(BackboneConfigMixin, PreTrainedConfig):
         output = super().to_dict()
         labels = {int(number): name for number, name in output.pop("id2label").items()}
         output.pop("label2id")
-        output.pop("weights_sha256", None)  # it is that of the file that was loaded
+        output.pop("weights_sha256", None)  # it belongs to the loaded file
         return {**output, "num_classes": len(labels), "label_names": [labels[number] for number in sorted(labels)]}
 
 
@@ -116,7 +116,7 @@ class NormAct(nn.BatchNorm2d):
 class PoolPadShortcut(nn.Module):
     """Shortcut where a stage halves the resolution: 2x2 average pooling, zero channels on both sides.
 
-    (B, C, H, W) -> (B, C', H / 2, W / 2), the C channels in the middle of the C', odd sizes rounded up.
+    (B, C, H, W) -> (B, C', H / 2, W / 2), with the C channels in the middle of the C'. Odd sizes round up.
     """
 
     def __init__(self, in_chs: int, out_chs: int) -> None:
@@ -130,10 +130,10 @@ class PoolPadShortcut(nn.Module):
 
 
 class PixelMean(nn.Module):
-    """Subtracts a mean of its own from each pixel: (B, C, H, W) -> (B, C, H, W), of one height and width.
+    """Subtracts an individual mean from each pixel: (B, C, H, W) -> (B, C, H, W), for a fixed height and width.
 
-    The paper's input on CIFAR. No image processor can do it, so it is a part of the network; image processors take off
-    the mean of the channels, and ``mean`` (C, H, W) is what is left, in units of the normalised images.
+    This is the paper's input on CIFAR. Image processors subtract only the mean of the channels, so this is a part of
+    the network. ``mean`` (C, H, W) is the remaining mean, in units of the normalised images.
     """
 
     mean: Tensor
@@ -149,7 +149,7 @@ class PixelMean(nn.Module):
 class PreActBasic(nn.Module):
     """Block shortcut(x) + conv(BN-ReLU(conv(BN-ReLU(x)))): (B, C, H, W) -> (B, C', H / stride, W / stride).
 
-    Without ``preact`` it does without the first BN-ReLU.
+    Without ``preact`` the first BN-ReLU is left out.
     """
 
     def __init__(self, in_chs: int, out_chs: int, stride: int, preact: bool, shortcut: nn.Module) -> None:
@@ -167,7 +167,7 @@ class PreActBasic(nn.Module):
 
 
 class EpsResNetPreTrainedModel(StrictLoading, PreTrainedModel):
-    """What the ε-ResNet classes share: the stem and the stages, under timm's names, and their initialisation."""
+    """Base of the ε-ResNet classes: the stem and the stages, with timm's names, and their initialisation."""
 
     config_class = EpsResNetConfig
     config: EpsResNetConfig
@@ -201,7 +201,7 @@ class EpsResNetPreTrainedModel(StrictLoading, PreTrainedModel):
             for k in range(depth):
                 stride = 2 if i > 0 and k == 0 else 1
                 shortcut = nn.Identity() if stride == 1 and in_chs == width else PoolPadShortcut(in_chs, width)
-                # The stem has just normalised and rectified what the very first block reads.
+                # The stem already applies BN-ReLU to the input of the first block.
                 block = PreActBasic(in_chs, width, stride, preact=(i, k) != (0, 0), shortcut=shortcut)
                 slot = f"stages.{i}.blocks.{k}.drop_path"
                 blocks.append(shortcut if slot in removed else block)
@@ -221,7 +221,7 @@ class EpsResNetPreTrainedModel(StrictLoading, PreTrainedModel):
             init.normal_(module.weight, std=0.01)
 
     def _hidden_states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Images (B, C, H, W) to what the stem and each stage put out."""
+        """Images (B, C, H, W) to the outputs of the stem and each stage."""
         hidden_states = [self.stem(pixel_values.to(self.device, self.dtype))]
         for stage in self.stages:
             hidden_states.append(stage(hidden_states[-1]))
@@ -260,7 +260,7 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel):
     def __init__(self, config: EpsResNetConfig) -> None:
         super().__init__(config)
         if not config.num_labels:
-            raise ValueError("The stored network has no classifier; pass num_labels, or take AutoModel.")
+            raise ValueError("The stored network has no classifier; pass num_labels, or use AutoModel.")
         self.norm = NormAct(self.num_channels)
         classifier = nn.Linear(self.num_channels, config.num_labels)
         self.head = nn.Sequential(OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=classifier))

@@ -1,8 +1,8 @@
 """A pruned timm network for machines with timm and transformers alone: a copy of ``standalone_twin.py`` of timm-eps.
 
 timm builds the dense network of the architecture. The edits in ``config.json`` then remove the residual branches that
-``model_args["removed"]`` lists. Beside this file stand copies of the files that it imports. They treat a configuration
-as data and check weights. timm-eps reads the same directory, and ignores this file.
+``model_args["removed"]`` lists. The repository also has copies of the modules that this file imports. timm-eps reads
+the same directory, and ignores this file.
 
 The branches were found with timm-eps, after "Learning Strict Identity Mappings in Deep Residual Networks", X. Yu,
 Z. Yu, S. Ramalingam, CVPR 2018, https://arxiv.org/abs/1804.01661. Needs transformers 5.23 and timm 1.0.31.
@@ -72,7 +72,7 @@ class EpsResNetConfig(TimmWrapperConfig):
         return super().from_dict(check_config(config_dict, is_cifar=lambda _: False), **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # timm takes names of repositories and directories too, and would fetch what stands there.
+        # timm also accepts names of repositories and directories, and would fetch files from there.
         if not (_NAME.fullmatch(self.timm_architecture) and timm.is_model(self.timm_architecture)):
             name = shortened(self.timm_architecture)
             raise ValueError(f"timm_architecture must be a network of timm {timm.__version__}, got {name}.")
@@ -109,7 +109,7 @@ def stock_network(config: EpsResNetConfig, num_classes: int) -> nn.Module:
     options = {key: value for key, value in (config.model_args or {}).items() if key not in ("removed", "closed")}
     try:
         body = timm.create_model(config.timm_architecture, pretrained=False, num_classes=num_classes, **options)
-    except Exception as error:  # the families answer in many ways to arguments that they do not know
+    except Exception as error:  # timm's families raise errors of many types for unknown arguments
         reason = " ".join(str(error).split())[:120]
         name = shortened(config.timm_architecture)
         raise ValueError(f"timm {timm.__version__} does not build the network {name}: {reason}.") from error
@@ -118,7 +118,7 @@ def stock_network(config: EpsResNetConfig, num_classes: int) -> nn.Module:
 
 
 class _Pruned(StrictLoading, TimmWrapperPreTrainedModel):
-    """What the two classes share."""
+    """Base of the two classes: strict loading, and saving with timm's names."""
 
     config_class = EpsResNetConfig
     config: EpsResNetConfig
@@ -141,7 +141,8 @@ class _Pruned(StrictLoading, TimmWrapperPreTrainedModel):
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         restore_constants(model.timm_model)
-        # It leaves weights at odd addresses of the mapped file, where kernels sum in another order.
+        # transformers leaves weights at unaligned addresses of the memory-mapped file. There, kernels sum in another
+        # order.
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
@@ -150,7 +151,7 @@ class _Pruned(StrictLoading, TimmWrapperPreTrainedModel):
     def post_init(self) -> None:
         fields = {key: value for key, value in (self.config.pretrained_cfg or {}).items() if key not in _LAYER_FIELDS}
         self.timm_model.pretrained_cfg = {**self.timm_model.pretrained_cfg, **fields}
-        # By itself transformers saves a model that was not loaded under the wrapper's names.
+        # By default, transformers saves a model that was not loaded with the wrapper's names.
         self._weight_conversions = [WeightRenaming(rf"^(?!{_WRAPPER})(.+)", rf"{_WRAPPER}\1")]
         super().post_init()
 

@@ -1,8 +1,8 @@
-"""Modules that stand in the place of removed ones.
+"""Modules that replace removed ones.
 
-The code around a removed module still calls it, by the names of its parameters. A stand-in therefore has the signature
-of the module that it replaces. TorchScript compiles a module from the source of its ``forward`` and knows no ``*args``,
-so that ``forward`` is written out for each signature.
+The code around a removed module still calls it, with named arguments. A stand-in therefore has the same signature as
+the module that it replaces. TorchScript compiles the source of ``forward`` and does not support ``*args``, so
+``forward`` is generated for each signature.
 """
 
 import functools
@@ -20,10 +20,10 @@ _number = itertools.count()
 
 
 class ZeroBranch(nn.Module):
-    """Stands in the slot of a removed branch: zero, to which the shortcut is added.
+    """Replacement for the module in the slot of a removed branch: zero, to which the shortcut is added.
 
     Args:
-        shape: Shape of the zeros, None where it is that of the input; by default a single zero.
+        shape: Shape of the zeros, with None for the sizes of the input; by default a single zero.
     """
 
     sizes: list[int]
@@ -43,11 +43,11 @@ class ZeroBranch(nn.Module):
 
 
 class Passthrough(nn.Module):
-    """An identity for modules that are called with, or return, more than one thing.
+    """An identity for modules with several arguments or several outputs.
 
     Args:
-        like: Class of the module that it replaces.
-        take: Positions of the arguments that it returns: a tuple of them unless it is a number.
+        like: Class of the replaced module.
+        take: Position of the argument to return, or a tuple of positions to return a tuple.
     """
 
     def __new__(cls, like: Any, take: int | tuple[int, ...] = 0) -> "Passthrough":
@@ -67,10 +67,10 @@ class Passthrough(nn.Module):
 
 
 class Chain(nn.Sequential):
-    """A sequence that is called with more than its input, which is the first argument.
+    """A sequence with further arguments; the first argument is its input.
 
     Args:
-        like: Class of the module that it replaces.
+        like: Class of the replaced module.
     """
 
     def __new__(cls, like: Any) -> "Chain":
@@ -87,9 +87,9 @@ class Chain(nn.Sequential):
 
 @functools.cache
 def _written(base: type, like: Any, take: int | tuple[int, ...] | None) -> type[Any]:
-    """A subclass of ``base`` whose ``forward`` has the signature of that of ``like``.
+    """A subclass of ``base`` whose ``forward`` has the same signature as ``like.forward``.
 
-    Without ``take`` it runs its children in a row, as TorchScript allows it for the subclasses of ``nn.Sequential``.
+    Without ``take`` it runs its children in order, which TorchScript supports for subclasses of ``nn.Sequential``.
     """
     signature = inspect.signature(like.forward)
     arguments = list(signature.parameters.values())[1:]
@@ -115,9 +115,9 @@ def _argument(arguments: list[inspect.Parameter], position: int) -> str:
 
 
 def _compiled(signature: inspect.Signature, body: list[str], known: dict[str, Any]) -> Callable[..., Any]:
-    """A function ``forward`` of this signature, whose source can be read.
+    """A function ``forward`` with this signature, whose source can be read.
 
-    An annotation that is a string, as ``from __future__ import annotations`` makes it, is looked up in ``known``.
+    Annotations that are strings (``from __future__ import annotations``) are looked up in ``known``.
     """
     names: dict[str, Any] = {}
 
@@ -130,7 +130,7 @@ def _compiled(signature: inspect.Signature, body: list[str], known: dict[str, An
     def annotation(value: Any) -> Any:
         try:
             return named(eval(value, known) if isinstance(value, str) else value)
-        except NameError:  # imported for type checkers alone
+        except NameError:  # imported only for type checkers
             return signature.empty
 
     parameters = signature.parameters.values()
@@ -139,7 +139,7 @@ def _compiled(signature: inspect.Signature, body: list[str], known: dict[str, An
         return_annotation=annotation(signature.return_annotation),
     )
     source = "\n    ".join([f"def forward{written}:", *body]) + "\n"
-    # No file has this name. Whoever asks for the source, as TorchScript and debuggers do, finds it in the cache.
+    # There is no file with this name. TorchScript and debuggers find the source in the cache.
     filename = f"<timm_eps stand-in {next(_number)}>"
     linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
     exec(compile(source, filename, "exec"), names)
@@ -148,7 +148,7 @@ def _compiled(signature: inspect.Signature, body: list[str], known: dict[str, An
 
 
 class _Name:
-    """Shows as an identifier in a signature."""
+    """An object whose representation in a signature is an identifier."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,9 +1,9 @@
-"""Strict ``from_pretrained`` for the code that stands beside saved models.
+"""Strict ``from_pretrained`` for the code in saved directories.
 
 The weights are compared with the network that ``config.json`` describes before transformers reads them. transformers
 alone gives random numbers to what is missing, with a warning.
 
-This file imports nothing else of the package than what stands beside it: copies stand beside saved models.
+This file imports only modules that are copied into saved directories with it.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -23,12 +23,12 @@ from .weight_checks import WEIGHTS, Layout, check_file, check_precision, layout_
 
 __all__ = ["HUB_KEYWORDS", "StrictLoading"]
 
-# Keywords of from_pretrained that say where a repository's files are.
+# Keyword arguments of from_pretrained for the location of a repository's files.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class StrictLoading:
-    """Stands before :class:`transformers.PreTrainedModel` among the bases of a class.
+    """Mixin for a class whose next base is :class:`transformers.PreTrainedModel`.
 
     Attributes:
         is_cifar (bool): Whether ``model_args`` are those of a CIFAR network.
@@ -55,12 +55,12 @@ class StrictLoading:
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As :meth:`transformers.PreTrainedModel.from_pretrained`, but strict about the weights.
+        """Like :meth:`transformers.PreTrainedModel.from_pretrained`, but strict about the weights.
 
-        Only the classifier may differ, with ``ignore_mismatched_sizes=True`` or where the stored network has none.
+        Only the classifier may differ, with ``ignore_mismatched_sizes=True`` or if the stored network has none.
 
         Raises:
-            ValueError: The weights do not fit what ``config.json`` says, or hold NaN.
+            ValueError: The weights do not fit ``config.json``, or contain NaN.
         """
         kwargs.setdefault("use_safetensors", True)  # other formats can hold code
         may_differ: set[str] = set()
@@ -76,11 +76,11 @@ class StrictLoading:
 
     @classmethod
     def _check_stored(cls, name: Any, kwargs: dict[str, Any]) -> set[str]:
-        """Compare stored weights with the network that ``config.json`` describes; returns the names that may differ.
+        """Compare stored weights with the network of ``config.json``. Returns the names that may differ.
 
         Args:
             name: First argument of ``from_pretrained``.
-            kwargs: Its keyword arguments.
+            kwargs: Keyword arguments of ``from_pretrained``.
         """
         where = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
         stored = cls.config_class.get_config_dict(name, **where)[0]
@@ -100,7 +100,7 @@ class StrictLoading:
         def adapt(found: dict[str, Layout]) -> dict[str, Layout]:
             if closed := [key for key in found if key.endswith(".closed")]:
                 raise ValueError(
-                    f"{WEIGHTS} holds {closed[0]!r}: it is a checkpoint of a training, which timm_eps reads."
+                    f"{WEIGHTS} contains {closed[0]!r}: it is a training checkpoint, which only timm_eps reads."
                 )
             return found
 

@@ -1,6 +1,6 @@
-"""Checks of single values from a file, and how a message shows them.
+"""Checks of single values from a file, and their form in messages.
 
-This file imports nothing of the package: a copy of it stands beside the stand-alone code on the Hub.
+This file imports nothing from the package: a copy of it is saved with the stand-alone code on the Hub.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -34,7 +34,7 @@ def is_whole(value: object, least: int, most: int) -> bool:
 def is_number(value: object, least: float, most: float) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return least <= value <= most  # NaN is not; an int of any size compares
+    return least <= value <= most  # False for NaN; an int may have any size
 
 
 def check_whole(name: str, value: object, least: int, most: int) -> None:
@@ -43,7 +43,7 @@ def check_whole(name: str, value: object, least: int, most: int) -> None:
 
 
 def listed(value: object) -> list[Any]:
-    """The items of a list or tuple; of anything else, one item that fits nowhere."""
+    """The items of a list or tuple; for anything else, one item that fails every check."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 

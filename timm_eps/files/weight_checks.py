@@ -1,10 +1,10 @@
-"""Checks of a weights file against the network that it is for, before any of it is used.
+"""Checks of a weights file against its network, before it is used.
 
-The names, shapes and kinds of the tensors stand in the header of a safetensors file. They are compared with a network
-that was built without memory, so a small file cannot make a loader take gigabytes for a large network. Then the numbers
-are looked at: a file of NaN loads in every library without a word.
+The header of a safetensors file contains the names, shapes and kinds of the tensors. They are compared with a network
+on the meta device, so a small file cannot make a loader allocate gigabytes for a large network. Then the values are
+checked, because libraries load a file of NaN without an error.
 
-This file imports nothing of the package: a copy of it stands beside the stand-alone code on the Hub.
+This file imports nothing from the package: a copy of it is saved with the stand-alone code on the Hub.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -40,18 +40,18 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PRECISIONS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _KINDS = dict.fromkeys(_PRECISIONS, "float")
-_MAX_HEADER = 100_000_000  # bytes, as safetensors has it
+_MAX_HEADER = 100_000_000  # bytes, the limit of safetensors
 
 
 class Layout(NamedTuple):
-    """Shape and kind of a tensor: ``'float'``, ``'whole number'`` or another one's name in safetensors."""
+    """Shape and kind of a tensor: ``'float'``, ``'whole number'`` or another name in safetensors."""
 
     shape: tuple[int, ...]
     kind: str
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
-    """Names, shapes and kinds of a state dict, on any device."""
+    """Names, shapes and kinds of the tensors in a state dict, on any device."""
     return {name: Layout(tuple(t.shape), _kind(t)) for name, t in tensors.items() if isinstance(t, Tensor)}
 
 
@@ -78,26 +78,26 @@ def _whole(dtype: str) -> str:
 
 
 def weight_files(directory: str | os.PathLike) -> list[Path]:
-    """The safetensors files of a directory: one, or the parts that an index names.
+    """The safetensors files of a directory: a single file, or the parts in an index.
 
     Raises:
-        ValueError: There is none, or the index names a file outside the directory.
+        ValueError: There is no such file, or the index names a file outside the directory.
     """
     root = Path(directory)
     if (root / WEIGHTS).is_file():
         return [root / WEIGHTS]
     if not (root / INDEX).is_file():
         raise ValueError(
-            f"The directory has no {WEIGHTS}. Files in other formats can hold code and are not read; save the model "
-            "again."
+            f"The directory has no {WEIGHTS}. Files in other formats can contain code and are not read; save the "
+            "model again."
         )
     try:
         names = set(json.loads((root / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         plain = all(Path(name).name == name and name.endswith(".safetensors") for name in names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{INDEX} is no index of safetensors files.") from None
+        raise ValueError(f"{INDEX} is not an index of safetensors files.") from None
     if not plain or not names or not all((root / name).is_file() for name in names):
-        raise ValueError(f"{INDEX} must name safetensors files beside it.")
+        raise ValueError(f"{INDEX} must name safetensors files in the same directory.")
     return [root / name for name in sorted(names)]
 
 
@@ -114,13 +114,13 @@ def check_layout(
     Args:
         found: Layout of the stored weights.
         expected: Layout of the network.
-        may_lack: Names that the weights need not have.
-        may_differ: Names that the weights need not have, and that may have another shape: those of a classifier that
-            the caller replaces.
-        source: Where the weights are, for messages.
+        may_lack: Names that may be missing in the weights.
+        may_differ: Names that may be missing in the weights or have another shape: tensors of a classifier that the
+            caller replaces.
+        source: Name of the weights, for messages.
 
     Raises:
-        ValueError: A tensor is missing, is one too many, or has another shape or kind. The message names it.
+        ValueError: A tensor is missing, unexpected, or has another shape or kind. The message names it.
     """
     may_differ = set(may_differ)
     missing = sorted(expected.keys() - found.keys() - {*may_lack} - may_differ)
@@ -129,12 +129,12 @@ def check_layout(
         if names:
             raise ValueError(
                 f"{source} does not fit the network that config.json describes: it {verb} {_short(names[0])!r}"
-                f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}. Keep both files as one save wrote them."
+                f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}. Use both files from the same save."
             )
     for name, layout in found.items():
         wanted = expected.get(name, layout)
         if layout.kind != wanted.kind:
-            raise ValueError(f"{source}: {_short(name)!r} must be of {wanted.kind} numbers, not of {layout.kind} ones.")
+            raise ValueError(f"{source}: {_short(name)!r} must have the type {wanted.kind}, not {layout.kind}.")
         if layout.shape != wanted.shape and name not in may_differ:
             raise ValueError(
                 f"{source}: {_short(name)!r} has the shape {_short(str(list(layout.shape)))}, but the network that "
@@ -143,21 +143,21 @@ def check_layout(
 
 
 def check_numbers(tensors: Mapping[str, Tensor], *, source: str = WEIGHTS) -> None:
-    """Check that all weights are numbers a network can compute with.
+    """Check that all weights are valid numbers.
 
     Raises:
-        ValueError: A tensor holds NaN or infinity, or a running variance is negative. The message names it.
+        ValueError: A tensor contains NaN or infinity, or a running variance is negative. The message names it.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
             continue
         if not torch.isfinite(tensor).all():
             raise ValueError(
-                f"{source}: {_short(name)!r} holds NaN or infinity. The training diverged, or the file is damaged; "
-                "take an earlier checkpoint."
+                f"{source}: {_short(name)!r} contains NaN or infinity. The training diverged, or the file is damaged; "
+                "use an earlier checkpoint."
             )
         if name.endswith("running_var") and (tensor < 0).any():
-            raise ValueError(f"{source}: {_short(name)!r} holds a negative variance; the file is damaged.")
+            raise ValueError(f"{source}: {_short(name)!r} contains a negative variance; the file is damaged.")
 
 
 def check_file(
@@ -169,18 +169,18 @@ def check_file(
     adapt: Callable[[dict[str, Layout]], dict[str, Layout]] = dict,
     sha256: str | None = None,
 ) -> None:
-    """Check stored weights, layout first, before a loader takes memory for them.
+    """Check stored weights, beginning with the layout, before a loader allocates memory for them.
 
     Args:
-        paths: Of the safetensors files that hold them, one or several.
+        paths: Paths of one or several safetensors files.
         expected: Layout of the network.
-        may_lack: As for :func:`check_layout`.
-        may_differ: As for :func:`check_layout`.
-        adapt: Function from the stored layout to the one to compare, where names differ by intention.
-        sha256: Digest of the file, as ``config.json`` has it. Only a single file has one.
+        may_lack: Names, as for :func:`check_layout`.
+        may_differ: Names, as for :func:`check_layout`.
+        adapt: Function that converts the stored layout, if its names differ intentionally.
+        sha256: Digest in ``config.json``. It exists only for a single file.
 
     Raises:
-        ValueError: A file is no safetensors file, or it does not fit; the message names the tensor.
+        ValueError: A file is not a safetensors file, or it does not fit. The message names the tensor.
     """
     files = [Path(path) for path in paths]
     _check_size(files, expected)
@@ -197,13 +197,13 @@ def check_file(
                 check_numbers({name: file.get_tensor(name)}, source=path.name)
     if sha256 is not None and len(files) == 1 and digest(files[0]) != sha256:
         raise ValueError(
-            f"{files[0].name} is not the file that config.json was saved with: its SHA-256 is not weights_sha256. Take "
-            "both from one save; delete weights_sha256 from config.json if you changed the weights on purpose."
+            f"{files[0].name} was not saved with this config.json: its SHA-256 is not weights_sha256. Use both files "
+            "from the same save. If you changed the weights on purpose, delete weights_sha256 from config.json."
         )
 
 
 def _check_size(files: list[Path], expected: Mapping[str, Layout]) -> None:
-    """Refuse files that are too large for the network, before they are mapped into memory."""
+    """Reject files that are too large for the network, before they are mapped into memory."""
     most = 8 * sum(math.prod(layout.shape) for layout in expected.values()) + _MAX_HEADER
     size = sum(path.stat().st_size for path in files)
     if size > most:
@@ -211,18 +211,18 @@ def _check_size(files: list[Path], expected: Mapping[str, Layout]) -> None:
 
 
 def check_precision(stated: object, paths: Iterable[str | os.PathLike]) -> None:
-    """Compare the precision that ``config.json`` states with that of the weights, by which one loader would round.
+    """Compare the precision in ``config.json`` with the weights, because transformers would convert them.
 
     Args:
-        stated: ``dtype`` of the configuration; None states nothing.
-        paths: Of the safetensors files.
+        stated: ``dtype`` of the configuration, or None.
+        paths: Paths of the safetensors files.
 
     Raises:
-        ValueError: They differ.
+        ValueError: The precisions differ.
     """
     held = precision_in(paths)
     if stated is not None and held is not None and str(stated).removeprefix("torch.") != held:
-        raise ValueError(f"dtype in config.json must be {held!r}, that of the weights, got {_short(repr(stated))}.")
+        raise ValueError(f"dtype in config.json must be {held!r}, like the weights, got {_short(repr(stated))}.")
 
 
 def precision_in(paths: Iterable[str | os.PathLike]) -> str | None:

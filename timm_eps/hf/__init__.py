@@ -1,1 +1,1 @@
-"""Classes for transformers: configuration, models, side supervision, distillation and the callback of Trainer."""
+"""Classes for transformers: configuration, models, side supervision, distillation and a Trainer callback."""

@@ -1,4 +1,4 @@
-"""Configuration of the transformers classes: timm's config.json plus what side supervision and backbones need."""
+"""Configuration of the transformers classes: timm's config.json with fields for side supervision and backbones."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ __all__ = ["EpsResNetConfig"]
 class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
     """Configuration of :class:`EpsResNetModel`, :class:`EpsResNetForImageClassification` and the backbone.
 
-    One ``config.json`` serves timm and transformers. The structure of a pruned network is data in it:
-    ``model_args["removed"]`` lists the slots of removed branches, ``model_args["closed"]`` those of closed gates whose
-    branches are still there, in a checkpoint of a training.
+    timm and transformers read the same ``config.json``. It contains the structure of a pruned network:
+    ``model_args["removed"]`` lists the slots of removed branches. In checkpoints of a training,
+    ``model_args["closed"]`` lists the slots of closed branches.
 
     Args:
         architecture: A timm model name that this package registers, such as ``eps_resnet110`` or ``eps_resnet50``.
-        model_args: Keyword arguments of the network; they name its structure and nothing else, see
+        model_args: Keyword arguments of the network. They may only describe its structure, see
             :func:`timm_eps.files.config_checks.check_model_args`.
-        pretrained_cfg: timm's description of weights and input (input size, mean, std, ...). By default that of
+        pretrained_cfg: timm's description of weights and input (input size, mean, std, ...). The default is the one of
             the architecture.
-        side_loss_weight: Weight of the side head's cross-entropy in the training loss. 0 leaves the side head out. By
-            default the paper's 0.1 for the CIFAR networks, and 0 for others. Saved models carry 0, and a stored config
-            without the field means 0.
-        weights_sha256: SHA-256 of the weights file that the configuration was saved with, as hexadecimal digits.
-        base_model: Name on the Hub of the model whose weights a training began with.
-        out_features: Names, out of ``stage_names``, of the features that a backbone puts out; the last if None.
-        out_indices: The same by number. Names and numbers must agree if both are given.
+        side_loss_weight: Weight of the side head's cross-entropy in the training loss. With 0 there is no side head. By
+            default the paper's 0.1 for the CIFAR networks, and 0 for others. It is 0 in saved models, and in a stored
+            config without the field.
+        weights_sha256: SHA-256 of the weights file that was saved with the configuration, as hexadecimal digits.
+        base_model: Name on the Hub of the pretrained model from which the training started.
+        out_features: Names of the features that a backbone outputs, out of ``stage_names``; None for the last one.
+        out_indices: Indices of these features. Names and indices must agree if both are given.
 
     Attributes:
-        stage_names (list[str]): What timm's ``feature_info`` lists: ``stem``, if there is one, ``stage1``, and so on.
+        stage_names (list[str]): Features in timm's ``feature_info``: ``stem`` (if the network has one), ``stage1``, ...
 
     Raises:
-        ValueError: ``architecture`` is not one of this package's, ``model_args`` does not name structure,
+        ValueError: ``architecture`` is not provided by this package, ``model_args`` contains anything except structure,
             ``side_loss_weight`` is negative or not finite, or the network has no such ``out_features`` or
             ``out_indices``.
 
@@ -71,7 +71,7 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if "closed" in kwargs:
-            raise ValueError(f"closed={shortened(kwargs['closed'])} belongs into model_args['closed'].")
+            raise ValueError(f"closed={shortened(kwargs['closed'])} must be in model_args['closed'].")
         if self.architecture != twin_name(self.architecture):
             raise ValueError(
                 f"architecture {self.architecture!r} has no gates; its twin is {twin_name(self.architecture)!r}."
@@ -105,7 +105,7 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
 
     @property
     def out_features(self) -> list[str]:
-        # Not in __post_init__: only a backbone needs to know its stages, and they are found by building the network.
+        # Not in __post_init__: only a backbone needs its stages, and the network must be built to find them.
         return [self.stage_names[-1]] if self._out_features is None else self._out_features
 
     @out_features.setter
@@ -124,9 +124,9 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         config_dict = check_config(config_dict, is_cifar=is_cifar_network)
-        if config_dict.get("model_type") == TimmWrapperConfig.model_type:  # timm's own network in a stock wrapper
+        if config_dict.get("model_type") == TimmWrapperConfig.model_type:  # timm network in a stock wrapper
             config_dict["architecture"] = twin_name(config_dict["architecture"].partition(".")[0])
-        # The code beside the file needs these. This package plans the edits itself, by the removed branches.
+        # Only the code in the repository needs these. This package plans the edits from the removed branches.
         config_dict = {name: value for name, value in config_dict.items() if name not in _OF_REMOTE_CODE}
         if not timm.is_model(config_dict["architecture"]):
             raise ValueError(
@@ -134,22 +134,22 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
                 "the names."
             )
         if "id2label" in kwargs:
-            # The parent would set the stored number of classes last, which replaces the names just given.
+            # The parent would set the stored number of classes last, and so overwrite the given names.
             kwargs["num_labels"] = len(kwargs["id2label"])
         stored = {**config_dict, "side_loss_weight": config_dict.get("side_loss_weight") or 0.0}
-        if kwargs.get("side_loss_weight", 0.0) is None:  # the default of the architecture is asked for
+        if kwargs.get("side_loss_weight", 0.0) is None:  # None means the default of the architecture
             stored["side_loss_weight"] = kwargs.pop("side_loss_weight")
         return super().from_dict(stored, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        # A loaded configuration also carries the names it was stored with; those of the current labels count.
+        # A loaded configuration also has its stored names, but the current labels are valid.
         labels: dict[Any, str] = self.id2label or {}  # type: ignore[assignment]
         fields = {**super().to_dict(), "label_names": [labels[number] for number in sorted(labels)]}
-        # As it reads once it was stored, where timm's tuples are lists.
+        # As in a stored file, where timm's tuples are lists.
         fields["pretrained_cfg"] = json.loads(json.dumps(fields["pretrained_cfg"]))
         left_out = {name for name in ("base_model", "out_features", "out_indices") if not fields[name]}
-        left_out.add("weights_sha256")  # who writes a file of weights notes its digest
-        left_out |= _OF_REMOTE_CODE  # it is not part of the model
+        left_out.add("weights_sha256")  # the digest is added when the weights are saved
+        left_out |= _OF_REMOTE_CODE  # code in a repository is not part of the model
         return {name: value for name, value in fields.items() if name not in left_out}
 
     @classmethod
@@ -157,21 +157,21 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         """The configuration of an existing timm model.
 
         Args:
-            model: A model made by ``timm.create_model``, or a transformers class around one. A network of timm's own is
-                described as its twin. Class names and the base model that it knows are kept.
-            kwargs: Further fields, such as ``id2label``; they win over what the model says.
+            model: A model made by ``timm.create_model``, or a transformers class around one. A network without gates is
+                described as its twin. Its class names and base model are kept.
+            kwargs: Further fields, such as ``id2label``. They take precedence over the model's values.
 
         Raises:
-            ValueError: The model was not made by ``timm.create_model``, has no twin here, or was made with an argument
-                that does not name structure.
+            ValueError: The model was not made by ``timm.create_model``, has no twin, or was made with an argument that
+                does not describe structure.
         """
         body: Any = timm_body(model)
         known = getattr(body, "pretrained_cfg", None) or {}
         architecture = twin_name(known.get("architecture") or "")
         if not (timm.is_model(architecture) and hasattr(body, "forward_features")):
             raise ValueError(
-                f"{type(body).__name__} cannot be built again from a name and a list of removed branches; only "
-                "models made by timm.create_model can, of an architecture that timm.list_models('eps_*') lists."
+                f"{type(body).__name__} cannot be rebuilt from a name and a list of removed branches. This needs "
+                "a model made by timm.create_model, of an architecture in timm.list_models('eps_*')."
             )
         fields: dict[str, Any] = {
             "architecture": architecture,
@@ -191,8 +191,8 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
 
 
 def _model_args(body: Any) -> dict[str, Any]:
-    """Arguments that build the network of a timm model again, its structure as it is now among them."""
-    # What a network was loaded from, and by which variant of its layers, is no part of it.
+    """Arguments that rebuild the network of a timm model with its current structure."""
+    # The source of the weights and the implementation of layers are not part of the network.
     passing = ("num_classes", "removed", "closed", "pretrained_strict", "kwargs_filter", "pretrained_cfg", "cache_dir")
     model_args = {name: value for name, value in timm.models.get_model_args(body).items() if name not in passing}
     model_args |= structure_of(body)
@@ -201,13 +201,13 @@ def _model_args(body: Any) -> dict[str, Any]:
             json.dumps(value)
         except (TypeError, ValueError):
             raise ValueError(
-                f"The model was made with {name}={shortened(value)}, which config.json cannot hold; name it."
+                f"The model was made with {name}={shortened(value)}, which config.json cannot store; pass its name."
             ) from None
     return model_args
 
 
 def _class_names(model: Any, body: Any) -> list[str] | None:
-    """Class names that a model knows, in a transformers configuration or in timm's; None if they are not of number."""
+    """Class names of a model, from its transformers or timm configuration; None if their number is wrong."""
     config = getattr(model, "config", None)
     stored = config.id2label if config is not None else (body.pretrained_cfg or {}).get("label_names")
     if not stored or len(stored) != body.num_classes:
@@ -217,7 +217,7 @@ def _class_names(model: Any, body: Any) -> list[str] | None:
 
 @lru_cache
 def _features(architecture: str, model_args: str) -> tuple[str, ...]:
-    """The modules that timm lists as features of an architecture, built without memory."""
+    """The modules that timm lists as features of an architecture, found on the meta device."""
     options = {name: value for name, value in json.loads(model_args).items() if name not in ("removed", "closed")}
     with torch.device("meta"):
         model: Any = timm.create_model(base_name(architecture), pretrained=False, **options)
@@ -228,10 +228,10 @@ def _unnumbered(module: str) -> str:
     return re.sub(r"[.\d]", "", module)
 
 
-# What a saved model that brings code along says of it.
+# Fields of a saved model that refer to code in its repository.
 _OF_REMOTE_CODE = {"auto_map", "edits", "edits_sha256", "image_processor_type", "timm_architecture"}
 
-# Where weights came from is not true of weights that were trained on; the others stand at the root of config.json.
+# The source is no longer true for weights that were trained further; other fields are at the root of config.json.
 _NOT_CARRIED = {
     "architecture", "custom_load", "file", "hf_hub_filename", "hf_hub_id", "label_descriptions", "label_names",
     "label_offset", "num_classes", "source", "state_dict", "tag", "url",
@@ -239,5 +239,5 @@ _NOT_CARRIED = {
 
 
 def _carried(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-    """What of timm's description holds for any weights of the architecture: the input and the names of layers."""
+    """The part of timm's description that is true for any weights: the input and the names of layers."""
     return {name: value for name, value in pretrained_cfg.items() if name not in _NOT_CARRIED}

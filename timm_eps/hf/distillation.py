@@ -1,7 +1,7 @@
-"""Distillation: while a network trains, the softened answers of a teacher are a part of its loss.
+"""Distillation: the softened outputs of a teacher are a part of the training loss.
 
 "Distilling the Knowledge in a Neural Network", G. Hinton, O. Vinyals, J. Dean, 2015, https://arxiv.org/abs/1503.02531.
-The usual teacher of a pruned network is the dense network that it was cut from, fine-tuned on the same images.
+The usual teacher of a pruned network is the dense network before pruning, fine-tuned on the same images.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["Distillation", "distillation_loss"]
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:
     """Kullback-Leibler divergence of the student's softened probabilities from the teacher's, mean over the batch.
 
-    It is multiplied by the temperature squared (section 2 of the source), so that its gradients keep their size when
-    the temperature changes.
+    It is multiplied by the squared temperature (section 2 of the source), so that the size of its gradients does not
+    depend on the temperature.
 
     Args:
         student_logits: Logits of shape (B, classes), in any floating-point type.
         teacher_logits: Logits of the same shape. They get no gradient.
-        temperature: Divisor of both logits, above 0. Larger values show more of how the teacher ranks wrong classes.
+        temperature: Divisor of both logits, above 0. Larger values give more weight to the teacher's wrong classes.
 
     Returns:
         0-dimensional float32 tensor, at least 0, in nats.
@@ -53,7 +53,7 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
 
 class Distillation:
-    """A teacher, and how much of a student's training loss comes from it.
+    """A teacher, and its share of a student's training loss.
 
     Example::
 
@@ -62,25 +62,25 @@ class Distillation:
             logits = model(images)
             loss = distillation.loss(logits, F.cross_entropy(logits, labels), images)
 
-    In the transformers class, also under :class:`transformers.Trainer`, it is an attribute of the model::
+    For the transformers class, also with :class:`transformers.Trainer`, set it as an attribute of the model::
 
         model.distillation = timm_eps.Distillation(teacher)
 
-    Nothing of it is saved. It is no module, so the teacher is in no state dict, no configuration and no list of
-    parameters of the student. A copy of the student shares the teacher, and a pickle of the student holds None instead.
+    It is not saved, and it is not a module. The teacher is therefore not in the student's state dict, configuration or
+    parameters. A copy of the student shares the teacher. A pickle of the student contains None instead.
 
     Args:
-        teacher: A network that maps images (B, C, H, W) to logits (B, classes), or to a transformers output that holds
-            them. It is put into evaluation mode and never trained.
-        weight: Share of the teacher in the loss, above 0 and at most 1; the labels have the rest.
-        temperature: Divisor of the logits of both, above 0; see :func:`distillation_loss`.
+        teacher: A network that maps images (B, C, H, W) to logits (B, classes), or to a transformers output with
+            logits. It is put into evaluation mode and never trained.
+        weight: Share of the teacher in the loss, above 0 and at most 1. The rest is the loss of the labels.
+        temperature: Divisor of the logits of both networks, above 0; see :func:`distillation_loss`.
 
     Attributes:
-        teacher (nn.Module): The network that answers, in evaluation mode.
+        teacher (nn.Module): The teacher, in evaluation mode.
 
     Raises:
         ValueError: ``weight`` or ``temperature`` is out of range.
-        TypeError: ``teacher`` is no module.
+        TypeError: ``teacher`` is not a module.
 
     Source: https://arxiv.org/abs/1503.02531.
     """
@@ -94,10 +94,10 @@ class Distillation:
 
     @classmethod
     def of_itself(cls, model: nn.Module, weight: float = 0.5, temperature: float = 2.0) -> Distillation:
-        """Distillation from a frozen copy of a network as it is now.
+        """Distillation from a frozen copy of a network in its current state.
 
-        Call it after the dense network was fine-tuned and before branches are removed. Arguments are those of the
-        class; of a transformers model, its own side head and teacher are not copied.
+        Call it after the dense network was fine-tuned and before branches are removed. The arguments are those of the
+        class. The side head and the teacher of a transformers model are not copied.
         """
         return cls(copy.deepcopy(getattr(model, "timm_model", model)).requires_grad_(False), weight, temperature)
 
@@ -107,7 +107,7 @@ class Distillation:
         Args:
             student_logits: The student's logits for ``images``, (B, classes).
             labels_loss: The student's loss for the labels, 0-dimensional, a mean over the batch.
-            images: The batch as the student read it, (B, C, H, W). The teacher reads the same.
+            images: The student's input batch, (B, C, H, W). The teacher gets the same input.
 
         Returns:
             0-dimensional tensor to call ``backward`` on.
@@ -128,7 +128,7 @@ class Distillation:
         return getattr(output, "logits", output)
 
     def check_student(self, student: nn.Module) -> None:
-        """Raise ValueError if the teacher shares parameters with the student, and would change as it trains."""
+        """Raise ValueError if the teacher shares parameters with the student, since it would change in training."""
         own = set(self.teacher.parameters())
         if shared := [name for name, parameter in student.named_parameters() if parameter in own]:
             raise ValueError(
@@ -137,7 +137,7 @@ class Distillation:
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distillation:
-        return self  # it is never trained, so copies of a student may share it
+        return self  # the teacher is never trained, so copies of a student may share it
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()

@@ -1,4 +1,4 @@
-"""The files of a saved model: written to the side, proven, bound to each other, and moved when they are whole."""
+"""Files of a saved model: written to a temporary directory, checked, linked by a digest, and moved when complete."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["TransformersFiles", "bind_weights", "check_outputs", "check_rebuilt"
 CONFIG = "config.json"
 _SIDE_HEAD = "side_head."
 _WRAPPER = "timm_model."
-# Keywords of from_pretrained that say where a repository's files are.
+# Keyword arguments of from_pretrained for the location of a repository's files.
 _HUB_KEYWORDS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
 )  # fmt: skip
@@ -35,10 +35,10 @@ _HUB_KEYWORDS = (
 
 @contextmanager
 def staged(directory: str | os.PathLike) -> Iterator[Path]:
-    """A directory to write a model's files into, which are moved into the real one when all of them are whole.
+    """A temporary directory for a model's files. They are moved to the real directory when all of them are complete.
 
-    All files get the permissions that new files have here, and reach the disk before they are moved. What a process
-    that was killed left behind is deleted.
+    All files get the default permissions of new files, and are on the disk before they are moved. Remains of killed
+    processes are deleted.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def staged(directory: str | os.PathLike) -> Iterator[Path]:
         staging = Path(name)
         yield staging
         written = settle(staging)
-        # The pair that must fit together goes last, one rename right after the other.
+        # The two files that must match are renamed last, one directly after the other.
         pair = (WEIGHTS, CONFIG)
         for path in sorted(written, key=lambda path: (str(path) in pair, path)):
             (directory / path).parent.mkdir(exist_ok=True)
@@ -64,7 +64,7 @@ def _clear_unfinished(directory: Path) -> None:
 
 def _runs(pid: int) -> bool:
     if os.name == "nt":
-        return True  # nobody can be asked there without being ended
+        return True  # on Windows a check would end the process
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -75,7 +75,7 @@ def _runs(pid: int) -> bool:
 
 
 def bind_weights(directory: Path) -> None:
-    """Note the digest of the weights in ``config.json``, so that the two are known as a pair."""
+    """Write the digest of the weights to ``config.json``, so that a mismatch of the two files is found."""
     if not (directory / WEIGHTS).is_file():  # saved in parts
         return
     path = directory / CONFIG
@@ -85,49 +85,49 @@ def bind_weights(directory: Path) -> None:
 
 
 def check_rebuilt(model_class: Any, directory: Path) -> None:
-    """Build the network that ``config.json`` describes, without memory, and compare it with the weights beside it.
+    """Build the network of ``config.json`` on the meta device and compare it with the saved weights.
 
     Args:
-        model_class: The transformers class that the directory is for.
-        directory: Where both files are.
+        model_class: Transformers class of the saved model.
+        directory: Directory of both files.
 
     Raises:
-        ValueError: The configuration describes another network; the message names what differs.
+        ValueError: The configuration describes another network. The message names the difference.
     """
     config = model_class.config_class.from_dict(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
     with torch.device("meta"):
         rebuilt = model_class(config)
 
     def timms(found: dict[str, Layout]) -> dict[str, Layout]:
-        """The layout under timm's names; transformers can be told to write its own."""
+        """The layout with timm's names, because transformers may have saved its own names."""
         return {name.removeprefix(_WRAPPER): layout for name, layout in without_closed(found).items()}
 
     try:
         check_file(weight_files(directory), timms(layout_of(rebuilt.state_dict())), adapt=timms)
     except ValueError as error:
         raise ValueError(
-            "This model cannot be saved: a name and keyword arguments do not describe it, since its modules were "
-            f"changed. {error}"
+            "This model cannot be saved: its modules were changed, so its name and keyword arguments do not describe "
+            f"it. {error}"
         ) from None
 
 
 def check_outputs(model: Any, directory: Path) -> None:
-    """Load a saved network and compare what it computes with the live one, on two random images.
+    """Load a saved network and compare its outputs with those of the original, on two random images.
 
-    Names and shapes alone do not tell a ReLU from a GELU.
+    Names and shapes alone cannot distinguish, for example, a ReLU from a GELU.
 
     Args:
         model: The transformers model that was saved.
-        directory: Where it was saved.
+        directory: Directory of the saved model.
 
     Raises:
-        ValueError: The loaded network computes something else.
+        ValueError: The outputs of the loaded network differ.
     """
     loaded = type(model).from_pretrained(directory).timm_model
     batch = probe_batch(model.timm_model)
     with evaluating(model), evaluating(loaded):
         live, stored = tensors(model.timm_model(batch)), tensors(loaded(batch.cpu()))
-    # Devices and memory formats round differently; other modules compute something else.
+    # Other devices and memory formats cause rounding differences; other modules cause larger ones.
     is_exact = batch.device.type == "cpu" and batch.dtype in (torch.float32, torch.float64)
     tolerance = 1e-3 if is_exact else 5e-2
     for one, other in zip(live, stored, strict=True):
@@ -135,18 +135,18 @@ def check_outputs(model: Any, directory: Path) -> None:
         scale = one.nan_to_num(0.0, 0.0, 0.0).abs().max().item() if one.numel() else 0.0
         if not torch.allclose(one, other, rtol=0.0, atol=tolerance * max(scale, 1e-6), equal_nan=True):
             raise ValueError(
-                "This model cannot be saved: what a name and keyword arguments build has the same weights but computes "
-                "something else, since modules were changed. Make the model with the arguments that say so."
+                "This model cannot be saved: its modules were changed, so the network rebuilt from its name and "
+                "keyword arguments has other outputs. Create the model with arguments that describe the change."
             )
 
 
 class TransformersFiles(NamedTuple):
-    """The files that ``from_pretrained`` will read.
+    """The files that ``from_pretrained`` reads.
 
     Attributes:
         config: Content of ``config.json``, checked.
-        weights: Paths of the safetensors files; empty where only transformers can find them.
-        described: Configuration of the network that is built: the caller's, if one was passed.
+        weights: Paths of the safetensors files; empty if only transformers can find them.
+        described: Configuration of the network to build, which the caller may have passed.
         name: First argument of ``from_pretrained``.
     """
 
@@ -157,13 +157,12 @@ class TransformersFiles(NamedTuple):
 
     @classmethod
     def of(cls, config_class: Any, name: Any, kwargs: dict[str, Any]) -> TransformersFiles | None:
-        """Find them in a directory or on the Hub; None if there is no configuration to check against.
+        """Find the files in a directory or on the Hub; None if there is no configuration to check.
 
         Args:
             config_class: Class of the configuration.
             name: First argument of ``from_pretrained``.
-            kwargs: Its keyword arguments.
-        """
+            kwargs: Keyword arguments of ``from_pretrained``."""
         where = _where(kwargs)
         path = cached_file(name, CONFIG, _raise_exceptions_for_missing_entries=False, **where)
         if path is None:
@@ -181,7 +180,7 @@ class TransformersFiles(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the stored network; 0 stands for no classifier."""
+        """Number of classes of the stored network; 0 without a classifier."""
         return self.config.get("num_classes") or 0
 
     @property
@@ -191,12 +190,12 @@ class TransformersFiles(NamedTuple):
         return sorted({*noted, *(self.described.model_args.get("closed") or ())})
 
     def with_open_gates(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Keyword arguments for ``from_pretrained`` under which the network is built with open gates.
+        """Keyword arguments for ``from_pretrained`` that build the network with open gates.
 
-        transformers asks the file for every entry of the network's state dict, and closed gates have one.
+        transformers expects every entry of the network's state dict in the file, and closed gates have an entry.
 
         Args:
-            kwargs: Those of the caller.
+            kwargs: Keyword arguments of the caller.
         """
         if not self.described.model_args.get("closed"):
             return kwargs
@@ -211,7 +210,7 @@ class TransformersFiles(NamedTuple):
 
     @property
     def asks_for_side_head(self) -> bool:
-        """Whether ``config.json`` itself, not the caller, asks for a side head."""
+        """Whether ``config.json``, not the caller, requests a side head."""
         stored = self.config.get("side_loss_weight")
         return bool(stored) and self.described.side_loss_weight == stored
 
@@ -222,7 +221,7 @@ class TransformersFiles(NamedTuple):
             replaces_classifier: Whether the stored classifier may be missing or differ.
 
         Raises:
-            ValueError: They do not fit; the message names the tensor.
+            ValueError: The weights do not fit. The message names the tensor.
         """
         if not self.weights:
             return
@@ -233,7 +232,7 @@ class TransformersFiles(NamedTuple):
         def adapt(found: dict[str, Layout]) -> dict[str, Layout]:
             plain = {name.removeprefix(_WRAPPER): layout for name, layout in without_closed(found).items()}
             if len(plain) < len(without_closed(found)):
-                raise ValueError(f"{WEIGHTS} holds a tensor twice, with and without {_WRAPPER!r} before its name.")
+                raise ValueError(f"{WEIGHTS} contains a tensor twice, with and without the prefix {_WRAPPER!r}.")
             return {name: layout for name, layout in plain.items() if not name.startswith(_SIDE_HEAD)}
 
         check_file(

@@ -1,4 +1,4 @@
-"""The transformers classes: timm's network inside, side supervision beside it, one format on disk."""
+"""The transformers classes: a timm network with optional side supervision, saved in timm's format."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class _Headless(EpsResNetPreTrainedModel):
     is_headless = True
 
     def post_init(self) -> None:
-        # A classifier's checkpoint loads here as it is meant to: silently without its last layer.
+        # A checkpoint of a classifier is loaded without its last layer, and without a warning.
         self._keys_to_ignore_on_load_unexpected = [re.escape(name) for name in (*classifier_paths(self), "side_head")]
         super().post_init()
 
     def _drop_training_parts(self) -> None:
         super()._drop_training_parts()
-        if hasattr(self.timm_model, "reset_classifier"):  # an encoder has none
+        if hasattr(self.timm_model, "reset_classifier"):  # an encoder has no classifier
             self.timm_model.reset_classifier(0)
-        self.config.num_labels = 0  # or timm would look for the classifier that is not there
+        self.config.num_labels = 0  # otherwise timm would look for the missing classifier
 
 
 class EpsResNetModel(_Headless, TimmWrapperModel):
@@ -64,11 +64,11 @@ class EpsResNetModel(_Headless, TimmWrapperModel):
 class EpsResNetBackbone(BackboneMixin, _Headless):
     """ε-ResNet as a backbone for detection and segmentation heads.
 
-    ``feature_maps`` are those of the stages that ``config.out_features`` or ``config.out_indices`` name, (B, C, H, W)
-    each, by default the last stage's; ``channels`` has their numbers of channels.
+    ``feature_maps``, (B, C, H, W) each, are the features selected by ``config.out_features`` or ``config.out_indices``,
+    by default those of the last stage. ``channels`` has their numbers of channels.
 
-    In a larger model, prune ``model.backbone``, and call ``timm_eps.remove_closed(model.backbone)`` before the whole
-    model is saved. Its file lists removed branches, but not closed ones.
+    In a larger model, prune ``model.backbone``. Call ``timm_eps.remove_closed(model.backbone)`` before saving the whole
+    model, because its file lists removed branches, but not closed ones.
 
     Raises:
         ValueError: timm has no ``forward_intermediates`` for the architecture.
@@ -83,14 +83,14 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
     has_attentions = False
 
     def __init__(self, config: EpsResNetConfig) -> None:
-        # The mixin reads the choice as it stands in the configuration, where it may have been left open.
+        # The mixin reads the selection from the configuration, where it may be missing.
         config.set_output_features_output_indices(config.out_features, config.out_indices)
         super().__init__(config)
         self.timm_model = timm.create_model(
             config.architecture, pretrained=False, num_classes=0, **(config.model_args or {})
         )
         if not hasattr(self.timm_model, "forward_intermediates"):
-            raise ValueError(f"{config.architecture!r} cannot be a backbone: timm gives no features of its stages.")
+            raise ValueError(f"{config.architecture!r} cannot be a backbone: timm returns no features of its stages.")
         self.num_features = [info["num_chs"] for info in self.timm_model.feature_info]
         self.post_init()
 
@@ -102,7 +102,7 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BackboneOutput | tuple[Any, ...]:
-        """Images (B, C, H, W) to feature maps; ``hidden_states`` are those of all stages."""
+        """Images (B, C, H, W) to feature maps; ``hidden_states`` has the features of all stages."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         wanted = list(self.out_indices)
@@ -121,20 +121,20 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
 
 @dataclass
 class SupervisedOutput(ImageClassifierOutput):
-    """Output in training without labels: ``side_logits`` (B, classes) are those of the side head, at half depth."""
+    """Output in training without labels: ``side_logits`` (B, classes) are the logits of the side head at half depth."""
 
     side_logits: Tensor | None = None
 
 
 class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForImageClassification):
-    """ε-ResNet with a classifier, and in training with the paper's side supervision.
+    """ε-ResNet with a classifier, and with the paper's side supervision in training.
 
-    The training loss is ``cross-entropy + side_loss_weight * side cross-entropy`` (paper, section 4); the side head
-    (BN-ReLU, global average pool, linear) reads the network at half depth. In evaluation the loss is the cross-entropy
-    alone. The side head is saved in checkpoints of a training that goes on only.
+    The training loss is ``cross-entropy + side_loss_weight * side cross-entropy`` (paper, section 4). The side head
+    (BN-ReLU, global average pool, linear) reads the features at half depth. In evaluation the loss is the cross-entropy
+    alone. The side head is saved only in checkpoints of a training.
 
-    A loss that is computed elsewhere, from the logits, has no side term of its own. In training without ``labels`` the
-    output has ``side_logits`` (B, classes) for it, and a warning comes if they get no gradient.
+    A loss computed outside the model, from the logits, has no side term. For such a loss, the output in training
+    without ``labels`` has ``side_logits`` (B, classes). A warning is logged if they get no gradient.
 
     Example::
 
@@ -146,8 +146,8 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
         loss = F.cross_entropy(outputs.logits, labels)
         loss += model.config.side_loss_weight * F.cross_entropy(outputs.side_logits, labels)
 
-    That is also how a ``compute_loss_func`` of Trainer adds it, of ``outputs, labels, num_items_in_batch``; by
-    ``label_smoothing_factor`` there is none.
+    A ``compute_loss_func(outputs, labels, num_items_in_batch)`` of Trainer can add the side term in the same way.
+    ``label_smoothing_factor`` cannot.
 
     With ``model.distillation = timm_eps.Distillation(teacher)`` the training loss is ``(1 - weight) * cross-entropy +
     weight * divergence from the teacher + side_loss_weight * side cross-entropy``. The teacher is not saved.
@@ -158,7 +158,7 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
 
     @property
     def distillation(self) -> Distillation | None:
-        """The teacher whose answers are a part of the training loss; None for the labels alone. It is not saved."""
+        """The teacher in the training loss, or None. It is not saved."""
         return getattr(self, "_distillation", None)
 
     @distillation.setter
@@ -168,7 +168,7 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
         self._distillation = value
 
     def post_init(self) -> None:
-        # The parent's __init__ calls this when the network is there and before weights are initialised.
+        # The parent's __init__ calls this after the network was built and before the weights are initialised.
         self.side_head = None
         if self.config.side_loss_weight:
             self.side_head = new_side_head(self.timm_model)
@@ -177,9 +177,9 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
         super().post_init()
 
     def on_structure_change(self) -> None:
-        """Also let the side head read what is at half depth now.
+        """Also connect the side head to the module that is at half depth now.
 
-        Not left to the forward pass: torch cannot compile that a hook is registered.
+        This is not done in the forward pass, because torch cannot compile the registration of a hook.
         """
         super().on_structure_change()
         self._connect()
@@ -211,7 +211,7 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
                 **kwargs,
             )
         if has_side and not torch.compiler.is_compiling():
-            self._connect()  # the network inside may have been pruned on its own
+            self._connect()  # the inner network may have been pruned directly
         if has_side:
             self._tap.listen()
         try:
@@ -234,7 +234,7 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
         return tuple(value for name, value in output.items() if name != "side_logits")
 
     def _warn_if_unused(self, side: Tensor, side_logits: Tensor) -> None:
-        """Warn once if, in the backward pass, the side head's input gets a gradient and its output has got none."""
+        """Warn once if the side head's input gets a gradient in the backward pass, but its output does not."""
         if self._warned_of_unused_side or torch.compiler.is_compiling() or not side.requires_grad:
             return
         used: list[bool] = []
@@ -242,12 +242,12 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
         def note(gradient: Tensor) -> None:
             used.append(True)
 
-        def check(gradient: Tensor) -> None:  # after all that depends on it
+        def check(gradient: Tensor) -> None:  # called after everything that depends on it
             if not used and not self._warned_of_unused_side:
                 self._warned_of_unused_side = True
                 _logger.warning(
-                    "Side supervision is off: the loss was computed outside of the model, from its logits. Add "
-                    "side_loss_weight times the same loss of outputs.side_logits to it, pass labels to the model, or "
+                    "Side supervision is off, because the loss was computed outside the model, from its logits. Add "
+                    "side_loss_weight times the same loss of outputs.side_logits, pass labels to the model, or "
                     "set side_loss_weight to 0 in its config."
                 )
 
@@ -255,11 +255,11 @@ class EpsResNetForImageClassification(EpsResNetPreTrainedModel, TimmWrapperForIm
         side.register_hook(check)
 
     def _warn_of_unused_teacher(self) -> None:
-        """Warn once that a loss which is computed elsewhere does not hold the teacher's part."""
+        """Warn once that a loss computed outside the model does not contain the teacher's part."""
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _logger.warning_once(
-                "The teacher is not in the loss: the model was called for training without labels. Trainer keeps them "
-                "for itself under label_smoothing_factor and compute_loss_func; leave both out."
+                "The teacher is not in the loss, because the model was called in training without labels. Trainer does "
+                "not pass labels with label_smoothing_factor or compute_loss_func; use neither."
             )
 
     def _drop_training_parts(self) -> None:

@@ -1,7 +1,7 @@
-"""What the transformers classes share: initialisation, strict loading, and saving what they evaluate to.
+"""Base of the transformers classes: initialisation, strict loading, and saving in evaluation form.
 
-They are transformers' own timm wrapper with three changes. Weights are initialised as timm does, pruned structures
-save and load, and the classification loss has the paper's side term.
+The classes are transformers' timm wrapper with three changes. Weights are initialised as in timm, pruned structures
+can be saved and loaded, and the classification loss has the paper's side term.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ from .side_supervision import new_side_head
 
 __all__ = ["KEY_CONVERSIONS", "EpsResNetPreTrainedModel", "classifier_paths", "unshared"]
 
-# Checkpoints hold timm's keys; the wrapper's begin with ``timm_model.``, but for the side head's.
+# Checkpoints have timm's keys. The wrapper's keys begin with ``timm_model.``, except those of the side head.
 KEY_CONVERSIONS: list[WeightConverter | WeightRenaming] = [
     WeightRenaming(r"^(?!timm_model\.|side_head\.)(.+)", r"timm_model.\1")
 ]
 
 
 class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
-    """What the ε-ResNet classes share: initialisation, loading and saving.
+    """Base of the ε-ResNet classes: initialisation, loading and saving.
 
     Attributes:
-        keeps_training_parts (bool | str): Save the model as it trains, with closed branches and the side head, not what
-            it evaluates to: True, or ``"in checkpoints"``, only into directories that are called as Trainer's
-            checkpoints. To resume from; transformers loads what is saved so, timm does not.
-        loads_leniently (bool): True while ``load_state_dict(..., strict=False)`` runs, which torch does not tell hooks.
+        keeps_training_parts (bool | str): Whether to save the model in its training form, with closed branches and the
+            side head, so that a run can resume: False, True, or ``"in checkpoints"`` (only in directories named like
+            Trainer's checkpoints). transformers can load this form, timm cannot.
+        loads_leniently (bool): True while ``load_state_dict(..., strict=False)`` runs, because torch's hooks do not get
+            ``strict``.
     """
 
     config_class = EpsResNetConfig
@@ -58,29 +59,29 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
     _no_split_modules = ["PreActBasic"]  # noqa: RUF012  the parent's declaration
 
     def post_init(self) -> None:
-        # Known from the config alone when loading: a probe or an image processor must see this model's input.
+        # When loading, only the config knows the input of this model, which probes and image processors need.
         described = {name: v for name, v in (self.config.pretrained_cfg or {}).items() if name not in _OF_ARCHITECTURE}
         self.timm_model.pretrained_cfg = {**self.timm_model.pretrained_cfg, **described}
         if not any(parameter.is_meta for parameter in self.timm_model.parameters()):
             for module in self.timm_model.modules():
-                module._is_hf_initialized = True  # by timm, each architecture in its way
+                module._is_hf_initialized = True  # timm has initialised it
         super().post_init()
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As :meth:`transformers.PreTrainedModel.from_pretrained`, but strict about the weights.
+        """Like :meth:`transformers.PreTrainedModel.from_pretrained`, but strict about the weights.
 
-        Only the classifier may differ from what the file holds, and only with ``ignore_mismatched_sizes=True`` or where
-        the stored network has none.
+        Only the classifier may differ from the file, and only with ``ignore_mismatched_sizes=True`` or if the stored
+        network has no classifier.
 
         Raises:
-            ValueError: The file does not fit what ``config.json`` says, or holds NaN. transformers alone would give
-                random weights to what is missing, with a warning.
+            ValueError: The file does not fit ``config.json``, or contains NaN. transformers alone would initialise
+                missing weights randomly, with a warning.
         """
         gives_side_loss_weight = "side_loss_weight" in kwargs
-        kwargs.setdefault("use_safetensors", True)  # other formats can hold code
+        kwargs.setdefault("use_safetensors", True)  # other formats can contain code
         stored = None
         if kwargs.get("state_dict") is None and pretrained_model_name_or_path is not None:
             stored = TransformersFiles.of(cls.config_class, pretrained_model_name_or_path, kwargs)
@@ -98,21 +99,21 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
             set_closed(model, stored.closed)
             model._record_structure()
         restore_constants(model.timm_model)
-        # transformers leaves CPU weights in the mapped file, at odd addresses, where kernels for single images sum in
-        # another order than at aligned ones: logits would differ from timm's and the live model's in the last bits.
+        # transformers leaves CPU weights in the memory-mapped file, at unaligned addresses. There, kernels for single
+        # images sum in another order, so logits would differ from timm's in the last bits.
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
         return (model, info) if output_loading_info else model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Takes this class's own keys, those of its files, and timm's for the network alone."""
+        """Load a state dict with the keys of this class, of its files, or of the timm network alone."""
         if any(key.startswith("side_head.") for key in state_dict):
             own = ("timm_model.", "side_head.")
             state_dict = {key if key.startswith(own) else f"timm_model.{key}": v for key, v in state_dict.items()}
         whole = any(key.startswith("timm_model.") for key in state_dict)
         if not strict and not hasattr(state_dict, "_metadata"):
-            # A checkpoint's file says nothing of closed gates, its configuration does: they stay as they are.
+            # Closed gates are in the configuration of a checkpoint, not in its weights, so they stay as they are.
             prefix = "timm_model." if whole else ""
             notes = {f"{prefix}{slot}.closed": torch.ones((), dtype=torch.bool) for slot in closed_slots(self)}
             state_dict = {**notes, **state_dict}
@@ -123,7 +124,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
             self.loads_leniently = False
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`torch.nn.Module.state_dict`; a closed gate has an entry of its own."""
+        """Like :meth:`torch.nn.Module.state_dict`, with an entry for each closed gate."""
         with recorded(self.timm_model):
             return super().state_dict(*args, **kwargs)
 
@@ -142,15 +143,15 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save what the model evaluates to: without closed branches and without the side head.
+        """Save the model in evaluation form: without closed branches and without the side head.
 
-        The files are written to the side first. They are moved into place when the network that the configuration
-        describes has been built again, has the names and shapes of the weights, and computes the same. Arguments are
-        those of :meth:`transformers.PreTrainedModel.save_pretrained`.
+        The files are written to a temporary directory first. Then the network is rebuilt from the configuration, and
+        its names, shapes and outputs are compared. Only then the files are moved into place. The arguments are those of
+        :meth:`transformers.PreTrainedModel.save_pretrained`.
 
         Raises:
-            ValueError: The configuration cannot say what the network is, as after modules were replaced by hand; or
-                weights are NaN or infinite, or of several precisions.
+            ValueError: The configuration cannot describe the network, for example after modules were replaced by hand;
+                or weights are NaN or infinite, or have several precisions.
         """
         is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name)
         keeps_parts = self.keeps_training_parts is True or bool(self.keeps_training_parts and is_checkpoint)
@@ -160,9 +161,9 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         else:
             written = collapsed_copy(self)
             written._drop_training_parts()
-        # By itself transformers saves the keys it loaded, which may have been the wrapper's; timm reads its own alone.
+        # transformers would save the keys that it loaded, maybe with the wrapper's prefix, but timm needs its own keys.
         written._weight_conversions = KEY_CONVERSIONS
-        # The network knows its structure best, also if it was pruned on its own.
+        # The structure is read from the network, which may have been pruned directly.
         written._record_structure()
         weights = {name: tensor for name, tensor in written.state_dict().items() if not name.endswith(".closed")}
         if state_dict is not None:
@@ -172,19 +173,19 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         for name, tensor in weights.items():
             if type(tensor) not in (Tensor, nn.Parameter):
                 raise ValueError(
-                    f"{name} is a {type(tensor).__name__}, which config.json cannot describe: save the model before it "
-                    "is quantized or sharded."
+                    f"{name} is a {type(tensor).__name__}, which config.json cannot describe. Save the model before "
+                    "quantizing or sharding it."
                 )
         check_numbers(weights, source="the model")
         kinds = {str(tensor.dtype) for tensor in weights.values() if tensor.is_floating_point()}
         if len(kinds) > 1:
-            raise ValueError(f"The weights are of several precisions, {', '.join(sorted(kinds))}; use model.to(dtype).")
+            raise ValueError(f"The weights have several precisions, {', '.join(sorted(kinds))}; use model.to(dtype).")
         if not is_main_process:
             return
         with staged(save_directory) as staging:
             super(EpsResNetPreTrainedModel, written).save_pretrained(staging, state_dict=unshared(weights), **kwargs)
             check_rebuilt(type(self), staging)
-            if not keeps_parts:  # a checkpoint is written often, and begins with a network that was proven
+            if not keeps_parts:  # checkpoints are frequent, and the network was checked at the start
                 check_outputs(written, staging)
             bind_weights(staging)
         if push_to_hub:
@@ -194,11 +195,11 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         self.config.side_loss_weight = 0.0
 
     def on_structure_change(self) -> None:
-        """Take note that branches were removed: whoever removes a branch of this model calls it."""
+        """Update the model after branches were removed. Code that removes a branch calls this."""
         self._record_structure()
 
     def _record_structure(self) -> None:
-        """Let the configuration say which branches are removed and which gates are closed."""
+        """Write the removed branches and closed gates to the configuration."""
         others = {name: v for name, v in (self.config.model_args or {}).items() if name not in ("removed", "closed")}
         self.config.model_args = others | structure_of(self)
 
@@ -216,7 +217,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
             config_fields: Further fields of :class:`EpsResNetConfig`, such as ``id2label`` or ``side_loss_weight``.
 
         Raises:
-            ValueError: The model cannot be built again from a name and arguments.
+            ValueError: The model cannot be rebuilt from a name and arguments.
         """
         config = EpsResNetConfig.from_timm(model, **config_fields)
         model = timm_body(model)
@@ -233,7 +234,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
 
 
 def unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, those that stand under several names as often as that: timm asks for every name."""
+    """Copies shared tensors so that every name has its own: timm requires all keys."""
     seen: set[int] = set()
     result = {}
     for key, tensor in state_dict.items():
@@ -243,7 +244,7 @@ def unshared(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-# The names of layers are those of the architecture; a file that says otherwise would switch checks off.
+# Layer names come from the architecture, because a file with other names could disable checks.
 _OF_ARCHITECTURE = ("classifier", "first_conv")
 
 
@@ -254,7 +255,7 @@ def classifier_paths(model: EpsResNetPreTrainedModel) -> tuple[str, ...]:
 
 
 def _check_blocks(model: Any, info: Mapping[str, Iterable[str]], *, replaces_classifier: bool) -> None:
-    """Raise ValueError if loading left out, or found too much, of what the caller did not ask to replace."""
+    """Raise ValueError if loading had missing or unexpected tensors that the caller did not ask to replace."""
     side_head = ("side_head.",)
     fresh = tuple(f"timm_model.{name}." for name in classifier_paths(model)) if replaces_classifier else ()
     for verb, keys in (("lack", info["missing_keys"]), ("also hold", info["unexpected_keys"])):
@@ -262,14 +263,14 @@ def _check_blocks(model: Any, info: Mapping[str, Iterable[str]], *, replaces_cla
             raise ValueError(
                 f"The weights do not fit the {model.config.architecture} that config.json describes with "
                 f"{len(removed_slots(model))} removed branches: they {verb} {strangers[0]!r} and {len(strangers) - 1} "
-                'more. Keep the list model_args["removed"] with the weights that it was saved with.'
+                'more. Use the list model_args["removed"] that was saved with these weights.'
             )
 
 
 def _check_side_head(info: Mapping[str, Iterable[str]]) -> None:
-    """Raise ValueError if loading did not find all of a side head that the file asks for."""
+    """Raise ValueError if the file requests a side head, but its weights are incomplete."""
     if missing := sorted(key for key in info["missing_keys"] if key.startswith("side_head.")):
         raise ValueError(
             f"config.json has a side_loss_weight, but the weights lack {missing[0]!r} and {len(missing) - 1} more of "
-            "the side head. Delete the field; passed to from_pretrained it makes a new side head."
+            "the side head. Delete the field, or pass it to from_pretrained for a new side head."
         )

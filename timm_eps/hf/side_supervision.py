@@ -18,10 +18,10 @@ __all__ = ["Tap", "half_depth", "new_side_head"]
 
 
 def half_depth(body: nn.Module) -> str:
-    """Path of the block after which the side head stands: where half of the residual branches are behind it.
+    """Path of the block whose output the side head reads, after half of the residual branches.
 
-    In the CIFAR networks that is block n // 2 of the middle stage, in others the last block of the first half, as the
-    authors' scripts have it for CIFAR and for ImageNet.
+    In the CIFAR networks this is block n // 2 of the middle stage, in others the last block of the first half, as in
+    the authors' scripts for CIFAR and for ImageNet.
     """
     slots = sorted([*removed_slots(body), *gates(body)], key=natural_order)
     middle = len(slots) // 2 if isinstance(body, EpsResNet) else max(len(slots) // 2 - 1, 0)
@@ -32,7 +32,7 @@ def new_side_head(body: nn.Module) -> nn.Module:
     """BN-ReLU, global average pool and a linear layer, (B, C, H, W) -> (B, classes), for the block at half depth.
 
     Raises:
-        ValueError: The block puts out no feature maps.
+        ValueError: The block does not output feature maps.
     """
     net: Any = meta_copy(body)
     tap = Tap(half_depth(body)).connect(net)
@@ -42,20 +42,19 @@ def new_side_head(body: nn.Module) -> nn.Module:
     features = tap.take()
     if not (isinstance(features, Tensor) and features.ndim == 4):
         raise ValueError(
-            f"{type(body).__name__} has no feature maps at half depth, which a side head could read; set "
-            "side_loss_weight to 0."
+            f"{type(body).__name__} has no feature maps at half depth for a side head; set side_loss_weight to 0."
         )
     width = features.shape[1]
     return nn.Sequential(BatchNormAct2d(width), ClassifierHead(width, net.num_classes))
 
 
 class Tap:
-    """What one module of a network puts out between :meth:`listen` and :meth:`take`.
+    """Records the output of one module of a network between :meth:`listen` and :meth:`take`.
 
-    They are no context manager, because torch compiles the ones of others only from 2.13 on.
+    This is not a context manager, because torch can compile user-defined ones only from 2.13 on.
 
     Args:
-        path: Of the module.
+        path: Path of the module.
     """
 
     def __init__(self, path: str) -> None:
@@ -66,24 +65,24 @@ class Tap:
         self._listens = False
 
     def connect(self, net: nn.Module) -> Tap:
-        """Listen to what stands at the path now: a removal puts another module there."""
+        """Connect to the module that is at the path now, since a removal replaces modules."""
         module = net.get_submodule(self.path)
         if module is not self._module:
             if self._handle is not None:
-                self._handle.remove()  # a removal carries hooks over
+                self._handle.remove()  # a removal transfers hooks
             self._module = module
             self._handle = module.register_forward_hook(self._note)
         return self
 
     def listen(self) -> None:
-        """Note the output of every call from now on."""
+        """Start recording the output of every call."""
         self._listens = True
 
     def take(self) -> Any:
-        """The output of the last call. Nothing is noted any longer, nor held: an output holds a graph."""
+        """Stop recording and return the output of the last call. It is not kept, because it holds a graph."""
         output, self._output, self._listens = self._output, None, False
         return output
 
     def _note(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._listens:  # not when a checkpointed block runs again in the backward pass
+        if self._listens:  # False when a checkpointed block runs again in the backward pass
             self._output = output

@@ -1,8 +1,8 @@
-"""The pruner inside ``transformers.Trainer``.
+"""A callback that runs the pruner in ``transformers.Trainer``.
 
-A callback is handed the model, the optimizer and the state, but neither the checkpoint that a run resumes from nor the
-wrapper for distributed training. Where Trainer loads a checkpoint the smaller structure is read off the names of the
-weights, and checked against the pruner's state as soon as that is at hand.
+A callback gets the model, the optimizer and the state, but neither the checkpoint for resuming nor the wrapper for
+distributed training. When Trainer loads a checkpoint, the smaller structure is found from the names of the weights. It
+is compared with the pruner's state as soon as that is available.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _logger = logging.get_logger(__name__)
 
 
 class _Resumed(LoadedStructure):
-    """Lets a model lose the branches that the checkpoint lacks from which Trainer resumes.
+    """Removes the branches that are missing in the checkpoint from which Trainer resumes.
 
     Args:
-        model_and_lose: Those of the base class.
-        always: Whether also a strict ``load_state_dict`` is followed. Trainer's is not strict; a model that may be
-            another's refuses weights that lack branches, as ever.
+        model_and_lose: Arguments of the base class.
+        always: Whether to act on a strict ``load_state_dict``, too. Trainer's call is not strict. A model that may
+            belong to another Trainer rejects weights without these branches as usual.
     """
 
     def __init__(self, *model_and_lose: Any, always: bool = True) -> None:
@@ -54,13 +54,13 @@ class _Resumed(LoadedStructure):
         super().__call__(body, state_dict, prefix, *rest)
         if removed_slots(body) and (strangers := keys_of(state_dict, prefix) - body.state_dict().keys()):
             raise ValueError(
-                f"The weights hold {min(strangers)!r}, which this model has lost; give Trainer a model with all its "
-                "blocks or the one that from_pretrained loads from the checkpoint."
+                f"The weights contain {min(strangers)!r}, which is removed from this model. Give Trainer a model with "
+                "all its blocks, or the model that from_pretrained loads from the checkpoint."
             )
 
 
 class EpsilonCallback(TrainerCallback, ExportableState):
-    """Makes the network that a :class:`transformers.Trainer` trains shallower, epoch by epoch.
+    """Removes residual branches from the network that a :class:`transformers.Trainer` trains.
 
     Example::
 
@@ -76,17 +76,17 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         )
         trainer.train()
 
-    At the end of each epoch it calls ``step`` of an :class:`~timm_eps.EpsilonPruner`, which removes blocks;
-    ``model.config`` and the optimizer follow. Checkpoints hold the model as it trains, with closed branches and the
-    side head. ``trainer.train(resume_from_checkpoint=True)`` continues from them exactly, whether the model still has
-    all its blocks or was loaded from the checkpoint. ``trainer.save_model()`` writes the model without closed branches
-    and side head. The gates need ``weight_decay``: set it in the TrainingArguments. Trainer does not decay biases and
-    some norms. The callback decays those of them that bound a branch's response, decoupled from the gradient.
+    At the end of each epoch it calls ``step`` of an :class:`~timm_eps.EpsilonPruner`, which removes blocks and updates
+    ``model.config`` and the optimizer. Checkpoints contain the model in training form, with closed branches and the
+    side head. ``trainer.train(resume_from_checkpoint=True)`` continues from them exactly, with a model that still has
+    all its blocks or that was loaded from the checkpoint. ``trainer.save_model()`` saves the model without closed
+    branches and side head. The gates need ``weight_decay``: set it in the TrainingArguments. Trainer does not decay
+    biases and some norms. The callback decays those that bound a branch's response, decoupled from the gradient.
 
-    Under DistributedDataParallel all processes take the same decisions, on the responses of all of them.
+    Under DistributedDataParallel all processes make the same decisions, based on the responses of all processes.
 
     Args:
-        epsilon: The paper's threshold. Exclusive with ``keep``.
+        epsilon: Threshold of the paper. Not allowed with a budget.
         keep: Fraction (float) or number (int) of branches to keep.
         warmup_epochs: Number of epochs at the beginning in which every gate is open.
         ramp_epochs: With a budget, number of epochs from the first closed branch to the full budget.
@@ -98,19 +98,19 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         target_params: Instead of ``keep``, fraction or number of the parameters, as for the pruner.
         target_macs: Instead of ``keep``, fraction or number of the multiply-adds for one image.
         target_latency: Instead of ``keep``, fraction or milliseconds of a forward pass.
-        prune_frozen: Whether to remove branches that cannot learn, because none of their parameters needs a gradient.
-        schedule: Instead of ``epsilon`` or a budget, an object that says ε in each epoch.
+        prune_frozen: Whether to remove branches without trainable parameters.
+        schedule: Instead of ``epsilon`` or a budget, an object that returns ε for each epoch.
 
     Attributes:
         pruner (EpsilonPruner | None): The pruner; None before the training begins.
-        followers (list): Copies of the model that are updated in place, such as averages of its weights, for the
-            pruner.
+        followers (list): Copies of the model that are updated in place, such as averages of its weights. They are
+            passed to the pruner.
 
     Raises:
-        ValueError: When the Trainer is made, or its training begins: the model is not one of this package's
-            transformers classes, the arguments do not fit it, the run is resumed from a checkpoint of another network
-            or one without the pruner's state, ``load_best_model_at_end`` is set, the parameters are sharded (FSDP,
-            DeepSpeed), or Trainer would run the model on several GPUs in one process (``nn.DataParallel``).
+        ValueError: Raised when the Trainer is created, or its training begins. The model is not one of this package's
+            transformers classes, the arguments do not fit it, the run resumes from a checkpoint of another network or
+            without the pruner's state, ``load_best_model_at_end`` is set, the parameters are sharded (FSDP, DeepSpeed),
+            or Trainer would run the model on several GPUs in one process (``nn.DataParallel``).
     """
 
     def __init__(
@@ -149,44 +149,44 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         self._ended: tuple[int, dict[str, float]] = (-1, {})
         self._undecayed: set[nn.Parameter] = set()
         self._given: Optimizers = None
-        self._parameters: set[nn.Parameter] = set()  # the model's, until there is a pruner
+        self._parameters: set[nn.Parameter] = set()  # of the model, until the pruner is created
         self._expects_models = False
 
     def state(self) -> dict[str, Any]:
-        """What Trainer keeps in a checkpoint's ``trainer_state.json``."""
+        """The state that Trainer saves in a checkpoint's ``trainer_state.json``."""
         plain = str | int | float | None
-        # An object is told by its name: a callback with one is given to Trainer, not made from a checkpoint.
+        # Objects are saved as their names, since a callback with objects cannot be made from a checkpoint.
         args = {name: v if isinstance(v, plain) else repr(v) for name, v in self.arguments.items()}
         return {"args": args, "attributes": {"saved": self.pruner.state_dict() if self.pruner else None}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.fsdp or args.deepspeed:
-            raise ValueError("Blocks cannot be taken out of sharded parameters; train without fsdp and deepspeed.")
+            raise ValueError("Blocks cannot be removed from sharded parameters; train without fsdp and deepspeed.")
         if args.n_gpu > 1:
             raise ValueError(
-                f"Trainer would run the model on {args.n_gpu} GPUs by nn.DataParallel: the responses of all but the "
-                "first would not be seen. Start one process for each GPU, by torchrun "
-                f"--nproc_per_node={args.n_gpu} or accelerate launch, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+                f"Trainer would run the model on {args.n_gpu} GPUs with nn.DataParallel, which keeps only the "
+                "responses of the first GPU. Start one process for each GPU with torchrun "
+                f"--nproc_per_node={args.n_gpu} or accelerate launch, or use one GPU (CUDA_VISIBLE_DEVICES=0)."
             )
         model = _checked(kwargs["model"])
         if args.load_best_model_at_end:
             raise ValueError(
-                "load_best_model_at_end puts weights back that are not of the structure the network has by then, and "
-                "the best epoch is likely one before blocks went. Leave it out; to give the network time to heal, let "
-                "warmup_epochs + ramp_epochs end well before num_train_epochs."
+                "load_best_model_at_end is not supported: the best checkpoint may have more blocks than the final "
+                "model. Disable it, and let warmup_epochs + ramp_epochs end well before num_train_epochs, so that the "
+                "network can recover."
             )
         if args.label_smoothing_factor and getattr(model, "side_head", None) is not None:
             _logger.warning(
-                "label_smoothing_factor turns side supervision off: Trainer computes that loss outside of the model, "
-                "from its logits. Set side_loss_weight to 0 in the model's config, or smooth by a compute_loss_func "
-                "that adds side_loss_weight times the same loss of outputs.side_logits."
+                "label_smoothing_factor turns side supervision off, because Trainer computes that loss outside the "
+                "model, from its logits. Set side_loss_weight to 0 in the model's config, or use a compute_loss_func "
+                "with label smoothing that adds side_loss_weight times the same loss of outputs.side_logits."
             )
         self._given, self._parameters = kwargs["optimizer"], set(model.parameters())
         _Resumed(model, self.lose).install(model.timm_model)
         self._expect_models()
 
     def _expect_models(self) -> None:
-        """Also hook into the models that a ``model_init`` of Trainer makes: it tells nobody before it loads weights."""
+        """Also install the hook on models made by Trainer's ``model_init``, before it loads their weights."""
         if self._expects_models:
             return
         self._expects_models = True
@@ -201,11 +201,11 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         weakref.finalize(self, register_module_module_registration_hook(registered).remove)
 
     def lose(self, model: EpsResNetPreTrainedModel, slots: list[str]) -> None:
-        """Take the branches that a checkpoint lacks out of a model, and out of the optimizer that Trainer was given.
+        """Remove branches that a checkpoint lacks from a model, and from the optimizer that was passed to Trainer.
 
-        The one of a training before this one is its pruner's business.
+        The pruner of an earlier training updates that training's optimizer.
         """
-        replay_removed(model, slots)  # none if another callback, whose Trainer it is not, was told first
+        replay_removed(model, slots)  # none if a callback of another Trainer was called first
         forget(innermost(self._given), self._parameters.difference(model.parameters()))
 
     def on_train_begin(
@@ -213,10 +213,10 @@ class EpsilonCallback(TrainerCallback, ExportableState):
     ) -> None:
         model = _checked(kwargs["model"])
         if not args.weight_decay:
-            _logger.warning("weight_decay is 0 in the TrainingArguments: nothing empties the branches that close.")
+            _logger.warning("weight_decay is 0 in the TrainingArguments, so closed branches do not become empty.")
         self.pruner = EpsilonPruner(model, **self.arguments, followers=self.followers)
-        self.pruner.optimizer = kwargs["optimizer"]  # not before: the callback itself decays what it exempts
-        self.followers = self.pruner.followers  # so that more may be appended
+        self.pruner.optimizer = kwargs["optimizer"]  # late: the callback decays the parameters that it exempts
+        self.followers = self.pruner.followers  # the same list, so that users may append
         self._parameters = set()
         self._expect_models()
         self._ended = (-1, {})
@@ -238,7 +238,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
     def _check_epochs(self, epochs: int) -> None:
         if self.arguments["keep"] is None:
             return
-        # The first epoch of a budget is open whatever the warm-up: there are no responses yet to close by.
+        # With a budget all branches are open in the first epoch, because there are no responses yet.
         needed = max(1, self.arguments["warmup_epochs"]) + max(1, self.arguments["ramp_epochs"])
         if needed > epochs:
             _logger.warning(
@@ -261,27 +261,27 @@ class EpsilonCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.pruner is not None, "the training has begun"
         if state.epoch is not None and float(state.epoch).is_integer():
-            # Not left to on_epoch_end: a checkpoint of this step is written before that, and a run that goes on from it
+            # Not in on_epoch_end: a checkpoint of this step is written before that, and a run that resumes from it
             # begins with the next epoch.
             self._end_epoch(args, state)
         elif control.should_save:
-            self.pruner.share_responses()  # one process writes the checkpoint, for all
+            self.pruner.share_responses()  # one process saves the checkpoint for all
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step != self._ended[0]:  # of data without a length nobody knows which step is an epoch's last
+        if state.global_step != self._ended[0]:  # for data without a length, the last step of an epoch is unknown
             self._end_epoch(args, state)
 
     def _end_epoch(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.pruner is not None, "the training has begun"
-        self._ended = state.global_step, self._progress()  # what is logged of an epoch's last step is of that epoch
+        self._ended = state.global_step, self._progress()  # logs of an epoch's last step belong to that epoch
         discarded = self.pruner.discarded
         removed = self.pruner.step()
         if removed and self._wrapper is not None:
             wrap_again(self._wrapper)
         if args.torch_compile and self.pruner.discarded != discarded:
-            torch.compiler.reset()  # or torch stops compiling after a number of structures
+            torch.compiler.reset()  # otherwise torch stops compiling after a number of structures
 
     def _progress(self) -> dict[str, float]:
         assert self.pruner is not None, "the training has begun"
@@ -292,7 +292,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
             ended, before = self._ended
             added = before if state.global_step == ended else self._progress()
             kwargs["logs"] |= added
-            state.log_history[-1] |= added  # a copy of the logs, made before the callbacks are called
+            state.log_history[-1] |= added  # Trainer copied the logs before calling the callbacks
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -300,7 +300,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         kwargs["model"].keeps_training_parts = False
         if self.pruner is not None and (left := self.pruner.total - self.pruner.discarded) > self.pruner.wanted:
             _logger.warning(
-                "The budget was not reached: it wanted %d branches, and %d of %d stayed. Train for more epochs, or "
+                "The budget was not reached: %d branches were requested, %d of %d remain. Train for more epochs, or "
                 "shorten warmup_epochs and ramp_epochs.",
                 self.pruner.wanted, left, self.pruner.total,
             )  # fmt: skip
@@ -309,24 +309,24 @@ class EpsilonCallback(TrainerCallback, ExportableState):
 def _checked(model: nn.Module) -> EpsResNetPreTrainedModel:
     if not isinstance(model, EpsResNetPreTrainedModel):
         raise ValueError(
-            f"EpsilonCallback needs a model that saves its structure, not {type(model).__name__}: "
-            "EpsResNetForImageClassification.from_timm(model) wraps a timm model of this package."
+            f"EpsilonCallback needs a model that saves its structure, not {type(model).__name__}. "
+            "Wrap a timm model with EpsResNetForImageClassification.from_timm(model)."
         )
     return model
 
 
 def _saved_state(state: TrainerState, model: EpsResNetPreTrainedModel) -> dict[str, Any]:
-    """The pruner's state in the checkpoint that Trainer has just loaded the weights from."""
-    callbacks: Any = state.stateful_callbacks  # by name, when they were read from a checkpoint
+    """The pruner's state in the checkpoint from which Trainer has just loaded the weights."""
+    callbacks: Any = state.stateful_callbacks  # by name if read from a checkpoint
     stored = callbacks.get(EpsilonCallback.__name__)
     if not isinstance(stored, dict) or not (saved := stored["attributes"]["saved"]):
         raise ValueError(
-            f"The checkpoint of step {state.global_step} holds no state of an EpsilonCallback, so it is not known "
-            "which branches were about to go. Load its model with from_pretrained and train anew from there."
+            f"The checkpoint of step {state.global_step} has no state of an EpsilonCallback, so the progress of "
+            "pruning is unknown. Load its model with from_pretrained and start a new training."
         )
     if removed_slots(model) != saved["removed"]:
         raise ValueError(
             f"The weights of the checkpoint of step {state.global_step} lack {len(removed_slots(model))} branches, but "
-            f"its pruner had removed {len(saved['removed'])}; the two are not of one run."
+            f"its pruner had removed {len(saved['removed'])}; they are from different runs."
         )
     return saved

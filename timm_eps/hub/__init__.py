@@ -1,1 +1,1 @@
-"""Directories and repositories with a model, its card and its pictures, and networks for other runtimes."""
+"""Saving and pushing of models with their cards and pictures, and export to other formats."""

@@ -1,4 +1,4 @@
-"""The model card: what a visitor of the Hub reads of a network, from the run's own values."""
+"""The model card on the Hub, from the values of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..report import comparison_table, outcome, timed
 
 __all__ = ["RESULT_KEYS", "render_card"]
 
-# What a card with results states; further keys are kept in all_results.json as they are.
+# Keys that a card with results needs. Other keys are only kept in all_results.json.
 RESULT_KEYS = (
     "architecture", "arguments", "blocks_kept", "blocks_total", "dataset", "dense_macs", "dense_params",
     "eval_accuracy", "eval_images", "eval_split", "hardware", "macs", "params", "seed", "train_images",
@@ -39,10 +39,10 @@ def render_card(
     program: str | None = None,
     base_model: str | None = None,
 ) -> ModelCard:
-    """The model card, from the run's own values.
+    """The model card, from the values of a run.
 
     Args:
-        architecture: timm's name of the unpruned network.
+        architecture: Name of the unpruned network in timm.
         repo_id: Name of the model on the Hub, or of its directory.
         blocks_total: Residual blocks of the unpruned network.
         blocks_kept: Those that stayed.
@@ -50,7 +50,7 @@ def render_card(
         input_size: Shape (C, H, W) of the images.
         results: Values of ``all_results.json``; without them the card states the structure only.
         picture: File name of the picture, if there is one.
-        remote_code: Whether the code to load the model without this package is beside it.
+        remote_code: Whether the repository has the code to load the model without this package.
         onnx: Path of the ONNX file, if there is one.
         program: Path of the program for plain torch, if there is one.
         base_model: Name on the Hub of the model that a training began with; that of ``results`` wins.
@@ -62,7 +62,7 @@ def render_card(
     base_model = results.get("base_model") or base_model
     if results and (missing := [key for key in RESULT_KEYS if key not in results]):
         raise ValueError(
-            f"results lacks {', '.join(missing)}; RESULT_KEYS of timm_eps.hub.card lists what a card states."
+            f"results lacks {', '.join(missing)}; RESULT_KEYS of timm_eps.hub.card lists the required keys."
         )
     task = "image-classification" if label_names else "image-feature-extraction"
     data = ModelCardData(
@@ -180,6 +180,6 @@ def _limits(results: Mapping[str, Any]) -> str:
     if not results:
         return text
     return (
-        f"Trained on {results['train_images']} and tested on {results['eval_images']} images of {results['dataset']}, "
-        f"once. {text}"
+        f"Trained once, on {results['train_images']} images of {results['dataset']}, and tested on "
+        f"{results['eval_images']} images. {text}"
     )

@@ -1,4 +1,4 @@
-"""One commit to the Hub, of which it is known afterwards whether it was made, or said that it is not."""
+"""One commit to the Hub, and a check whether it was made. If the check is impossible, the error says so."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .failures import HTTP_ERRORS, one_line
 __all__ = ["NOTHING", "asking", "commit_files"]
 
 NOTHING = "Nothing of the model was published"
-# What the client raises if the answer is cut off or is not the Hub's, such as the page of a proxy.
+# Errors of the client if the answer is incomplete or not from the Hub, such as a page of a proxy.
 _UNREADABLE: tuple[type[Exception], ...] = (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError)
 _ON_THE_WAY: tuple[type[Exception], ...] = (*HTTP_ERRORS, *_UNREADABLE, RuntimeError)
 _OF_A_COMMIT: tuple[type[Exception], ...] = (*_ON_THE_WAY, OSError)
@@ -23,21 +23,21 @@ _OF_A_COMMIT: tuple[type[Exception], ...] = (*_ON_THE_WAY, OSError)
 
 @contextmanager
 def asking(api: HfApi, fact: str) -> Iterator[None]:
-    """Tell in one line, without the token, what failed on the way to the Hub, and what that means.
+    """Report errors of the Hub in one line, without the token, together with their consequence.
 
     Args:
         api: The client.
-        fact: What is true if it fails.
+        fact: Consequence of a failure, for the message.
 
     Raises:
-        HfHubHTTPError: The Hub refused; of the class that it was.
-        ConnectionError: It did not answer, or not in a way that can be read.
+        HfHubHTTPError: The Hub refused the request. The class of the error is kept.
+        ConnectionError: The Hub did not answer, or its answer cannot be read.
         RuntimeError: An upload failed.
     """
     try:
         yield
     except _ON_THE_WAY as error:
-        raise _told(api, error, fact) from None  # its own text may hold what is left out here
+        raise _told(api, error, fact) from None  # the original text may contain the token
 
 
 def commit_files(
@@ -48,21 +48,21 @@ def commit_files(
     message: str,
     revision: str | None,
 ) -> CommitInfo:
-    """Make a commit. If the Hub's answer is an error, or does not arrive, look whether the files are there.
+    """Make a commit. If the Hub's answer is an error or is missing, check whether the files have arrived.
 
     Args:
         api: The client.
         repo_id: ``owner/name`` of a model.
         operations: Files to add and to delete.
         message: Title of the commit.
-        revision: The branch; None for the main one.
+        revision: Git branch; None for the main one.
 
     Raises:
-        HfHubHTTPError, ConnectionError, RuntimeError: As of :func:`asking`. The text says that nothing was published,
-            or that it is not known.
+        HfHubHTTPError, ConnectionError, RuntimeError: See :func:`asking`. The message says that nothing was published,
+            or that this is unknown.
     """
     additions = [each for each in operations if isinstance(each, CommitOperationAdd)]
-    with asking(api, NOTHING):  # apart from the commit, as it is certain that a failure here publishes nothing
+    with asking(api, NOTHING):  # separate from the commit, because a failure here publishes nothing
         api.preupload_lfs_files(repo_id, additions, revision=revision, free_memory=False)
     try:
         return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
@@ -71,7 +71,7 @@ def commit_files(
         tip, is_there = _look(api, repo_id, operations, branch)
         if tip is None:
             where = f"{api.endpoint}/{repo_id}/commits/{branch}"
-            fact = f"Whether the model was published is not known, as the Hub cannot be asked; look at {where}"
+            fact = f"It is unknown whether the model was published, because the Hub does not answer; check {where}"
             raise _told(api, error, fact) from None
         if not is_there:
             raise _told(api, error, f"The commit is not on the Hub. {NOTHING}") from None
@@ -83,11 +83,11 @@ def commit_files(
 def _look(
     api: HfApi, repo_id: str, operations: Sequence[CommitOperationAdd | CommitOperationDelete], branch: str
 ) -> tuple[str | None, bool]:
-    """The last commit of a branch, None if the Hub does not say, and whether the operations have been applied."""
-    for _ in range(2):  # the client's connection may be closed, which shows when it is used again
+    """The last commit of a git branch (None if unknown), and whether the operations have been applied."""
+    for _ in range(2):  # the client's connection may be closed, so that the first request fails
         with suppress(*_OF_A_COMMIT):
             tip = api.repo_info(repo_id, revision=branch).sha
-            assert tip is not None, "the Hub names the commit of a branch"
+            assert tip is not None, "the Hub returns the commit of a branch"
             return tip, _is_at(api, repo_id, operations, tip)
     return None, False
 
@@ -116,7 +116,7 @@ def _hash_of(stored: object) -> str | None:
 
 
 def _hashes(addition: CommitOperationAdd) -> set[str]:
-    """The Hub names a large file by its SHA-256, others as git does."""
+    """Possible ids of a file: the Hub uses the SHA-256 for large files, and git's hash for others."""
     with addition.as_file() as file:
         content = file.read()
     return {addition.upload_info.sha256.hex(), sha1(b"blob %d\0" % len(content) + content).hexdigest()}

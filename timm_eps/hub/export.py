@@ -1,4 +1,4 @@
-"""Pruned networks as stock timm architectures: checkpoints for machines that have never heard of this package."""
+"""Export of pruned networks as stock timm architectures, which load without this package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..surgery.removal import check_gated, collapsed_copy, natural_order, remove
 
 __all__ = ["export_timm"]
 
-# The keywords under which timm's entrypoints take the number of blocks, in a stage or in all.
+# Keyword arguments of timm's entrypoints for the number of blocks, per stage or in total.
 _DEPTHS = ("layers", "depths", "depth")
 
 
@@ -29,22 +29,22 @@ def export_timm(model: nn.Module, directory: str | os.PathLike, *, zero_branches
     """Save a pruned network as a stock timm architecture with fewer blocks.
 
     The directory loads in timm (``local-dir:``, ``hf-hub:``) and in transformers (AutoModelForImageClassification)
-    without this package. The remaining blocks are renumbered. A block that kept one of its two branches, or a stage's
-    first block whose shortcut stayed, cannot be expressed this way. It can be written in full with zeros in all weights
-    of the branch, which is exact too, but neither smaller nor faster than the dense block.
+    without this package. The remaining blocks are renumbered. A block that keeps one of its two branches, or the
+    shortcut of a stage's first block, cannot be expressed this way. Such a block can be saved in full, with zeros in
+    all weights of the removed branch. This is exact, too, but neither smaller nor faster than the dense block.
 
     Args:
         model: A model with gates, pruned or not; it is unchanged. Closed branches are left out.
         directory: Directory to write; it is created if needed.
-        zero_branches: Whether to write branches that cannot be left out as zeros.
+        zero_branches: Whether to save branches that cannot be left out as zeros.
 
     Returns:
-        The keyword arguments with which ``timm.create_model`` builds the network, under ``model_args``; its name, under
-        ``architecture``; and under ``zeroed`` the slots whose branches were written as zeros.
+        A dict: ``model_args`` has the keyword arguments of ``timm.create_model``, ``architecture`` the name, and
+            ``zeroed`` the slots whose branches were saved as zeros.
 
     Raises:
-        ValueError: The architecture is not one of timm's, or some branch cannot be left out and ``zero_branches`` was
-            not given; the message says which and why.
+        ValueError: The architecture is not one of timm's, or a branch cannot be left out and ``zero_branches`` was not
+            given. The message names the branch and the reason.
         OSError: The directory cannot be written.
 
     Example::
@@ -65,7 +65,7 @@ def export_timm(model: nn.Module, directory: str | os.PathLike, *, zero_branches
     empty = {path for path in blocks if isinstance(body.get_submodule(path), nn.Identity | Passthrough)}
     whole = {path for path in empty if path.rpartition(".")[2].isdigit()}
     obstacles = [
-        f"{path} is {'no block of a row' if path in empty else 'not an identity'} without {', '.join(blocks[path])}"
+        f"{path} is {'not in a sequence' if path in empty else 'not an identity'} without {', '.join(blocks[path])}"
         for path in sorted(blocks.keys() - whole, key=natural_order)
     ]
     attempts = [] if obstacles and not zero_branches else [(_left_out(body, whole, zero_branches), zero_branches)]
@@ -92,7 +92,7 @@ def export_timm(model: nn.Module, directory: str | os.PathLike, *, zero_branches
 
 
 def _removed_blocks(body: nn.Module) -> dict[str, list[str]]:
-    """The removed slots of each block, by the path of what is left of the block."""
+    """The removed slots of each block, by the path of the remaining part of the block."""
     there = {path for path, _ in body.named_modules()}
     blocks: dict[str, list[str]] = {}
     for slot in removed_slots(body):
@@ -104,7 +104,7 @@ def _removed_blocks(body: nn.Module) -> dict[str, list[str]]:
 
 
 def _left_out(body: nn.Module, whole: set[str], zero_branches: bool) -> set[str]:
-    """The blocks to leave out: all that are gone, but one of a stage that would be empty if it can be zeros."""
+    """The blocks to leave out: all removed ones, except one of an otherwise empty stage if it can be zeros."""
     left_out = set(whole)
     for parent in {path.rpartition(".")[0] for path in whole}:
         children = [f"{parent}.{name}" for name, _ in body.get_submodule(parent).named_children()]
@@ -116,16 +116,16 @@ def _left_out(body: nn.Module, whole: set[str], zero_branches: bool) -> set[str]
 def _rebuild(
     body: nn.Module, architecture: str, options: dict[str, Any], left_out: set[str], zero_branches: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The stock network without these blocks, and the keyword that says so.
+    """The stock network without these blocks, and the keyword argument for its number of blocks.
 
     Raises:
-        ValueError: There is none, or it computes something else.
+        ValueError: There is no such network, or its outputs differ.
     """
     state = _renumbered(body.state_dict(), left_out)
     for depth in _depth_keywords(body, left_out):
         try:
             stock = timm.create_model(architecture, **{**options, **depth})
-        except Exception:  # the families answer in many ways to a keyword that they do not know
+        except Exception:  # timm's families raise various errors for an unknown keyword
             continue
         own = stock.state_dict()
         if any(key not in own or own[key].shape != tensor.shape for key, tensor in state.items()):
@@ -141,14 +141,14 @@ def _rebuild(
             batch = probe_batch(body)
             if same_outputs(body(batch), stock(batch)):
                 return stock, depth
-        raise ValueError(f"with {depth or 'zeros'} it computes something else, its blocks depend on their position")
+        raise ValueError(f"with {depth or 'zeros'} the outputs differ, because its blocks depend on their position")
     if not left_out:
-        raise ValueError("timm builds it with other weights")
-    raise ValueError(f"timm builds it with no such number of blocks ({', '.join(_DEPTHS)} were tried)")
+        raise ValueError("timm's network has other weights")
+    raise ValueError(f"timm cannot build it with this number of blocks (tried: {', '.join(_DEPTHS)})")
 
 
 def _depth_keywords(body: nn.Module, left_out: set[str]) -> Iterator[dict[str, Any]]:
-    """What could tell timm's entrypoint how many blocks are left."""
+    """Possible keyword arguments of timm's entrypoint for the number of remaining blocks."""
     if not left_out:
         yield {}
         return
@@ -159,13 +159,13 @@ def _depth_keywords(body: nn.Module, left_out: set[str]) -> Iterator[dict[str, A
         children = [f"{stage}.{name}" for name, _ in body.get_submodule(stage).named_children()]
         counts.append(len(set(children) - left_out))
         if not counts[-1]:
-            raise ValueError(f"no block would be left in {stage}")
+            raise ValueError(f"{stage} would have no block")
     for name in _DEPTHS:
         yield {name: counts[0] if name == "depth" else counts}
 
 
 def _renumbered(state: dict[str, Tensor], left_out: set[str]) -> dict[str, Tensor]:
-    """The weights under the names that they have when the blocks that are left close ranks."""
+    """The weights under their new names, after the remaining blocks are renumbered."""
     renamed = {}
     for key, tensor in state.items():
         for stage in {path.rpartition(".")[0] for path in left_out}:

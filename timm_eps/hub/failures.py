@@ -1,4 +1,4 @@
-"""Errors of other libraries, told in one line: full disks, dead processes, lost connections."""
+"""Errors of other libraries as one line: full disks, failed processes, broken connections."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from safetensors import SafetensorError
 
 __all__ = ["HTTP_ERRORS", "MISFIT_ERRORS", "NETWORK_ERRORS", "WRITE_ERRORS", "one_line"]
 
-# What the HTTP library of huggingface_hub raises: httpx, or the one after it. Not all of it is an OSError.
+# Errors of huggingface_hub's HTTP library: httpx or its successor. Not all of them are OSErrors.
 HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
     base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("httpx") and issubclass(base, Exception)
 )
 NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *HTTP_ERRORS)
-# torch writes with C++, safetensors with Rust: their errors are no OSErrors either.
+# torch writes files in C++, safetensors in Rust: their errors are not OSErrors either.
 WRITE_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, SafetensorError)
-# What a file of another structure, or of none, is answered with by those who read it.
+# Errors of libraries that read a file with an unexpected or invalid structure.
 MISFIT_ERRORS: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
     ValueError, SafetensorError, pickle.UnpicklingError,
@@ -25,14 +25,14 @@ MISFIT_ERRORS: tuple[type[Exception], ...] = (
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """What an error says, in one line without secrets.
+    """The message of an error in one line, without secrets.
 
-    Tokens of the Hub and what follows the ``?`` of an address, where signatures are, are left out. Of an error that
-    another process passed on with its traceback, only the error is kept.
+    Tokens of the Hub are left out, and everything after the ``?`` of an address, which may be a signature. If another
+    process sent the error with its traceback, only the error is kept.
 
     Args:
         error: Any exception.
-        limit: Length to shorten the text to.
+        limit: Maximum length of the text.
     """
     text = str(error)
     if "Original Traceback" in text:

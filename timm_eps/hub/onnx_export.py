@@ -1,4 +1,4 @@
-"""Networks as ONNX graphs, under the names that the Hub's tools look for."""
+"""Export of networks as ONNX graphs, with the input and output names that the Hub's tools expect."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["OnnxNetwork", "check_installed", "export_onnx"]
 
 
 def check_installed() -> None:
-    """Raise ImportError if what torch exports with is missing."""
+    """Raise ImportError if a package that torch needs for the export is missing."""
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise ImportError(f"ONNX files need {' and '.join(missing)}: pip install onnx onnxscript")
 
 
 def export_onnx(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write what a model evaluates to as one ONNX file: ``pixel_values`` (B, C, H, W) to ``logits``, for any B.
+    """Write a model in evaluation mode as one ONNX file from ``pixel_values`` (B, C, H, W) to ``logits``, for any B.
 
     The output of a network without a classifier is called ``features``.
 
@@ -38,16 +38,16 @@ def export_onnx(model: nn.Module, path: str | os.PathLike) -> None:
 
     Args:
         model: A model with gates, pruned or not; it is unchanged.
-        path: Path of the file, such as ``model.onnx``; its directory is made.
+        path: Path of the file, such as ``model.onnx``. Its directory is created.
 
     Raises:
         ValueError: The model has no gates.
-        ImportError: onnx or onnxscript, which torch exports with, are not installed.
+        ImportError: onnx or onnxscript, which torch needs for the export, is not installed.
     """
     check_installed()
     check_gated(model)
     body = timm_body(collapsed_copy(model)).cpu().float()
-    # ONNX Runtime leaves its layout of blocked channels where channels are padded, and in each sum of that stage.
+    # Padding of channels makes ONNX Runtime leave its fast channel-blocked layout, in the whole stage.
     make_shortcuts_convolutions(body)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     torch.onnx.export(
@@ -65,7 +65,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 class OnnxNetwork(nn.Module):
-    """A network as ONNX Runtime computes it on CPUs, to be timed beside others: images (B, C, H, W) to logits.
+    """A network that runs in ONNX Runtime on CPUs, for timing: images (B, C, H, W) to logits.
 
     Args:
         model: A model with gates, pruned or not; it is unchanged.
@@ -88,7 +88,7 @@ class OnnxNetwork(nn.Module):
 
 
 def _forget_paths(path: str | os.PathLike) -> None:
-    """Delete what torch notes for debugging: for each operation, the lines of code and their paths on this machine."""
+    """Delete torch's debugging information: for each operation, the lines of code and their local paths."""
     import onnx
 
     model = onnx.load(path)

@@ -47,7 +47,7 @@ def export_program(model: nn.Module, path: str | os.PathLike) -> None:
     except Exception as error:  # torch raises errors of many kinds here
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"torch.export cannot trace this {type(body).__name__}: {reason}.") from error
-    # Lines of code and their paths on this machine are nobody's business elsewhere.
+    # Lines of code and their paths on this machine do not belong into the file.
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:

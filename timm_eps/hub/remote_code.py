@@ -1,4 +1,4 @@
-"""Code beside a saved model, with which transformers loads it on machines without this package.
+"""Code in a saved directory, with which transformers loads the model on machines without this package.
 
 The code of the CIFAR networks builds them from scratch. For a twin, stock timm builds the dense network, and the edits
 that ``config.json`` then holds remove the branches.
@@ -37,7 +37,7 @@ from ..surgery.removal import same_outputs
 
 __all__ = ["CODE_FILES", "add_remote_code", "check_remote_code", "check_remote_name"]
 
-# The name that standalone.py or standalone_twin.py has beside a config.json.
+# Name of standalone.py or standalone_twin.py in a saved directory.
 _CODE = "modeling_eps_resnet.py"
 _CHECKS = (config_checks, strict_loading, value_checks, weight_checks)
 _EDITS = (edits, standins)
@@ -57,7 +57,7 @@ def check_remote_code(body: nn.Module) -> None:
         body: A timm model of this package.
 
     Raises:
-        ValueError: It is a CIFAR network of a form that the code does not know, or no network of timm's.
+        ValueError: The code does not support this form of a CIFAR network, or timm does not have the network.
     """
     known = EpsResNetConfig.from_timm(body)
     check_remote_name(known.architecture)
@@ -79,7 +79,7 @@ def check_remote_name(architecture: str) -> None:
 
 
 def add_remote_code(directory: Path, body: nn.Module) -> None:
-    """Write the code beside a ``config.json``, and say there that it is to be used.
+    """Add the code to a directory, and refer to it in ``config.json``.
 
     Args:
         directory: Directory of the saved model.
@@ -96,7 +96,7 @@ def add_remote_code(directory: Path, body: nn.Module) -> None:
         shutil.copy(str(module.__file__), directory)
     classes = {name: entry for name, entry in _CLASSES.items() if is_cifar or entry in standalone_twin.__all__}
     config["auto_map"] = {name: f"{_CODE.removesuffix('.py')}.{entry}" for name, entry in classes.items()}
-    # Found by the model's type where this package is installed, by this name where it is not.
+    # With this package the class is found by the model type, without it by this name.
     config["image_processor_type"] = "TimmWrapperImageProcessor"
     if not is_cifar:
         config["timm_architecture"] = _stock_name(config["architecture"])
@@ -131,7 +131,7 @@ def _edits_of(config: dict[str, Any]) -> list[edits.Edit]:
 
 
 def _prove(config: dict[str, Any], directory: Path, body: nn.Module) -> None:
-    """Build the network as the code beside the file does, and compare outputs bit for bit."""
+    """Build the network as the code in the directory does, and compare outputs bit for bit."""
     described: Any = standalone_twin.EpsResNetConfig.from_dict(json.loads(json.dumps(config)))
     rebuilt = standalone_twin.stock_network(described, config["num_classes"])
     rebuilt.load_state_dict(load_file(directory / WEIGHTS))

@@ -1,8 +1,7 @@
-"""A trained model on disk and on the Hub: one directory for timm, transformers and people.
+"""Save a trained model to disk and to the Hub, in one directory that timm and transformers can load.
 
-``config.json`` and ``model.safetensors`` are written by transformers' own machinery, the card by huggingface_hub's.
-Everything is written beside its destination first and moved into place when it is whole; what goes to the Hub goes
-there in one commit.
+transformers writes ``config.json`` and ``model.safetensors``, and huggingface_hub writes the card. All files are
+written to a temporary directory first and moved into place when they are complete. A push to the Hub is one commit.
 """
 
 from __future__ import annotations
@@ -63,34 +62,34 @@ def save_pretrained(
 ) -> None:
     """Save a model so that timm and transformers load it with equal logits.
 
-    Written are ``model.safetensors``, ``config.json``, the card ``README.md``, the picture ``blocks.png`` (with
-    matplotlib installed) and, with ``results``, ``all_results.json``. What is saved is what the model evaluates to:
-    closed branches and the side head are left out. The model itself is unchanged. Of these files and the optional
-    ones, those that an earlier save left and this one does not write are deleted: they would speak of another model.
+    The files are ``model.safetensors``, ``config.json``, the card ``README.md``, the picture ``blocks.png`` (with
+    matplotlib installed) and, with ``results``, ``all_results.json``. The model is saved in its evaluation form: closed
+    branches and the side head are left out. The model itself is unchanged. Optional files left over from an earlier
+    save are deleted, because they describe a different model.
 
-    All files are written to the side first, so a save that fails or is killed leaves the previous one whole. Then they
-    are renamed one by one, configuration and weights last. The configuration holds the digest of the weights: if a
-    process is killed between these two renames, loading says that they do not fit.
+    All files are written to a temporary directory first, so the previous save stays intact if this one fails or is
+    killed. Then they are renamed one by one, configuration and weights last. The configuration contains the digest of
+    the weights. If a process is killed between these two renames, loading reports that the files do not match.
 
     Args:
         model: A timm model of this package or one of its transformers classes.
-        directory: Made if it is not there.
-        label_names: Names of the classes, in the order of the logits; of a mapping, its values by class number. By
-            default the names that the model knows.
-        results: Values of ``all_results.json``; they fill the card. :data:`timm_eps.hub.card.RESULT_KEYS` are needed.
+        directory: Directory to write; it is created if needed.
+        label_names: Names of the classes, as a list in the order of the logits or a mapping from class numbers. By
+            default the model's own names.
+        results: Values of ``all_results.json`` for the card. :data:`timm_eps.hub.card.RESULT_KEYS` are required.
         history: :attr:`EpsilonPruner.history`, for the picture.
-        repo_id: How the card names the model; by default the directory's name.
-        remote_code: Add code and edits, so that transformers loads the model without this package, with
-            ``trust_remote_code=True``. For a network of timm's it needs timm.
-        onnx: Add ``onnx/model.onnx``, ``pixel_values`` to ``logits``.
-        exported_program: Add ``model.pt2``, which plain torch loads; see :func:`timm_eps.export_program`.
+        repo_id: Name of the model in the card; by default the directory's name.
+        remote_code: Whether to add code and edits with which transformers loads the model without this package, with
+            ``trust_remote_code=True``. A twin also needs timm there.
+        onnx: Whether to add ``onnx/model.onnx``, which maps ``pixel_values`` to ``logits``.
+        exported_program: Whether to add ``model.pt2``, which plain torch loads; see :func:`timm_eps.export_program`.
 
     Raises:
-        ValueError: The model cannot be built again from a name and arguments, its weights are not finite, the names do
-            not fit the classes, ``results`` lacks a key or holds NaN, ``remote_code`` is asked for a network that
-            neither timm nor the code of the CIFAR networks builds, or torch cannot trace the network for
+        ValueError: The model cannot be rebuilt from a name and arguments, its weights are not finite, the names do not
+            fit the classes, ``results`` lacks a key or contains NaN, ``remote_code`` is set for a network that neither
+            timm nor the code of the CIFAR networks builds, or torch cannot trace the network for
             ``exported_program``.
-        ImportError: ``onnx`` without onnx and onnxscript.
+        ImportError: ``onnx`` is set, but onnx or onnxscript is not installed.
         OSError: The directory cannot be written.
     """
     check_gated(model)
@@ -109,7 +108,7 @@ def save_pretrained(
         if exported_program:
             export_program(body, staging / PROGRAM)
         if find_spec("matplotlib") is not None:
-            title = f"{wrapper.config.architecture}: {len(slots) - len(gone)} of {len(slots)} residual branches stayed"
+            title = f"{wrapper.config.architecture}: {len(slots) - len(gone)} of {len(slots)} residual branches remain"
             draw_blocks(slots, gone, history, staging / PICTURE, title)
         else:
             _logger.warning("No %s in %s: matplotlib is not installed.", PICTURE, directory)
@@ -145,33 +144,33 @@ def push_to_hub(
     commit_message: str = "Upload model",
     **saving: Any,
 ) -> CommitInfo:
-    """Push a model to the Hub, in one commit: what :func:`save_pretrained` writes, the card included.
+    """Push the files of :func:`save_pretrained`, including the card, to the Hub in one commit.
 
-    The weights go up first and the commit last, so a push that fails in between publishes nothing, and the next one
-    does not send again what has arrived.
+    The weights are uploaded before the commit, so a push that fails in between publishes nothing. The next push does
+    not upload the same weights again.
 
     Args:
         model: A timm model of this package or one of its transformers classes.
-        repo_id: Name on the Hub, ``owner/name``, or ``name`` for one of the user's own. Made if it is not there.
-        private: Whether a repository that is made here is private; by default as the owner's settings have it.
-        token: Of the Hub; by default the one that ``hf auth login`` stored.
-        revision: The branch to push to; made if it is not there, from the main branch.
+        repo_id: Name on the Hub, ``owner/name``, or ``name`` for the user's own repository. It is created if needed.
+        private: Whether a new repository is private; by default the owner's settings decide.
+        token: Token of the Hub; by default the one stored by ``hf auth login``.
+        revision: Git branch to push to; it is created from the main branch if needed.
         commit_message: Title of the commit.
-        saving: ``label_names``, ``results``, ``history``, ``remote_code``, ``onnx`` and ``exported_program``, as for
-            :func:`save_pretrained`.
+        saving: Arguments of :func:`save_pretrained`: ``label_names``, ``results``, ``history``, ``remote_code``,
+            ``onnx``, ``exported_program``.
 
     Raises:
         ValueError: See :func:`save_pretrained`.
-        huggingface_hub.errors.HfHubHTTPError: The Hub refused: the token is not valid or may not write there.
-        ConnectionError: The Hub did not answer, or not in a way that can be read.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refused: the token is not valid or has no permission to write.
+        ConnectionError: The Hub did not answer, or its answer cannot be read.
         RuntimeError: An upload failed.
 
-    The text of the last three says whether the model was published; if the answer to the commit was an error, the Hub
-    has been asked again.
+    The messages of the last three errors say whether the model was published. If the answer to the commit was an error,
+    the Hub is asked again.
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as name:
-        # What is wrong with the model shows before anything is made on the Hub; the card needs the name in full.
+        # Save first, so that errors in the model occur before the repository is created. The card needs the full name.
         with asking(api, NOTHING):
             owner = "" if "/" in repo_id else f"{api.whoami()['name']}/"
         save_pretrained(model, name, repo_id=owner + repo_id, **saving)
@@ -181,7 +180,7 @@ def push_to_hub(
             if revision is not None:
                 api.create_branch(full_name, branch=revision, exist_ok=True)
             stale = set(_OPTIONAL).intersection(api.list_repo_files(full_name, revision=revision)) - paths.keys()
-        # Not upload_folder: it may send a folder in several commits.
+        # Not upload_folder, which may use several commits.
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(path_in_repo, path) for path_in_repo, path in sorted(paths.items())),
             *(CommitOperationDelete(path_in_repo) for path_in_repo in sorted(stale)),
@@ -198,12 +197,12 @@ def _as_transformers(
         names = check_label_names("label_names", label_names, body.num_classes)
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"label_names must name each class differently, got {shortened(twice)} twice.")
+            raise ValueError(f"label_names must be different for each class, got {shortened(twice)} twice.")
         labels = {"id2label": dict(enumerate(names))}
     if not isinstance(model, EpsResNetPreTrainedModel):
         return (EpsResNetForImageClassification if body.num_classes else EpsResNetModel).from_timm(body, **labels)
     if labels:
-        model = copy.copy(model)  # the caller's keeps its names
+        model = copy.copy(model)  # the caller's model keeps its names
         model.config = copy.deepcopy(model.config)
         model.config.id2label = labels["id2label"]
         model.config.label2id = {name: index for index, name in labels["id2label"].items()}

@@ -1,4 +1,4 @@
-"""Parts of the CIFAR network of ε-ResNet: its block, the shortcut of a stage, a stage, and a mean of each pixel."""
+"""Parts of the CIFAR network of ε-ResNet: block, shortcut between stages, stage, and pixel mean."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = [
 class PoolPadShortcut(nn.Module):
     """Parameter-free shortcut where a stage halves the resolution: 2x2 average pooling, zero channels on both sides.
 
-    (B, C, H, W) -> (B, C', H / 2, W / 2), the C channels in the middle of the C'. Odd sizes round up, as those of the
-    strided convolution beside it.
+    (B, C, H, W) -> (B, C', H / 2, W / 2), with the C channels in the middle of the C'. Odd sizes round up, as in the
+    strided convolution of the branch.
     """
 
     def __init__(self, in_chs: int, out_chs: int) -> None:
@@ -37,7 +37,7 @@ class PoolPadShortcut(nn.Module):
 
     @torch.no_grad()
     def as_convolution(self) -> nn.Sequential:
-        """Pooling and a 1x1 convolution of zeros and ones, which compute the same."""
+        """Equivalent pooling and 1x1 convolution of zeros and ones."""
         convolution = nn.Conv2d(self.in_chs, self.out_chs, 1, bias=False)
         convolution.weight.copy_(torch.eye(self.out_chs, self.in_chs).roll(self.padding[4], 0)[:, :, None, None])
         return nn.Sequential(self.pool, convolution)
@@ -47,7 +47,7 @@ class PoolPadShortcut(nn.Module):
 
 
 def make_shortcuts_convolutions(body: nn.Module) -> None:
-    """Change a network, in place, to one that computes the same without padding channels, which some tools cannot."""
+    """Replace channel padding by equivalent convolutions in place, because some tools do not support padding."""
     like = next(body.parameters())
     for path, module in list(body.named_modules()):
         if isinstance(module, PoolPadShortcut):
@@ -57,7 +57,7 @@ def make_shortcuts_convolutions(body: nn.Module) -> None:
 class PreActBasic(nn.Module):
     """Basic block x + S(conv(BN-ReLU(conv(BN-ReLU(x))))), shape (B, C, H, W) -> (B, C', H / stride, W / stride).
 
-    Unlike timm's, it takes a shortcut without parameters, and can do without the first BN-ReLU.
+    Unlike timm's block, it supports a shortcut without parameters, and the first BN-ReLU can be left out.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class PreActBasic(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width; removed ones are identities, so the others keep their names."""
+    """Blocks of one width. Removed blocks are identities, so the others keep their names."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -101,17 +101,17 @@ class Stage(nn.Module):
         return self.blocks(x)
 
     def reparameterize(self) -> None:
-        """Drop the identities, for inference alone: ``timm.utils.reparameterize_model`` calls it."""
-        # Under their old names: what was trained can still be loaded.
+        """Drop the identities, for inference only. ``timm.utils.reparameterize_model`` calls this."""
+        # The names stay the same, so trained weights can still be loaded.
         left = {name: block for name, block in self.blocks.named_children() if not isinstance(block, nn.Identity)}
         self.blocks = nn.Sequential(OrderedDict(left))
 
 
 class PixelMean(nn.Module):
-    """Subtracts a mean of its own from each pixel: (B, C, H, W) -> (B, C, H, W), of one height and width.
+    """Subtracts an individual mean from each pixel: (B, C, H, W) -> (B, C, H, W), for a fixed height and width.
 
-    The paper's input on CIFAR. No image processor can do it, so it is a part of the network; image processors take off
-    the mean of the channels, and ``mean`` (C, H, W) is what is left, in units of the normalised images.
+    This is the paper's input on CIFAR. Image processors subtract only the mean of the channels, so this is a part of
+    the network. ``mean`` (C, H, W) is the remaining mean, in units of the normalised images.
     """
 
     if TYPE_CHECKING:  # TorchScript cannot read it
@@ -126,7 +126,7 @@ class PixelMean(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise one convolution or linear layer; norms come into being as they should start."""
+    """Initialise one convolution or linear layer. Norms keep torch's initialisation."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(module, nn.Linear):

@@ -7,7 +7,7 @@ Networks", K. He et al., ECCV 2016, https://arxiv.org/abs/1603.05027.
     x (B, 3, 32, 32) -> stem: conv 3x3, BN, ReLU -> (B, 16, 32, 32)
       -> stage 0: (B, 16, 32, 32) -> stage 1: (B, 32, 16, 16) -> stage 2: (B, 64, 8, 8) -> BN, ReLU, pool, linear
 
-Every residual branch ends in a bias-free convolution, so that weight decay can empty it, and in a gate.
+Every residual branch ends in a convolution without bias, so that weight decay can empty it, and in a gate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .stored import create_stored, set_closed
 
 __all__ = ["EpsResNet"]  # register_model adds the entrypoints
 
-# An fx trace would drop the response, which is written and not returned; as a leaf the gate stays whole.
+# An fx trace would drop the response, which is not returned. As a leaf, the gate is kept as a module.
 register_notrace_module(EpsilonGate)
 
 
@@ -46,7 +46,7 @@ class EpsResNet(nn.Module):
     Args:
         layers: Number of blocks in each stage.
         channels: Width of each stage.
-        num_classes: Number of classes; 0 leaves the classifier out.
+        num_classes: Number of classes; 0 for no classifier.
         in_chans: Number of image channels.
         global_pool: Pooling before the classifier: 'avg', 'max', 'avgmax', 'catavgmax'; without a classifier also '',
             which keeps the feature map.
@@ -54,13 +54,13 @@ class EpsResNet(nn.Module):
         drop_path_rate: Stochastic depth, rising linearly to this rate in the last block.
         norm_layer: Normalisation with activation, by timm's name or class.
         act_layer: Activation, by timm's name or class.
-        removed: Slot paths of removed blocks, as :func:`timm_eps.remove_closed` returns them.
-        pixel_mean: Height and width of the images if the mean of each pixel is taken off them, see :class:`PixelMean`.
-        closed: Slot paths of closed gates, whose blocks are still there.
+        removed: Slot paths of removed blocks, as returned by :func:`timm_eps.remove_closed`.
+        pixel_mean: Height and width of the images if the mean of each pixel is subtracted, see :class:`PixelMean`.
+        closed: Slot paths of closed gates, whose blocks are not removed.
 
     Raises:
         ValueError: ``removed`` or ``closed`` names a slot that this architecture does not have, or a size is out of
-            bounds, or there are classes and no pooling.
+            bounds, or there is a classifier without pooling.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class EpsResNet(nn.Module):
                             width,
                             norm_act,
                             stride=stride if k == 0 else 1,
-                            # The stem has just normalised and rectified what the very first block reads.
+                            # The stem already applies BN-ReLU to the input of the first block.
                             preact=(index, k) != (0, 0),
                             drop_path_rate=rates[k],
                             **dd,
@@ -128,7 +128,7 @@ class EpsResNet(nn.Module):
         _check_pooling(num_classes, global_pool)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
-        # timm gives the network its configuration later; what is removed now is found on images of this size.
+        # timm sets the configuration later, but removing blocks needs the image size now.
         self.pretrained_cfg = {"input_size": (in_chans, *(self.only_img_size or (32, 32)))}
         sizes = tuple(layers), tuple(channels), num_classes, in_chans, self.only_img_size
         replay_removed(self, removed, (sizes, global_pool, drop_rate, drop_path_rate, norm_layer, act_layer))
@@ -138,7 +138,7 @@ class EpsResNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """He initialisation over the fan-out for convolutions, as the paper; a small normal one for the classifier."""
+        """He initialisation over the fan-out for convolutions, as in the paper; small values for the classifier."""
         self.apply(init_weights)
 
     @torch.jit.ignore
@@ -149,7 +149,7 @@ class EpsResNet(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names that decay must spare beyond the usual: none."""
+        """Names of further parameters without weight decay: none."""
         return set()
 
     @torch.jit.ignore
@@ -164,10 +164,10 @@ class EpsResNet(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one; 0 classes leave it out.
+        """Replace the classifier by a new one, or remove it for 0 classes.
 
         Raises:
-            ValueError: The network would have classes and no pooling.
+            ValueError: The network would have a classifier without pooling.
         """
         _check_pooling(num_classes, self.head.global_pool.pool_type if global_pool is None else global_pool)
         self.num_classes = num_classes
@@ -183,18 +183,18 @@ class EpsResNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features, and what the stem and the stages put out on the way.
+        """Final features and the outputs of the stem and the stages.
 
         Args:
             x: Images (B, C, H, W).
-            indices: The last n if a number, these if a list, all four if None; 0 is the stem.
-            norm: Apply the final norm to the last stage's features.
-            stop_early: Stop at the last one that is wanted.
-            output_fmt: Only 'NCHW'.
-            intermediates_only: Leave the features out.
+            indices: Number of last intermediates, or list of indices, or None for all four; 0 is the stem.
+            norm: Whether to apply the final norm to the last stage's features.
+            stop_early: Whether to stop after the last requested intermediate.
+            output_fmt: Output format; only 'NCHW'.
+            intermediates_only: Whether to leave out the final features.
 
         Raises:
-            ValueError: Another ``output_fmt``, or an index out of range.
+            ValueError: ``output_fmt`` is not 'NCHW', or an index is out of range.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
@@ -222,7 +222,7 @@ class EpsResNet(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop what comes after the last wanted intermediate; the arguments are those of timm's models."""
+        """Drop all layers after the last requested intermediate. The arguments are those of timm's models."""
         take = _wanted_indices(len(self.stages) + 1, indices)
         last = max(take)
         shortened = last < len(self.stages)
@@ -251,13 +251,13 @@ class EpsResNet(nn.Module):
 def _check_pooling(num_classes: int, global_pool: str) -> None:
     if num_classes and not global_pool:
         raise ValueError(
-            f"global_pool='' keeps the feature map, which a classifier of num_classes={num_classes} cannot read; use "
+            f"global_pool='' keeps the feature map, but a classifier with num_classes={num_classes} needs pooling. Use "
             "num_classes=0, or a pooling such as 'avg'."
         )
 
 
 def _wanted_indices(total: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Positions of the wanted intermediates: all if None, the last n if a number; negative ones count from the end."""
+    """Positions of the requested intermediates: all for None, the last n for a number; may be negative."""
     if indices is None:
         indices = total
     if isinstance(indices, int):
@@ -265,7 +265,7 @@ def _wanted_indices(total: int, indices: int | Sequence[int] | None) -> list[int
     else:
         wanted = [index + total if index < 0 else index for index in indices]
     if not wanted or min(wanted) < 0 or max(wanted) >= total:
-        raise ValueError(f"indices must pick from the {total} intermediates (stem and stages), got {indices!r}.")
+        raise ValueError(f"indices must select from the {total} intermediates (stem and stages), got {indices!r}.")
     return wanted
 
 
@@ -293,14 +293,14 @@ default_cfgs = generate_default_cfgs({f"eps_resnet{depth}": _cfg() for depth in 
 
 def _create_eps_resnet(variant: str, depth: int, pretrained: bool = False, /, **kwargs: Any) -> nn.Module:
     blocks, remainder = divmod(depth - 2, 6)
-    assert remainder == 0, "two convolutions a block, three stages, a stem and a classifier"
+    assert remainder == 0, "two convolutions per block, three stages, a stem and a classifier"
     kwargs.setdefault("layers", (blocks,) * 3)
     known = list(inspect.signature(EpsResNet).parameters)
 
     def build(pretrained: bool, load: Callable[[nn.Module], None] | None, /, **kwargs: Any) -> nn.Module:
         def network(**arguments: Any) -> EpsResNet:
             if unknown := sorted(arguments.keys() - known):
-                raise ValueError(f"{unknown[0][:64]!r} is no argument of {variant}; these are {', '.join(known)}.")
+                raise ValueError(f"{unknown[0][:64]!r} is not an argument of {variant}; these are {', '.join(known)}.")
             model = EpsResNet(**arguments)
             if load is not None:
                 load(model)

@@ -1,9 +1,8 @@
-"""The gated twins of timm's own residual architectures: ``eps_resnet50``, ``eps_convnext_tiny``, ``eps_vit_base_…``.
+"""The gated twins of timm's residual architectures: ``eps_resnet50``, ``eps_convnext_tiny``, ``eps_vit_base_…``.
 
-A twin is built by timm's own entrypoint, so it is timm's class, takes timm's keywords, and loads timm's published
-weights under their tags and from their own Hub ids; then gates are set, which adds no keys. ``removed`` names the
-branches that are gone. ``eps_resnetv2_101`` and ``eps_resnetv2_152`` are the networks that the paper trains on
-ImageNet.
+timm's entrypoint builds a twin, so it has timm's class and keywords, and loads timm's published weights by their tags
+and Hub ids. Then gates are added, without new keys. ``removed`` lists the removed branches. ``eps_resnetv2_101`` and
+``eps_resnetv2_152`` are the ImageNet networks of the paper.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ from .stored import create_stored, set_closed
 
 __all__: list[str] = []  # register_model adds the entrypoints
 
-# Families without a residual branch that a gate could close; docs/coverage.md says why of each.
+# Families without a residual branch for a gate; docs/coverage.md has the reason for each.
 _NO_BRANCHES = (
     "convmixer", "densenet", "dla", "dpn", "efficientvit_mit", "efficientvit_msra", "ghostnet", "inception_resnet_v2",
     "inception_v3", "inception_v4", "lcnetv2", "nasnet", "pnasnet", "rdnet", "repghost", "repvit", "resnest",
     "selecsls", "senet", "shvit", "vgg", "xception",
 )  # fmt: skip
-# Networks of other families that are built without a shortcut.
+# Networks of other families without a shortcut.
 _NO_BRANCHES_EITHER = [
     "ese_vovnet19b_dw", "ese_vovnet19b_slim*", "lcnet_*", "mobilenetv1_*", "test_efficientnet*", "vovnet39a",
     "vovnet57a",
@@ -61,8 +60,8 @@ def _create(base: str, pretrained: bool, /, **kwargs: Any) -> nn.Module:
 
     Args:
         base: timm's name of the architecture.
-        pretrained: Load weights: timm's, or those of a saved twin if ``pretrained_cfg`` describes one.
-        kwargs: timm's keywords, ``removed`` and ``closed``.
+        pretrained: Whether to load weights: timm's, or those of a saved twin if ``pretrained_cfg`` describes one.
+        kwargs: Keyword arguments of timm, ``removed`` and ``closed``.
     """
     filter_fn = getattr(sys.modules[model_entrypoint(base).__module__], "checkpoint_filter_fn", None)
     return create_stored(twin_name(base), partial(_build, base, filter_fn), pretrained, kwargs, filter_fn)
@@ -81,7 +80,7 @@ def _build(
     features: dict[str, Any] = {
         name: kwargs.pop(name) for name in ("features_only", "out_indices", "feature_cls") if name in kwargs
     }
-    # A tag names weights that timm published; a configuration may describe those of a network with fewer branches.
+    # A tag means weights published by timm. A configuration may describe a network with fewer branches.
     is_described = isinstance(kwargs.get("pretrained_cfg"), dict | PretrainedCfg)
     given = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     cfg = resolve_pretrained_cfg(twin_name(base), *given)
@@ -111,7 +110,7 @@ def _build(
 
 
 def _key(entrypoint: Callable[..., nn.Module], cfg: PretrainedCfg, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Equal for twins of one structure; None if the keywords cannot be compared."""
+    """A key that is equal for twins of the same structure; None if the keywords cannot be compared."""
     try:
         return entrypoint, repr(cfg), json.dumps(kwargs, sort_keys=True)
     except TypeError:
@@ -119,9 +118,9 @@ def _key(entrypoint: Callable[..., nn.Module], cfg: PretrainedCfg, kwargs: dict[
 
 
 def _revive(model: nn.Module) -> None:
-    """Let no branch of an untrained network begin at zero: a gate would shut it before it has learnt anything.
+    """Initialise branches that start at zero, because a gate would close them before they have learnt anything.
 
-    timm sets the last scale of many branches to zero, a norm's or a gain, or the last layer's weights.
+    timm initialises the last norm scale, gain or layer of many branches with zero.
     """
     if not (silent := silent_branches(model)):
         return
@@ -142,16 +141,16 @@ def _features(
     kwargs: dict[str, Any],
     wanted: dict[str, Any],
 ) -> nn.Module:
-    """Wrap a twin as timm wraps the architecture for feature extraction."""
+    """Wrap a twin for feature extraction in the same way as timm wraps the architecture."""
     with torch.device("meta"):
         plain: Any = entrypoint(pretrained_cfg=cfg, **kwargs, **wanted)
-    # A few families build a network of their own instead of wrapping one; what the wrapper gets out is the same.
+    # A few families build a special network instead of a wrapper. The extracted features are the same.
     wraps = isinstance(plain, FeatureDictNet | FeatureGraphNet | FeatureHookNet | FeatureListNet)
     nested_names = any("." in info["module"] for info in plain.feature_info)
     feature_cfg = {
         "feature_cls": type(plain) if wraps else "getter",
         "out_indices": plain.feature_info.out_indices,
-        "flatten_sequential": nested_names and not hasattr(plain, "body"),  # one that hooks may leave it as it is
+        "flatten_sequential": nested_names and not hasattr(plain, "body"),  # hooks may leave it as it is
     }
     return build_model_with_cfg(
         lambda **_: model,
@@ -180,7 +179,7 @@ def _register(base: str) -> None:
 
 
 def _cfg(cfg: PretrainedCfg, base: str, tag: str) -> PretrainedCfg:
-    """timm completes a Hub id with the name under which the model is registered; the weights have the other name."""
+    """Set the Hub id explicitly: timm would use the registered name, but the weights have the base name."""
     if cfg.hf_hub_id != "timm/":
         return cfg
     return replace(cfg, hf_hub_id=f"timm/{base}.{tag}" if tag else f"timm/{base}")

@@ -1,4 +1,4 @@
-"""Gates for a timm model class of one's own."""
+"""Gates for your own timm model class."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .stored import create_stored, set_closed
 
 __all__ = ["EpsilonMixin"]
 
-default_cfgs: dict[str, DefaultCfg] = {}  # where timm looks when a name is registered
+default_cfgs: dict[str, DefaultCfg] = {}  # timm reads this when a name is registered
 
 
 class _Gated(type):
-    """Lets ``isinstance`` say of all networks with gates, or that have lost branches, that they have been gated."""
+    """Makes ``isinstance`` true for all networks with gates or removed branches."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
         if super().__instancecheck__(instance):
@@ -32,7 +32,7 @@ class _Gated(type):
 
 
 class EpsilonMixin(nn.Module, metaclass=_Gated):
-    """Adds gates, and the keywords ``removed`` and ``closed``, to a timm model class that stands behind it.
+    """Adds gates, and the keywords ``removed`` and ``closed``, to a timm model class, the next base class.
 
     Example::
 
@@ -46,15 +46,15 @@ class EpsilonMixin(nn.Module, metaclass=_Gated):
         timm_eps.save_pretrained(model, "small")
         again = timm.create_model("local-dir:small", pretrained=True)
 
-    Nothing else of the class changes: its ``forward``, its keys and its weights are timm's. For timm's registered
-    architectures there are twins, such as ``timm.create_model('eps_resnet18')``; they, too, are instances of this class
-    to ``isinstance``, as is every model with gates.
+    The ``forward``, the keys and the weights of the class do not change. timm's registered architectures have
+    twins, such as ``timm.create_model('eps_resnet18')``. For ``isinstance``, twins and all other models with gates are
+    instances of this class, too.
 
     Args:
-        args: Those of the class behind.
-        removed: Slot paths of removed branches, as :func:`timm_eps.remove_closed` returns them.
-        closed: Slot paths of closed gates, whose branches are still there.
-        kwargs: Those of the class behind.
+        args: Arguments of the timm class.
+        removed: Slot paths of removed branches, as returned by :func:`timm_eps.remove_closed`.
+        closed: Slot paths of closed gates, whose branches are not removed.
+        kwargs: Keyword arguments of the timm class.
 
     Raises:
         ValueError: The class has no residual branches, or ``removed`` or ``closed`` names one that it does not have.
@@ -68,26 +68,26 @@ class EpsilonMixin(nn.Module, metaclass=_Gated):
 
     @classmethod
     def register(cls, name: str, cfg: dict[str, Any] | None = None, **defaults: Any) -> Callable[..., nn.Module]:
-        """Give networks of this class a name, by which timm and transformers build, save, load and push them.
+        """Register networks of this class under a name, so that timm and transformers build, save, load and push them.
 
-        Who loads such a network must have imported the code that registers it, as with any model of one's own in timm.
+        Code that loads such a network must first import the code that registers it, as for any custom timm model.
 
         Args:
-            name: Begins with ``eps_``.
-            cfg: What timm is to know of the network besides ImageNet's mean, deviation and 224x224: fields such as
-                ``input_size``, and ``first_conv`` and ``classifier``, the paths of these layers.
-            defaults: Keyword arguments of the class. What ``timm.create_model`` is given wins over them. JSON must be
-                able to hold it.
+            name: Name that begins with ``eps_``.
+            cfg: Fields of timm's description that differ from ImageNet's mean, deviation and 224x224, such as
+                ``input_size``; and ``first_conv`` and ``classifier``, the paths of these layers.
+            defaults: Keyword arguments of the class. Arguments of ``timm.create_model`` take precedence. They must be
+                representable in JSON.
 
         Returns:
             The entrypoint that ``timm.create_model`` calls.
 
         Raises:
-            ValueError: The name does not begin so, or timm has a model of that name.
+            ValueError: The name does not begin with ``eps_``, or timm already has a model with this name.
         """
         if not name.startswith(PREFIX) or not name.isidentifier():
             raise ValueError(f"name must be an identifier that begins with {PREFIX}, got {name!r}.")
-        if is_model(name) and name not in default_cfgs:  # a notebook's cell may run again
+        if is_model(name) and name not in default_cfgs:  # a notebook cell may run twice
             raise ValueError(f"name {name!r} is taken; timm.list_models('{PREFIX}*') lists all of them.")
 
         def build(pretrained: bool, load: Callable[[nn.Module], None] | None, /, **kwargs: Any) -> nn.Module:

@@ -1,7 +1,7 @@
-"""Models in a directory or on the Hub that timm is asked for: read as data, and checked before they are used.
+"""Loading of models through timm, from a directory or the Hub. Files are checked before they are used.
 
-timm reads ``config.json``, hands its ``model_args`` to the entrypoint, and would load whatever the file beside it
-holds. The entrypoints of this package come here first.
+timm reads ``config.json``, passes its ``model_args`` to the entrypoint, and would load any weights file. The
+entrypoints of this package call this module first.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _LARGE = 2**30  # bytes
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Read a ``config.json`` and check what it says.
+    """Read and check a ``config.json``.
 
     Raises:
-        ValueError: It is no JSON, or :func:`check_config` refuses a field.
+        ValueError: The file is not JSON, or :func:`check_config` rejects a field.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -55,19 +55,19 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def _of_timm(model_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The arguments of timm's own network: without what this package adds."""
+    """The arguments of the timm network, without those that this package adds."""
     return {name: value for name, value in (model_args or {}).items() if name not in ("removed", "closed")}
 
 
 def dense_layout(
     architecture: str, model_args: Mapping[str, Any] | None, num_classes: int
 ) -> tuple[dict[str, Layout], set[str]]:
-    """Layout of a network with all its branches, built without memory, and the names of its classifiers' tensors.
+    """Layout of a network with all its branches, on the meta device, and the names of its classifiers' tensors.
 
     Args:
         architecture: Name of the network, as in ``config.json``.
-        model_args: Its arguments, checked.
-        num_classes: Number of classes; 0 stands for none.
+        model_args: Arguments of the network, checked.
+        num_classes: Number of classes; 0 for no classifier.
 
     Raises:
         ValueError: timm cannot build such a network.
@@ -80,7 +80,7 @@ def dense_layout(
                 num_classes=num_classes,
                 **_of_timm(model_args),
             )
-    except Exception as error:  # the families answer in many ways to arguments that they do not know
+    except Exception as error:  # timm's families raise various errors for unknown arguments
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"model_args do not build a network {architecture[:64]!r} of timm: {reason}.") from error
     layout = layout_of(model.state_dict())
@@ -92,13 +92,13 @@ def stored_layout(
 ) -> tuple[dict[str, Layout], set[str], set[str]]:
     """Layout that stored weights should have, the names of the classifiers' tensors, and those that may be missing.
 
-    Which tensors go with a removed branch shows when the pruned network is built. For a twin that takes seconds, and
-    comes later anyway, when the weights are loaded; only a large one is built without memory first.
+    To know the tensors of removed branches, the pruned network must be built. For a twin this takes seconds, and it
+    happens anyway when the weights are loaded. Only large twins are built on the meta device first.
 
     Args:
-        architecture: As for :func:`dense_layout`.
-        model_args: As for :func:`dense_layout`, with ``removed``.
-        num_classes: As for :func:`dense_layout`.
+        architecture: Name, as for :func:`dense_layout`.
+        model_args: Arguments, as for :func:`dense_layout`, with ``removed``.
+        num_classes: Number, as for :func:`dense_layout`.
     """
     expected, classifier = dense_layout(architecture, model_args, num_classes)
     if not (model_args or {}).get("removed"):
@@ -112,11 +112,11 @@ def stored_layout(
 
 
 def classifier_names(architecture: str, names: Iterable[str]) -> set[str]:
-    """The names of the tensors in a network's classifiers, by the architecture's own description, never by a file's.
+    """The names of the tensors in a network's classifiers, from the architecture's description, not from a file.
 
     Args:
         architecture: Name of the network, as in ``config.json``.
-        names: The names in its state dict.
+        names: Names in the state dict.
     """
     known = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
     named = (known.classifier if known is not None else None) or ()
@@ -125,12 +125,12 @@ def classifier_names(architecture: str, names: Iterable[str]) -> set[str]:
 
 
 def closed_in(names: Mapping[str, Any]) -> list[str]:
-    """The slots of the gates that stored weights call closed."""
+    """The slots of closed gates in stored weights."""
     return sorted(name.removesuffix(_CLOSED) for name in names if name.endswith(_CLOSED))
 
 
 def set_closed(model: nn.Module, slots: Iterable[str]) -> None:
-    """Close the gates of a newly built network that its configuration calls closed.
+    """Close the gates of a new network that are closed in its configuration.
 
     Raises:
         ValueError: The network has no gate at one of the slots.
@@ -138,23 +138,23 @@ def set_closed(model: nn.Module, slots: Iterable[str]) -> None:
     found = gates(model)
     for slot in check_slots("closed", slots):
         if slot not in found:
-            raise ValueError(f"closed names {slot[:100]!r}, where this {type(model).__name__} has no gate.")
+            raise ValueError(f"closed lists {slot[:100]!r}, where this {type(model).__name__} has no gate.")
         found[slot].closed = True
 
 
 def without_closed(layout: Mapping[str, Layout]) -> dict[str, Layout]:
-    """The layout of stored weights less the notes of closed gates."""
+    """The layout of stored weights without the entries of closed gates."""
     note = Layout((), "bool")
     return {name: value for name, value in layout.items() if not (name.endswith(_CLOSED) and value == note)}
 
 
 class StoredModel(NamedTuple):
-    """A saved model whose configuration timm has read.
+    """A saved model with a configuration that timm has read.
 
     Attributes:
         config: Content of ``config.json``, checked.
-        cfg: timm's description of it, which says where the weights are.
-        cache_dir: Where files of the Hub are kept; None for the usual place.
+        cfg: timm's description of the model, with the location of the weights.
+        cache_dir: Cache directory for files of the Hub; None for the default.
     """
 
     config: dict[str, Any]
@@ -163,7 +163,7 @@ class StoredModel(NamedTuple):
 
     @classmethod
     def found_by_timm(cls, pretrained_cfg: Any, cache_dir: str | Path | None) -> StoredModel | None:
-        """The model that ``timm.create_model('local-dir:...')`` or ``'hf-hub:...'`` names; None for any other call."""
+        """The model of ``timm.create_model('local-dir:...')`` or ``'hf-hub:...'``; None for any other call."""
         cfg = dict(vars(pretrained_cfg)) if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
         if not isinstance(cfg, Mapping) or cfg.get("source") not in ("local-dir", "hf-hub"):
             return None
@@ -173,17 +173,17 @@ class StoredModel(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes that the weights are for; 0 stands for no classifier."""
+        """Number of classes of the weights; 0 without a classifier."""
         return self.config.get("num_classes") or 0
 
     def weights(self, *, replaces_classifier: bool) -> dict[str, Tensor]:
-        """Read the weights; they have been compared with the network that the configuration describes.
+        """Read the weights, after comparing them with the network of the configuration.
 
         Args:
-            replaces_classifier: Whether the caller asked for other classes, so that the stored classifier may differ.
+            replaces_classifier: Whether the caller requests other classes, so that the stored classifier may differ.
 
         Raises:
-            ValueError: They do not fit; the message names the tensor or the field.
+            ValueError: The weights do not fit. The message names the tensor or the field.
         """
         config = self.config
         expected, classifier, may_lack = stored_layout(
@@ -200,7 +200,7 @@ class StoredModel(NamedTuple):
             sha256=config.get("weights_sha256"),
         )
         check_precision(config.get("dtype") or config.get("torch_dtype"), files)
-        # Weights that say nothing of a gate are of a network in which it was open.
+        # Weights without an entry for a gate are from a network in which it was open.
         closed = (config.get("model_args") or {}).get("closed") or ()
         tensors = {f"{slot}{_CLOSED}": torch.ones((), dtype=torch.bool) for slot in closed}
         for path in files:
@@ -220,18 +220,18 @@ def create_stored(
     kwargs: dict[str, Any],
     filter_fn: Callable[..., Any] | None = None,
 ) -> nn.Module:
-    """Build a network for a timm entrypoint; one that comes from a file is checked first.
+    """Build a network for a timm entrypoint. A network from a file is checked first.
 
     Args:
         architecture: Name of the entrypoint.
         build: Function of ``pretrained``, ``load`` and keyword arguments. It calls ``load(model)`` on the network with
             its gates, if that is not None.
-        pretrained: Whether the caller asks for weights.
+        pretrained: Whether the caller requests weights.
         kwargs: Keyword arguments of the entrypoint.
         filter_fn: timm's adaptation of a checkpoint to the family.
 
     Raises:
-        ValueError: The file says something else than structure, or its weights do not fit.
+        ValueError: The file contains anything except structure, or its weights do not fit.
     """
     stored = StoredModel.found_by_timm(kwargs.get("pretrained_cfg"), kwargs.get("cache_dir"))
     if stored is None:
@@ -261,31 +261,31 @@ def create_stored(
         model.base_model = stored.config.get("base_model") or stored.cfg.get("hf_hub_id")
         kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
         if len(kinds) == 1 and kwargs.get("dtype") is None:
-            model.to(kinds.pop())  # transformers, too, keeps the precision of the file
+            model.to(kinds.pop())  # keep the precision of the file, like transformers
 
     return build(False, load, **kwargs)
 
 
 def _layers_of(architecture: str, model: Any) -> dict[str, Any]:
-    """Where the first convolution and the classifier of an architecture are, by its own description."""
+    """Paths of the first convolution and the classifier, from the architecture's description."""
     known = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
     cfg = model.pretrained_cfg if known is None else vars(known)
     return {name: cfg.get(name) for name in ("first_conv", "classifier")}
 
 
 def check_names(tensors: Mapping[str, Tensor], model: nn.Module, may_differ: Iterable[str] = ()) -> None:
-    """Compare stored weights with the pruned network that is to get them, name by name.
+    """Compare the names of stored weights with those of the pruned network.
 
-    Shapes have been compared with what the file describes; the caller may have asked for another number of image
-    channels since.
+    Shapes were already compared with the file's configuration. The caller may have requested another number of image
+    channels.
 
     Args:
-        tensors: The weights.
-        model: The network, with its gates.
-        may_differ: Names that either may lack.
+        tensors: Weights by name.
+        model: Network with its gates.
+        may_differ: Names that may be missing in either.
 
     Raises:
-        ValueError: They are of other branches than the network's.
+        ValueError: The weights belong to a network with other branches.
     """
     stored, own = (without_closed(layout_of(values)) for values in (tensors, model.state_dict()))
     check_layout({name: own.get(name, layout) for name, layout in stored.items()}, own, may_differ=may_differ)

@@ -1,1 +1,1 @@
-"""Changes of networks: gates are inserted, branches found and removed, and what holds their parameters follows."""
+"""Changes of networks: adding gates, finding and removing branches, and updating optimizers and weight averages."""

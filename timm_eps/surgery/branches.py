@@ -1,9 +1,9 @@
-"""Where the residual branches of a model are.
+"""Find the residual branches of a model.
 
-A branch is named by its *slot*: the module path of the stochastic-depth position that closes it, such as
-``stages.1.blocks.4.drop_path``. timm puts that slot right before the addition in nearly every residual block, so a
-gate set there needs no change to the block's ``forward``. An attribute's name promises nothing, though: each
-candidate is probed with a forward pass before it counts as a branch.
+A branch is identified by its *slot*: the module path of the stochastic-depth position where it ends, such as
+``stages.1.blocks.4.drop_path``. In nearly every residual block of timm this slot is directly before the addition, so a
+gate there needs no change to the block's ``forward``. The name of an attribute alone is not reliable, so each candidate
+is checked with a forward pass.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
     "traces_open_and_shut",
 ]
 
-# Why a slot got no gate, where nobody would expect one: a block without a shortcut has it for nothing.
+# Reason given when a slot is unused, for example in a block without a shortcut. Logged at INFO: no gate is expected.
 UNUSED = "it does not run in a forward pass"
 
 
@@ -49,31 +49,31 @@ def timm_body(model: nn.Module) -> nn.Module:
         model: A timm model, or a transformers model around one.
 
     Raises:
-        ValueError: ``model`` is wrapped for distributed training or compiled (changing modules behind such a wrapper
-            leaves it with buckets or graphs of the old structure), or is no timm model.
+        ValueError: ``model`` is wrapped for distributed training or compiled (the wrapper would keep buckets or graphs
+            of the old structure), or is not a timm model.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise ValueError(
             f"Got a model wrapped in {type(model).__name__}; pass the model itself (wrapper.module, or "
-            "accelerator.unwrap_model(wrapper)) and wrap it again after blocks were removed."
+            "accelerator.unwrap_model(wrapper)) and wrap it again after removing blocks."
         )
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "Got a compiled model; pass the model itself (the argument of torch.compile, or model._orig_mod). "
-            "The compiled one follows its changes, compiling anew; torch.compiler.reset() keeps it under torch's limit."
+            "The compiled model is recompiled after changes; torch.compiler.reset() resets torch's recompile limit."
         )
     body: Any = getattr(model, "timm_model", model)
     if not _is_timm_model(body):
         inside = next((path for path, module in model.named_modules() if path and _is_timm_model(module)), None)
-        hint = "pass one that timm.create_model makes without features_only"
+        hint = "pass a model made by timm.create_model without features_only"
         if inside:
-            hint = f"pass the one inside it, model.{inside}"
-        raise ValueError(f"{type(body).__name__} is no timm model; {hint}.")
+            hint = f"pass the timm model inside it, model.{inside}"
+        raise ValueError(f"{type(body).__name__} is not a timm model; {hint}.")
     return body
 
 
 def _is_timm_model(module: nn.Module) -> bool:
-    """Whether a module is a network of timm's, or of a class that is registered with timm or inherits from its own."""
+    """Whether the class of a module belongs to timm, inherits from a timm class, or is registered with timm."""
     if not hasattr(module, "forward_features"):
         return False
     of_timm = any(kind.__module__.startswith(("timm.models.", "timm_eps.")) for kind in type(module).__mro__)
@@ -94,14 +94,14 @@ def gates(model: nn.Module) -> dict[str, EpsilonGate]:
 
 
 def block_path(body: nn.Module, slot: str) -> str:
-    """Path of the block that a slot belongs to: the module around it, or around the sequence that it ends."""
+    """Path of the block of a slot: the module around the slot, or around the sequence that contains it."""
     path = slot.rpartition(".")[0]
     while type(body.get_submodule(path)) in (nn.Sequential, nn.ModuleList):
         path = path.rpartition(".")[0]
     return path
 
 
-# How timm names blocks within stages; what a block consists of may have numbers of its own.
+# timm's names of blocks within stages. Modules inside a block may have numbers, too.
 _WITHIN_STAGE = (
     r"(.*?\.\d+)\.blocks\.\d",  # stages.1.blocks.4
     r"(.*?\.\d+)\.\d+\.",  # blocks.2.1, stages.3.1.transformer.0
@@ -124,37 +124,37 @@ def slots_by_block(body: nn.Module, slots: Iterable[str]) -> dict[str, list[str]
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Shape (C, H, W) of the images a timm model is configured for, or can only take."""
+    """Shape (C, H, W) of the images that a timm model is configured for, or the only shape that it accepts."""
     channels, height, width = get_model_input_config(model)["input_size"]
     height, width = getattr(model, "only_img_size", None) or (height, width)
     return channels, height, width
 
 
 def probe_batch(body: nn.Module, batch_size: int = 2) -> Tensor:
-    """Normally distributed images (B, C, H, W) of the model's input size, device and dtype, always the same ones.
+    """Normally distributed images (B, C, H, W) of the model's input size, device and dtype; the same for every call.
 
-    They come from a generator of their own: probing during a run must not shift the run's random numbers.
+    They come from a separate generator, so that probing does not change the random numbers of a run.
     """
     parameter = next(body.parameters())
     shape = (batch_size, *input_size(body))
     if parameter.device.type == "meta":
-        # Five images cost nothing here, and no code takes them for a pair, or for a number of channels.
+        # Five images cost nothing on the meta device, and cannot be mistaken for a pair or a number of channels.
         return torch.empty((5, *shape[1:]), device="meta", dtype=parameter.dtype)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return images.to(parameter.device, parameter.dtype)
 
 
 def check_input(body: nn.Module) -> None:
-    """Raise ValueError if a model does not take the images that it is configured for, by which it would be probed."""
+    """Raise ValueError if a model does not accept images of its configured size, which probes use."""
     net = meta_copy(body)
     images = probe_batch(net)
     try:
         with torch.no_grad():
             net(images)
-    except Exception as error:  # whatever a model's own code raises over a shape
+    except Exception as error:  # a model's code may raise any error for a wrong shape
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{type(body).__name__} does not take images of {tuple(images.shape[1:])}, as its configuration says "
+            f"{type(body).__name__} does not accept images of {tuple(images.shape[1:])}, its configured size "
             f"({reason[:60]}). Build it with in_chans= or img_size=, as in timm.create_model(name, in_chans=1), which "
             "adapts pretrained weights; do not replace layers by hand."
         ) from error
@@ -162,7 +162,7 @@ def check_input(body: nn.Module) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode comes back afterwards."""
+    """Evaluation mode without gradients. Each module's mode is restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -174,7 +174,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def branch_ends(body: nn.Module) -> dict[str, list[nn.Module]]:
-    """For each gate the modules whose output it receives: the last convolution, norm or scale of its branch."""
+    """For each gate, the modules whose output it gets: the last convolution, norm or scale of its branch."""
     net = meta_copy(body)
     original = dict(zip(net.modules(), body.modules(), strict=True))
     producers: dict[int, list[nn.Module]] = {}
@@ -202,7 +202,7 @@ def branch_ends(body: nn.Module) -> dict[str, list[nn.Module]]:
 @torch.inference_mode(mode=False)
 @torch.enable_grad()
 def branch_parameters(body: nn.Module, slots: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters, by name, on which the output depends only through the branches of these slots."""
+    """Parameters by name that affect the output only through the branches in these slots."""
     net = meta_copy(body)
     own = dict(net.named_parameters())
     dense, shut = traces_open_and_shut(net, probe_batch(net), slots)
@@ -211,7 +211,7 @@ def branch_parameters(body: nn.Module, slots: Iterable[str]) -> dict[str, nn.Par
 
 
 def traces_open_and_shut(net: nn.Module, batch: Tensor, slots: Iterable[str]) -> tuple[Trace, Trace]:
-    """Traces of a meta copy with all its gates open, and with those of some slots shut, which they are then."""
+    """Traces of a meta copy with all gates open, and with the gates of some slots closed. These stay closed."""
     found = gates(net)
     for gate in found.values():
         gate.closed = False
@@ -222,7 +222,7 @@ def traces_open_and_shut(net: nn.Module, batch: Tensor, slots: Iterable[str]) ->
 
 
 class _Probe(nn.Module):
-    """Stands in a slot of a meta copy: notes what arrives, and passes on that, zeros, or a single zero."""
+    """Records the inputs of a slot in a meta copy, and returns the input, zeros, or a single zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,19 +242,18 @@ class _Probe(nn.Module):
             self.answer = None
 
 
-@torch.inference_mode(mode=False)  # a graph is needed, whatever the caller does without
+@torch.inference_mode(mode=False)  # probing needs an autograd graph
 @torch.enable_grad()
 def find_slots(body: nn.Module) -> tuple[dict[str, bool], dict[str, str]]:
-    """Find the slots that carry a residual branch with a shortcut beside it.
+    """Find the slots of residual branches that have a shortcut.
 
-    What is probed is the graph of a forward pass on the meta device, so the answer depends on the architecture alone.
+    The probe uses the graph of a forward pass on the meta device, so the result depends only on the architecture.
 
     Args:
-        body: A timm model. It is not touched.
+        body: A timm model. It is not changed.
 
     Returns:
-        For each slot that passed the probe whether its block can add a single zero, and for each that did not the
-        reason why.
+        For each accepted slot, whether its block can add a single zero; and for each rejected slot, the reason.
     """
     net = meta_copy(body)
     probes: dict[str, _Probe] = {}
@@ -282,26 +281,26 @@ def find_slots(body: nn.Module) -> tuple[dict[str, bool], dict[str, str]]:
 
 
 def _reason_against(probe: _Probe, calls: list[Call]) -> str | None:
-    """Why a slot is no gateable residual branch; None if it is one in every call of its block."""
+    """Why a slot cannot get a gate; None if it ends a residual branch in every call of its block."""
     for call in calls:
         (args, kwargs), inputs = fresh((call.args, call.kwargs))
         probe.seen.clear()
         trace(call.module, *args, **kwargs)
         if not all(isinstance(x, Tensor) and x.is_floating_point() for x in probe.seen):
-            return "it carries something else than one tensor"
+            return "its input is not a single tensor"
         if any(leads_to(x) <= inputs for x in probe.seen):
-            return "it acts on the block's input, not on a residual branch"
+            return "it gets the block's input, not the output of a residual branch"
         with probe.answering(torch.zeros_like):
             outputs = tensors(trace(call.module, *args, **kwargs).output)
         if not all(leads_to(output) & inputs for output in outputs):
-            return "no shortcut stands beside it: shut, the signal would end here"
+            return "the block has no shortcut: with a closed gate the signal would end here"
     return None
 
 
 def _takes_single_zero(probe: _Probe, calls: list[Call]) -> bool:
-    """Whether a block broadcasts what comes out of a slot, instead of adding to it in place or slicing it."""
+    """Whether a block broadcasts the output of a slot, instead of slicing it or adding to it in place."""
     try:
         with torch.no_grad(), probe.answering(lambda x: x.new_zeros(())):
             return all(shapes(call.module(*call.args, **call.kwargs)) == shapes(call.output) for call in calls)
-    except Exception:  # whatever the block's own code, or its torch, raises: torch.stack asserted before 2.10
+    except Exception:  # the block's code or torch may raise any error: before 2.10 torch.stack asserted
         return False

@@ -1,4 +1,4 @@
-"""What a training must have for branches to close and to empty; whatever is missing is said before it begins."""
+"""Checks before a training: warnings about anything that would keep branches from closing or becoming empty."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _logger = logging.getLogger(__name__)
 
 
 def silent_branches(body: nn.Module) -> list[str]:
-    """The slots of open gates whose branches put out zero, because a scale in them is zero.
+    """The slots of open gates whose branches output zero, because a scale in them is zero.
 
-    timm sets the last scale of many branches to zero, a norm's or a gain, or the last layer's weights.
+    timm initialises the last norm scale, gain or layer of many branches with zero.
     """
     if not any(is_zero_scale(name, parameter) for name, parameter in body.named_parameters()):
         return []
@@ -38,24 +38,24 @@ def silent_branches(body: nn.Module) -> list[str]:
 
 
 def is_zero_scale(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a scale, or a layer's weights, that is zero as a whole."""
+    """Whether a parameter is a scale, or the weights of a layer, and entirely zero."""
     kinds = ("weight", "gain", "gamma", "scale", "skipinit")
     return not parameter.is_meta and name.rpartition(".")[2].startswith(kinds) and not parameter.any()
 
 
 def warn_of_frozen(staying: list[str], total: int, to_go: int) -> None:
-    """Say so if a budget cannot be reached because branches are frozen.
+    """Warn if a budget cannot be reached because branches are frozen.
 
     Args:
-        staying: Slots of the frozen branches, which stay.
+        staying: Slots of the frozen branches.
         total: Number of branches of the unpruned network.
-        to_go: How many of them are to go.
+        to_go: Number of branches to remove.
     """
     free = total - len(staying)
     if staying and to_go > free:
         _logger.warning(
-            "%d of the %d branches are frozen and stay, as none of their parameters needs a gradient (%s): at most %d "
-            "branches can go, and %d are to. Unfreeze some of them, raise keep, or pass prune_frozen=True.",
+            "%d of the %d branches are frozen and stay, because none of their parameters needs a gradient (%s): at "
+            "most %d branches can be removed, but %d must be. Unfreeze some, raise keep, or pass prune_frozen=True.",
             len(staying),
             total,
             shortened(staying),
@@ -65,20 +65,20 @@ def warn_of_frozen(staying: list[str], total: int, to_go: int) -> None:
 
 
 def shortened(names: Iterable[str], shown: int = 3) -> str:
-    """The first of some names, and how many there are."""
+    """The first of some names, and the number of the others."""
     names = list(names)
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def warn_of_silent(model: nn.Module) -> None:
-    """Warn of branches that begin at zero: ε follows their responses, and is near zero for as long."""
+    """Warn about branches that start at zero, because ε follows their responses."""
     body = timm_body(model)
     if silent := silent_branches(body):
         _logger.warning(
-            "%d of %d branches of %s put out zero, as their last scale is zero: %s. A budget takes them for empty, and "
-            "an ε above their first responses closes them before they have learnt anything. Take the eps_* twin of the "
-            "architecture, which begins with ones, build the model without (such as zero_init_last=False), or load "
-            "pretrained weights before the pruner is made.",
+            "%d of %d branches of %s output zero, because their last scale is zero: %s. A budget treats them as empty, "
+            "and a constant ε closes them before they have learnt anything. Use the eps_* twin of the architecture, "
+            "whose scales start at one, build the model with zero_init_last=False (or similar), or load pretrained "
+            "weights before creating the pruner.",
             len(silent),
             len(gates(body)),
             type(body).__name__,
@@ -87,7 +87,7 @@ def warn_of_silent(model: nn.Module) -> None:
 
 
 def warn_of_undecayed(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    """Warn of optimizers that do not decay what bounds the branches' responses."""
+    """Warn about optimizers that do not decay the parameters that bound the branches' responses."""
     decayed = decays(optimizers)
     bounding = bounding_parameters(model)
     ends = [name for name, p in model.named_parameters() if p in bounding and p.requires_grad and p in decayed]
@@ -95,14 +95,14 @@ def warn_of_undecayed(model: nn.Module, optimizers: Iterable[Optimizer]) -> None
     spared = [name for name in ends if not decayed[parameters[name]]]
     if decayed and not any(decayed.values()):
         _logger.warning(
-            "weight_decay is 0 in the optimizer: nothing empties the branches that close. Give it "
+            "weight_decay is 0 in the optimizer, so closed branches do not become empty. Give the optimizer "
             "timm_eps.param_groups(model, weight_decay=...)."
         )
     elif spared:
         _logger.warning(
-            "The optimizer does not decay %d of the %d parameters that bound the branches' responses (%s): branches "
-            "that close do not empty. Give it timm_eps.param_groups(model, weight_decay=...), which decays these and "
-            "spares all other norms, scales and biases.",
+            "The optimizer does not decay %d of the %d parameters that bound the branches' responses (%s): closed "
+            "branches do not become empty. Give the optimizer timm_eps.param_groups(model, weight_decay=...), which "
+            "decays these parameters, but no other norms, scales or biases.",
             len(spared),
             len(ends),
             shortened(spared),

@@ -1,4 +1,4 @@
-"""Notes the deep copies of a network, among which may be an average of its weights."""
+"""Keep track of the deep copies of a network, such as an average of its weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["Copies", "note_copies"]
 
 
 class Copies:
-    """The deep copies of a network that are alive, and which of them were spoken of.
+    """The living deep copies of a network, and the ones already mentioned in a warning.
 
-    It is an attribute of the network, so that ``copy.deepcopy`` comes by. A copy notes its own copies. A pickled
-    network is no copy.
+    This object is an attribute of the network, so ``copy.deepcopy`` calls it. A copy tracks its own copies. A pickled
+    network is not a copy.
 
     Args:
         body: The network.
@@ -26,7 +26,7 @@ class Copies:
         self.named: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Copies:
-        # copy.deepcopy has made the new object, and noted it here, before it copies the attributes.
+        # copy.deepcopy creates the new object, and stores it here, before it copies the attributes.
         copied = None if self._body is None else memo.get(id(self._body()))
         if not isinstance(copied, nn.Module):
             return Copies()
@@ -42,7 +42,7 @@ class Copies:
 
 
 def note_copies(body: Any) -> Copies:
-    """Begin to note the deep copies of a network, or go on."""
+    """Start or continue to keep track of the deep copies of a network."""
     noted = getattr(body, "_eps_copies", None)
     if not (isinstance(noted, Copies) and noted.is_of(body)):
         noted = body._eps_copies = Copies(body)

@@ -1,4 +1,4 @@
-"""Several processes around a model that loses parameters while it trains: what they must agree on, and DDP."""
+"""Distributed training of a model whose branches are removed: decisions that all processes share, and DDP."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["agreed", "on_first_forward", "rewrap", "share_measured", "wrap_again
 
 
 def agreed(values: list[float], model: nn.Module) -> list[float]:
-    """The numbers that the first process has; every process must call this.
+    """The numbers of the first process. Every process must call this.
 
-    What is measured, such as a time, differs from process to process, but all of them must take the same decision.
+    Measured values such as times differ between processes, but all processes must make the same decision.
 
     Args:
-        values: As many numbers in each process.
-        model: Its device is the one that processes exchange numbers by.
+        values: Numbers, the same count in each process.
+        model: Model on the device that is used for communication.
     """
     if not (values and dist.is_available() and dist.is_initialized()):
         return values
@@ -33,21 +33,21 @@ def agreed(values: list[float], model: nn.Module) -> list[float]:
 
 
 def share_measured(gates: Iterable[EpsilonGate], with_importance: bool = False) -> None:
-    """Give every process the largest response of all processes, for each gate; every process must call this.
+    """Give every process the largest response of all processes, for each gate. Every process must call this.
 
     Args:
-        gates: Of the model, in one order.
+        gates: Gates of the model, in the same order in each process.
         with_importance: Whether to share the mean of their importances, too.
     """
     found = list(gates)
     if not (found and dist.is_available() and dist.is_initialized()):
         return
-    # A gate that has not run yet may have its response elsewhere.
+    # The response of a gate that has not run yet may be on another device.
     device = found[0].threshold.device
 
     def share(name: str, op: Any, divisor: int = 1) -> None:
         values = torch.stack([getattr(gate, name).float().to(device) for gate in found])
-        # MAX does not carry NaN on every backend; infinity keeps a gate open just as well.
+        # MAX does not propagate NaN on every backend. Infinity keeps a gate open, too.
         values = torch.nan_to_num(values, nan=torch.inf, posinf=torch.inf)
         dist.all_reduce(values, op=op)
         for gate, value in zip(found, values / divisor, strict=True):
@@ -59,11 +59,10 @@ def share_measured(gates: Iterable[EpsilonGate], with_importance: bool = False) 
 
 
 def wrap_again(wrapper: DistributedDataParallel) -> None:
-    """Let a wrapper forget the parameters that its model has lost; every process must call this.
+    """Update a wrapper after parameters were removed from its model. Every process must call this.
 
-    A wrapper waits in each backward pass for the gradients of the parameters that it began with. Whoever holds it, an
-    optimizer's owner or a trainer, goes on holding it: it is initialised anew in place. A communication hook has to be
-    registered again.
+    In each backward pass a wrapper waits for the gradients of its initial parameters. It is initialised again in place,
+    so existing references to it stay valid. A communication hook must be registered again.
     """
     options: dict[str, Any] = {
         name: getattr(wrapper, name)
@@ -72,7 +71,7 @@ def wrap_again(wrapper: DistributedDataParallel) -> None:
     }  # fmt: skip
     if not wrapper.bucket_bytes_cap_default:
         options["bucket_cap_mb"] = wrapper.bucket_bytes_cap / 2**20
-    # torch has given the option another name.
+    # torch uses another name for this attribute.
     renamed = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if hasattr(wrapper, name))
     options[renamed] = getattr(wrapper, renamed)
     model, mode = wrapper.module, wrapper.training
@@ -81,7 +80,7 @@ def wrap_again(wrapper: DistributedDataParallel) -> None:
 
 
 def rewrap(network: nn.Module) -> None:
-    """:func:`wrap_again` for the wrapper in a network, however deep in others it is; nothing if there is none."""
+    """:func:`wrap_again` for the DDP wrapper in a network, at any depth. Does nothing without one."""
     for module in network.modules():
         if isinstance(module, DistributedDataParallel):
             wrap_again(module)
@@ -89,9 +88,9 @@ def rewrap(network: nn.Module) -> None:
 
 
 def on_first_forward(model: nn.Module, found: Callable[[DistributedDataParallel], None]) -> Callable[[], None]:
-    """Call ``found`` with the wrapper of a model when it first runs; returns what gives up waiting.
+    """Call ``found`` with the wrapper of a model when it first runs. Returns a function that cancels this.
 
-    For those who are handed the model but not its wrapper, such as callbacks.
+    For code that gets the model without its wrapper, such as callbacks.
     """
 
     def look(module: nn.Module, args: Any) -> None:

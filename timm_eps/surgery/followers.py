@@ -1,7 +1,7 @@
-"""Averages of the weights: copies of a model that are updated in place, and must have its structure.
+"""Averages of the weights: copies of a model that are updated in place and need the same structure.
 
-A closed gate is an attribute of a module, and a removed block is no longer there. Neither reaches a copy that was made
-before, and what updates the copy pairs its tensors with the model's by their order.
+Closing a gate or removing a block does not affect an existing copy. But averaging matches the tensors of the copy and
+the model by their order.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ __all__ = ["follow", "left_behind"]
 
 
 def follow(model: nn.Module, follower: Any) -> None:
-    """Close and remove, in a copy of a model, what is closed and removed in the model, in place.
+    """Close and remove the same branches in a copy as in the model, in place.
 
-    The copy's gates close for batches in training as they do in evaluation, so that the statistics of BatchNorm may be
-    taken anew (``torch.optim.swa_utils.update_bn``).
+    In training mode the copy's closed gates close for every batch, as in evaluation, so that BatchNorm statistics can
+    be recomputed (``torch.optim.swa_utils.update_bn``).
 
     Args:
         model: A model with gates.
-        follower: The copy, or an object that holds it as ``module``.
+        follower: Copy of the model, or an object that holds it as ``module``.
 
     Raises:
-        ValueError: It is no copy of the model, or has lost branches that the model still has.
+        ValueError: The follower is not a copy of the model, or branches are removed from it that the model still has.
     """
     copied = _inner_model(follower)
     if timm_body(copied) is timm_body(model):
-        raise ValueError("A follower is the model itself; pass a copy of it, such as the average of its weights.")
+        raise ValueError("A follower is the model itself; pass a copy, such as an average of its weights.")
     if not gates(copied) and not removed_slots(copied):
-        add_gates(copied)  # it was begun before the model had any
+        add_gates(copied)  # the copy was made before the model had gates
     removed, already = set(removed_slots(model)), set(removed_slots(copied))
     if strangers := (gates(copied).keys() | already) ^ (gates(model).keys() | removed):
-        raise ValueError(f"A follower is no copy of the model: they differ at {min(strangers)!r}.")
+        raise ValueError(f"A follower is not a copy of the model: they differ at {min(strangers)!r}.")
     if more := already - removed:
-        raise ValueError(f"A follower has already lost {min(more)!r}, which the model still has.")
+        raise ValueError(f"Branch {min(more)!r} is removed from a follower, but the model still has it.")
     replay_removed(copied, removed - already)
     found = gates(model)
     for slot, gate in gates(copied).items():
@@ -54,8 +54,8 @@ def follow(model: nn.Module, follower: Any) -> None:
 def left_behind(model: nn.Module, followers: Iterable[Any]) -> list[nn.Module]:
     """The copies of a model that are updated in place but have other closed or removed branches; each only once.
 
-    An average is told from a snapshot by the counter of changes in place that each tensor has, and from a copy that is
-    trained on its own by gradients.
+    The version counters of its tensors distinguish an average from a snapshot. Gradients distinguish a copy that is
+    trained separately.
 
     Args:
         model: A model with gates.
@@ -81,14 +81,14 @@ def _is_updated(network: nn.Module) -> bool:
 
 
 def _inner_model(follower: Any) -> nn.Module:
-    """The copy of the model that an average holds as ``module``, as timm's and torch's classes do."""
+    """The copy of the model in an average, which timm's and torch's classes hold as ``module``."""
     inner = follower
     while not (hasattr(inner, "forward_features") or hasattr(inner, "timm_model")) and hasattr(inner, "module"):
         inner = inner.module
     if not isinstance(inner, nn.Module):
         raise ValueError(
-            "followers must be copies of the model, or hold one as .module, as timm's ModelEmaV3 and torch's "
-            f"AveragedModel do; got {type(follower).__name__}."
+            "followers must be copies of the model, or hold one as .module, like timm's ModelEmaV3 and torch's "
+            f"AveragedModel; got {type(follower).__name__}."
         )
-    timm_body(inner)  # refuses what is no timm model
+    timm_body(inner)  # raises if it is not a timm model
     return inner

@@ -10,13 +10,13 @@ __all__ = ["FrozenBranches"]
 
 
 class FrozenBranches:
-    """Tells which branches are frozen. They may be frozen and set free again while the model trains."""
+    """Finds frozen branches. Branches may be frozen and unfrozen while the model trains."""
 
     def __init__(self) -> None:
-        self._parameters: dict[str, list[nn.Parameter]] = {}  # of branches in blocks that are frozen in part
+        self._parameters: dict[str, list[nn.Parameter]] = {}  # branches of partly frozen blocks
 
     def of(self, body: nn.Module) -> set[str]:
-        """The slots of the branches that have parameters, none of which needs a gradient."""
+        """The slots of branches whose parameters all need no gradient. Branches without parameters are not included."""
         frozen: set[str] = set()
         for path, slots in slots_by_block(body, gates(body)).items():
             trained = {parameter.requires_grad for parameter in body.get_submodule(path).parameters()}

@@ -1,7 +1,7 @@
-"""A model that trains follows the structure of weights that are loaded into it.
+"""When weights are loaded into a model that trains, remove the branches that the weights lack.
 
-accelerate, Lightning and Trainer load the weights of a checkpoint before the state of whatever else was registered. The
-smaller structure is read off the names of the weights, and the model takes it before torch compares the two.
+accelerate, Lightning and Trainer load the weights of a checkpoint before the states of other objects. The smaller
+structure is found from the names of the weights, and applied to the model before torch compares the names.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ __all__ = ["LoadedStructure", "keys_of", "lost_since"]
 
 
 class LoadedStructure:
-    """A hook before ``load_state_dict`` that lets a model lose the branches which the weights lack.
+    """A hook before ``load_state_dict`` that removes the branches that the weights lack.
 
-    Only if the weights are whole otherwise: those of a part of the network, or of another one, are left to torch,
-    which refuses or reports them. Copies of the model, and pickled ones, get a hook that does nothing.
+    It acts only if the weights are complete otherwise. Weights of a part of the network, or of another network, are
+    left to torch, which rejects or reports them. In copies and pickles of the model the hook does nothing.
 
     Args:
-        model: A timm model, or a transformers model around one. It is not kept alive, nor is the owner of ``lose``.
-        lose: A bound method, called with the model and the slots that the weights lack, whenever weights are loaded.
+        model: A timm model, or a transformers model around one. Only a weak reference is kept, also
+            to the owner of ``lose``.
+        lose: Bound method that is called with the model and the missing slots whenever weights are loaded.
     """
 
     def __init__(self, model: nn.Module | None = None, lose: Callable[[Any, list[str]], None] | None = None) -> None:
@@ -38,7 +39,7 @@ class LoadedStructure:
         return type(self), ()
 
     def install(self, body: nn.Module) -> None:
-        """Hook into the timm model in the model, for as long as the owner of ``lose`` lives."""
+        """Install the hook on the timm model, for the lifetime of the owner of ``lose``."""
         handle = body.register_load_state_dict_pre_hook(self)
         if self._lose is not None and (lose := self._lose()) is not None:
             weakref.finalize(lose.__self__, handle.remove)  # type: ignore[attr-defined]
@@ -51,12 +52,12 @@ class LoadedStructure:
 
 
 def keys_of(state_dict: Iterable[str], prefix: str) -> set[str]:
-    """A module's own keys in the state dict of a model around it."""
+    """The keys of a module in the state dict of an outer model."""
     return {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
 
 
 def _lacking(body: nn.Module, keys: Collection[str]) -> list[str]:
-    """The slots without which a network has exactly those of its keys that are given; none if there are no such."""
+    """The slots whose removal leaves a network with exactly these keys; empty if this is impossible."""
     slots = slots_without_weights(body, keys)
     if not slots:
         return []
@@ -70,7 +71,7 @@ def _lacking(body: nn.Module, keys: Collection[str]) -> list[str]:
 
 
 def _weights_of(names: Iterable[str]) -> set[str]:
-    """Names without those by which gates say that they are closed."""
+    """The names without the ``closed`` entries of gates."""
     return {name for name in names if not name.endswith(".closed")}
 
 
@@ -78,20 +79,21 @@ _STATE = {"epoch", "epsilon", "removed", "streaks", "closed", "responses", "impo
 
 
 def lost_since(model: nn.Module, state: Mapping[str, Any]) -> set[str]:
-    """The slots of the branches that a stored state of a pruner lacks and the model still has.
+    """The slots of branches that are missing in a pruner's state but not in the model.
 
     Args:
         model: The model with gates.
-        state: What :meth:`timm_eps.EpsilonPruner.state_dict` returned.
+        state: Result of :meth:`timm_eps.EpsilonPruner.state_dict`.
 
     Raises:
-        ValueError: It is no such state, it belongs to another architecture, or the model lacks branches that it has.
+        ValueError: It is not such a state, it belongs to another architecture, or the model lacks branches that it
+            contains.
     """
     if missing := _STATE - state.keys():
         raise ValueError(f"Not the state of an EpsilonPruner: it lacks {sorted(missing)}.")
     already, removed = set(removed_slots(model)), set(state["removed"])
     if lost := already - removed:
-        raise ValueError(f"The model has already lost {min(lost)!r}, which the pruner's state still has.")
+        raise ValueError(f"Branch {min(lost)!r} is removed from the model, but the pruner's state still has it.")
     if strangers := (gates(model).keys() | already) ^ (state["streaks"].keys() | removed):
-        raise ValueError(f"The pruner's state is of another model: they differ at {min(strangers)!r}.")
+        raise ValueError(f"The pruner's state belongs to another model: they differ at {min(strangers)!r}.")
     return removed - already

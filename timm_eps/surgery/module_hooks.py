@@ -1,4 +1,4 @@
-"""Hooks that users put on modules, while modules are replaced."""
+"""Keep the users' hooks when modules are replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["carrying_hooks"]
 
 _logger = logging.getLogger(__name__)
 
-# Where torch keeps them, and what it notes about them. It has no public way to ask for the hooks of a module.
+# Attributes in which torch stores hooks and their options. There is no public function for this.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NOTES = (
     "_forward_hooks_with_kwargs",
@@ -25,14 +25,14 @@ _NOTES = (
 
 @contextmanager
 def carrying_hooks(body: nn.Module, paths: Collection[str]) -> Iterator[None]:
-    """Give the hooks of modules that are replaced meanwhile to what stands in their place.
+    """Transfer the hooks of modules that are replaced in this context to their replacements.
 
     Args:
         body: The network.
-        paths: Of modules whose replacements compute the same. Of others a warning says which hooks are no longer
-            called.
+        paths: Paths of modules whose replacements compute the same. For other modules, a warning names the hooks that
+            are no longer called.
     """
-    is_real = not any(parameter.is_meta for parameter in body.parameters())  # on a copy for a trial nobody listens
+    is_real = not any(parameter.is_meta for parameter in body.parameters())  # trials on meta copies need no warnings
     before = {path: module for path, module in body.named_modules() if is_real and _hooks_of(module)}
     yield
     left = set(body.modules())
@@ -41,16 +41,16 @@ def carrying_hooks(body: nn.Module, paths: Collection[str]) -> Iterator[None]:
             continue
         new = _find(body, path)
         if path in paths and new is not None:
-            # The same dictionaries: the handles that users hold remove from these.
+            # The same dictionary objects, because the users' handles remove hooks from these.
             for name in (*_HOOKS, *_NOTES):
                 setattr(new, name, getattr(old, name))
         else:
             names = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in _hooks_of(old))
-            _logger.warning("%s was removed, and its hooks with it, which are not called any more: %s.", path, names)
+            _logger.warning("%s was removed together with its hooks, which are no longer called: %s.", path, names)
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:
-    """The hooks of a module, but for torch's own, which compute weights."""
+    """The hooks of a module, except torch's own hooks, which compute weights."""
     hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
     return [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("torch.")]
 

@@ -1,4 +1,4 @@
-"""The optimizers of a model that loses parameters while it trains."""
+"""Optimizers of a model whose parameters are removed while it trains."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["Optimizers", "decays", "forget", "innermost"]
 
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
 
-# What every optimizer has, and what is followed here.
+# Attributes of every optimizer, and attributes of wrappers that are handled here.
 _KNOWN = {"param_groups", "state", "defaults"}
 
 
 def innermost(optimizer: Optimizers) -> list[Optimizer]:
-    """The optimizers that hold parameters and state: each of a list, and what is inside of a wrapper.
+    """The optimizers that hold parameters and state: each one of a list, and the inner one of a wrapper.
 
-    A wrapper is accepted if it has the very groups of the optimizer inside and no state of its own, as timm's
+    A wrapper is accepted if it shares the groups of the inner optimizer and has no state of its own, like timm's
     ``Lookahead`` and accelerate's ``AcceleratedOptimizer``.
 
     Raises:
-        ValueError: Something is no torch optimizer, or keeps parameters where they cannot be taken out.
+        ValueError: An object is not a torch optimizer, or stores parameters where they cannot be removed.
     """
     if optimizer is None:
         return []
@@ -31,17 +31,17 @@ def innermost(optimizer: Optimizers) -> list[Optimizer]:
         return list(dict.fromkeys(inner for one in optimizer for inner in innermost(one)))
     if not isinstance(optimizer, Optimizer):
         raise ValueError(
-            f"optimizer must be a torch.optim.Optimizer, or a list of them, got {type(optimizer).__name__}: parameters "
-            "of removed blocks cannot be taken out of it."
+            f"optimizer must be a torch.optim.Optimizer, or a list of them, got {type(optimizer).__name__}. Parameters "
+            "of removed blocks cannot be deleted from it."
         )
     for name, value in vars(optimizer).items():
         if isinstance(value, Optimizer) and _is_wrapped_by(optimizer, value):
             return innermost(value)
         if name not in _KNOWN and _holds_parameters(value):
             raise ValueError(
-                f"{type(optimizer).__name__} keeps parameters, or an optimizer, in its attribute {name!r}, where those "
-                "of removed blocks cannot be taken out. Give the pruner an optimizer that has them in param_groups "
-                "and state alone; or train to the end without one and live_removal=False."
+                f"{type(optimizer).__name__} stores parameters, or an optimizer, in its attribute {name!r}, from which "
+                "parameters of removed blocks cannot be deleted. Give the pruner an optimizer that stores them only "
+                "in param_groups and state; or give it none, with live_removal=False."
             )
     return [optimizer]
 
@@ -60,7 +60,7 @@ def _holds_parameters(value: Any) -> bool:
 
 
 def forget(optimizers: Iterable[Optimizer], parameters: set[nn.Parameter]) -> None:
-    """Take parameters and their state out of optimizers, in place: schedulers hold the same groups."""
+    """Delete parameters and their state from optimizers, in place, because schedulers hold the same groups."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             kept = [index for index, parameter in enumerate(group["params"]) if parameter not in parameters]
@@ -71,7 +71,7 @@ def forget(optimizers: Iterable[Optimizer], parameters: set[nn.Parameter]) -> No
 
 
 def decays(optimizers: Iterable[Optimizer]) -> dict[Tensor, bool]:
-    """For each parameter that is trained whether its optimizer decays it."""
+    """For each trainable parameter, whether its optimizer decays it."""
     return {
         parameter: bool(group.get("weight_decay"))
         for optimizer in optimizers

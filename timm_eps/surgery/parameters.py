@@ -1,4 +1,4 @@
-"""Which parameters weight decay must reach, so that a closed branch empties."""
+"""Parameters that need weight decay, so that a closed branch becomes empty."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def bounding_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that stand last in a branch, and so bound its response: of a convolution, a norm or a scale."""
+    """The last parameters of each branch (of a convolution, norm or scale), which bound its response."""
     body = timm_body(model)
     ends = [module for modules in branch_ends(body).values() for module in modules]
-    # A layer scale is a module at the end of the branch, or a parameter that the block itself holds.
+    # A layer scale is a module at the end of the branch, or a parameter of the block.
     ends += [body.get_submodule(slot.rpartition(".")[0]) for slot in gates(body)]
     return {parameter for end in ends for parameter in end.parameters(recurse=False)}

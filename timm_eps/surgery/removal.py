@@ -1,9 +1,9 @@
-"""Gates into a model, collapsed branches out of it.
+"""Add gates to a model and remove closed branches from it.
 
-A collapsed block is replaced by its shortcut: an identity, or the parameter-free or learned ``downsample`` beside the
-branch. Nothing is taken on trust: the block is run with its gates shut and must equal the replacement bit for bit, and
+A block without branches is replaced by its shortcut: an identity, or the ``downsample``, with or without parameters.
+Each removal is checked: the block with closed gates must equal the replacement bit for bit, and
 the whole model must compute the same before and after. The modules around a removed block keep their names, so the
-sorted list of removed slots is all that is needed to build the same structure again.
+sorted list of removed slots is enough to rebuild the structure.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _logger = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-@torch.inference_mode(mode=False)  # what is made here will be trained
+@torch.inference_mode(mode=False)  # the new tensors will be trained
 def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
     """Put an :class:`~timm_eps.EpsilonGate` at the end of every residual branch of a timm model, in place.
 
@@ -74,8 +74,8 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
         The slot paths of all gates, such as ``stages.1.blocks.4.drop_path``.
 
     Raises:
-        ValueError: No residual branch was found, ε is negative or NaN, the model is wrapped or compiled, or it does
-            not take the images that it is configured for.
+        ValueError: No residual branch was found, ε is negative or NaN, the model is wrapped or compiled, or it does not
+            accept images of its configured size.
 
     Example::
 
@@ -87,7 +87,7 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
     try:
         slots, refused = find_slots(body)
     except Exception:
-        check_input(body)  # says what is wrong
+        check_input(body)  # raises with a clear message
         raise
     device = next(body.parameters()).device
     for slot, single_zero in slots.items():
@@ -110,7 +110,7 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
 
 
 def slots_without_weights(body: nn.Module, keys: Collection[str]) -> list[str]:
-    """The slots of which a state dict with these keys lacks the last layer: those that its network had lost."""
+    """The slots whose last layer is missing in the keys of a state dict: the removed ones of its network."""
     names = {parameter: name for name, parameter in body.named_parameters()}
     missing = []
     for slot, modules in branch_ends(body).items():
@@ -126,7 +126,7 @@ def closed_slots(model: nn.Module) -> list[str]:
 
 
 def removed_slots(model: nn.Module) -> list[str]:
-    """Slot paths of the branches that are gone from a model, sorted by position.
+    """Slot paths of the removed branches of a model, sorted by position.
 
     Example::
 
@@ -159,13 +159,13 @@ def remove_closed(model: nn.Module) -> list[str]:
     return remove(model, closed_slots(model))
 
 
-@torch.inference_mode(mode=False)  # what is made here will be trained
+@torch.inference_mode(mode=False)  # the new tensors will be trained
 def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
-    """Remove the branches of closed gates, proven, in place; see :func:`remove_closed`.
+    """Remove the branches of closed gates in place, with a check of the outputs; see :func:`remove_closed`.
 
     Returns:
-        The slots that went, those of gates inside a removed branch among them. One that cannot go without a change of
-        the output stays, with a warning.
+        The removed slots, including the slots inside a removed branch. If removing a branch would change the output,
+        it stays, and a warning is logged.
 
     Raises:
         ValueError: A slot is unknown or its gate is open, or the model is on the meta device.
@@ -173,14 +173,14 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
     body = timm_body(model)
     if any(parameter.is_meta for parameter in body.parameters()):
         raise ValueError(
-            f"This {type(body).__name__} is on the meta device, where nothing can be computed to prove a removal. Load "
-            "its weights first, or pass the slots as removed= when the model is created, which needs none."
+            f"This {type(body).__name__} is on the meta device, where a removal cannot be checked. Load its weights "
+            "first, or pass the slots as removed= when the model is created, which needs no weights."
         )
     slots = set(slots)
     found = gates(body)
     _check_known(slots, found, body)
     if still_open := sorted(slot for slot in slots if not found[slot].closed):
-        raise ValueError(f"Cannot remove {still_open[0]}: its gate is open, so its branch still counts.")
+        raise ValueError(f"Cannot remove {still_open[0]}: its gate is open, so its branch is still in use.")
     if not slots:
         return []
     with evaluating(body), carrying_hooks(body, _replaced(body, slots)):
@@ -192,9 +192,9 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
             if same_outputs(before, body(batch)):
                 break
             take_back()
-            # The plan depends on all of its slots, so those that are to blame are left out and the others planned anew.
+            # A plan depends on all of its slots, so failing slots are dropped and the others planned again.
             for plan in _to_blame(body, plans, batch, before):
-                _logger.warning("%s stays, closed: the output changes without it.", ", ".join(plan.slots))
+                _logger.warning("%s stays closed: the output would change without it.", ", ".join(plan.slots))
                 slots = slots.difference(plan.slots)
     left = gates(body)
     gone = [slot for slot in found if slot not in left]
@@ -202,17 +202,17 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
     return gone
 
 
-@torch.inference_mode(mode=False)  # what is made here will be trained
+@torch.inference_mode(mode=False)  # the new tensors will be trained
 def replay_removed(model: nn.Module, removed: Iterable[str], key: Hashable = None) -> None:
-    """Give a newly built model the structure of a pruned one, in place. Needs no weights, on any device.
+    """Give a new model the structure of a pruned one, in place. Works without weights, on any device.
 
     Args:
-        model: The model with all its branches, or with those that are not in ``removed``.
-        removed: Slot paths as :func:`remove_closed` returned them.
-        key: What the constructor of the model was called with, if that is known: see :func:`.collapse.plan_by_key`.
+        model: Model with all its branches, or at least those that are not in ``removed``.
+        removed: Slot paths, as returned by :func:`remove_closed`.
+        key: Arguments of the model's constructor, if known; see :func:`.collapse.plan_by_key`.
 
     Raises:
-        ValueError: A path is not a slot of this model, or names a branch around another one that is not named.
+        ValueError: A path is not a slot of this model, or a branch inside a removed branch is not listed.
     """
     body = timm_body(model)
     note_copies(body)
@@ -224,17 +224,17 @@ def replay_removed(model: nn.Module, removed: Iterable[str], key: Hashable = Non
     with carrying_hooks(body, _replaced(body, slots)):
         _carry_out(body, plan_by_key(body, slots, key))
     if more := found.keys() - gates(body).keys() - slots:
-        raise ValueError(f"removed lacks {min(more)!r}, which stands inside a branch that it names.")
+        raise ValueError(f"removed lacks {min(more)!r}, which is inside a branch that it lists.")
     _record(model, {*removed_slots(body), *slots})
 
 
 def _replaced(body: nn.Module, slots: Iterable[str]) -> set[str]:
-    """Paths at which something that computes the same stands afterwards: of the gates, and of whole blocks."""
+    """Paths of gates and whole blocks whose replacements compute the same."""
     return {path for slot in slots for path in (slot, block_path(body, slot))}
 
 
 def _to_blame(body: nn.Module, plans: list[Plan], batch: Tensor, before: Any) -> list[Plan]:
-    """The plans that change the output on their own; if there are none, all of them."""
+    """The plans that change the output individually; if there are none, all plans."""
     blamed = []
     for plan in plans:
         take_back = _carry_out(body, [plan])
@@ -245,19 +245,19 @@ def _to_blame(body: nn.Module, plans: list[Plan], batch: Tensor, before: Any) ->
 
 
 def _carry_out(body: nn.Module, plans: Iterable[Plan]) -> Callable[[], None]:
-    """Make the edits of plans; returns what takes all of them back."""
+    """Apply the edits of plans. Returns a function that undoes all of them."""
     return apply_edits(body, [edit for plan in plans for edit in plan.edits])
 
 
 def collapsed_copy(model: _Model) -> _Model:
-    """A copy that computes what the model evaluates to, in evaluation mode, without its closed branches."""
+    """A copy in evaluation mode with the same outputs and without the closed branches."""
     duplicate = copy.deepcopy(model).eval()
     remove(duplicate, closed_slots(duplicate))
     return duplicate
 
 
 def same_outputs(some: Any, others: Any) -> bool:
-    """Equality of every element, NaN counted equal to NaN: a diverged run may still lose its closed branches."""
+    """Equality of every element. NaN equals NaN, so closed branches of a diverged run can still be removed."""
     pairs = zip(tensors(some), tensors(others), strict=True)
     return all(
         torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
@@ -266,10 +266,10 @@ def same_outputs(some: Any, others: Any) -> bool:
 
 
 def _record(model: nn.Module, removed: Iterable[str]) -> None:
-    """Note which branches are removed, where timm's own ``save_for_hf`` reads it when it saves.
+    """Record the removed branches where timm's ``save_for_hf`` reads them.
 
-    Nothing else writes this down. What else must follow the structure, such as a configuration, does so in the model's
-    method ``on_structure_change``, if it has one.
+    This is the only record. If the model has a method ``on_structure_change``, it is called to update other
+    objects, such as a configuration.
     """
     body: Any = timm_body(model)
     body.removed = sorted(removed, key=natural_order)
@@ -282,13 +282,13 @@ def _record(model: nn.Module, removed: Iterable[str]) -> None:
 
 
 def structure_of(model: nn.Module) -> dict[str, list[str]]:
-    """The arguments that say which branches are removed and which gates are closed; none of an empty list."""
+    """The model arguments for removed branches and closed gates, without empty lists."""
     slots = {"removed": removed_slots(model), "closed": closed_slots(model)}
     return {name: sorted(found, key=natural_order) for name, found in slots.items() if found}
 
 
 def natural_order(path: str) -> list[tuple[int, str]]:
-    """Sorting key under which block 10 follows block 9."""
+    """Sorting key that puts block 10 after block 9."""
     return [
         (int(part), "") if part.isdecimal() and part.isascii() and len(part) < 10 else (-1, part)
         for part in path.split(".")
@@ -296,7 +296,7 @@ def natural_order(path: str) -> list[tuple[int, str]]:
 
 
 def check_gated(model: nn.Module) -> None:
-    """Raise ValueError if a model neither has gates nor has lost branches."""
+    """Raise ValueError if a model has neither gates nor removed branches."""
     if not gates(model) and not removed_slots(model):
         raise ValueError(f"{type(timm_body(model)).__name__} has no gates; call timm_eps.add_gates(model) first.")
 
@@ -313,6 +313,6 @@ def _check_known(slots: Iterable[str], found: dict[str, EpsilonGate], body: nn.M
 
 
 def check_known(model: nn.Module, slots: Iterable[str]) -> None:
-    """Raise ValueError if one of these is no gated slot of the model; the message names the nearest one."""
+    """Raise ValueError if one of these is not a gated slot of the model. The message names the most similar slot."""
     body = timm_body(model)
     _check_known(slots, gates(body), body)

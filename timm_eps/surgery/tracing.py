@@ -1,7 +1,7 @@
-"""What a forward pass depends on, found without computing anything.
+"""Find the dependencies of a forward pass without computing it.
 
-A copy of a model on the meta device has shapes and an autograd graph, but no numbers and no memory. Whatever the
-graph of an output leads back to, the output depends on, for any weights and any images.
+A copy of a model on the meta device has shapes and an autograd graph, but no values and no memory. The output depends
+on everything that its graph leads back to, for any weights and any images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Call(NamedTuple):
-    """One call of a module, and whether the output of the whole depends on it."""
+    """One call of a module, and whether the output of the network depends on it."""
 
     module: nn.Module
     args: tuple
@@ -42,7 +42,7 @@ class Call(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """One forward pass: its output, the calls of all modules in order, and the ids of what the output depends on."""
+    """One forward pass: its output, all module calls in order, and the ids of everything the output depends on."""
 
     output: Any
     calls: list[Call]
@@ -60,7 +60,7 @@ def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Trace:
 
     def mark(called: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         marked = converted(output, _noted)
-        # The containers are copied: a caller may append to a list that it passed.
+        # The containers are copied, because a caller may append to a list that it passed.
         args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
         calls.append(Call(called, args, kwargs, marked))
         return marked
@@ -81,12 +81,12 @@ def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Trace:
 
 
 def _noted(tensor: Tensor) -> Tensor:
-    """A copy with a place of its own in the graph, for modules that return their input, and for those of constants."""
+    """A copy with its own node in the graph, for modules that return their input or a constant."""
     return (tensor if tensor.requires_grad else tensor.detach().requires_grad_()).clone()
 
 
 def leads_to(tree: Any) -> set[int]:
-    """The ids of the leaf tensors that the autograd graph of a tree of tensors leads back to."""
+    """The ids of the leaf tensors in the autograd graph of a tree of tensors."""
     return _leaves(_graph_of(tree)) | {id(x) for x in tensors(tree) if x.requires_grad and x.is_leaf}
 
 
@@ -107,20 +107,20 @@ def _leaves(graph: set[Any]) -> set[int]:
 
 
 def meta_copy(module: _Module) -> _Module:
-    """A copy on the meta device in evaluation mode, all of whose parameters enter the graph. Takes no memory."""
+    """A copy on the meta device in evaluation mode, with all parameters in the graph. It takes no memory."""
     return _copy(module, lambda tensor: torch.empty_like(tensor, device="meta")).eval()
 
 
 def shared_copy(module: _Module) -> _Module:
-    """A copy in evaluation mode with modules of its own and the same numbers: closing its gates changes no other one.
+    """A copy in evaluation mode with new modules and shared tensors. Closing its gates does not affect the original.
 
-    It takes hardly any memory. A user's hooks are left out.
+    It takes hardly any memory. Users' hooks are left out.
     """
     return _copy(module, lambda tensor: tensor).eval()
 
 
 def random_copy(module: _Module) -> _Module:
-    """A copy on the CPU in evaluation mode with random numbers in place of its own, for which nothing is accident."""
+    """A copy on the CPU in evaluation mode with random values, so that equal outputs are not an accident."""
     generator = torch.Generator().manual_seed(0)
 
     def convert(tensor: Tensor) -> Tensor:
@@ -131,22 +131,22 @@ def random_copy(module: _Module) -> _Module:
 
 
 def random_like(tree: Any) -> Any:
-    """Random numbers on the CPU in the shape of a tree's tensors."""
+    """Random values on the CPU with the shapes of a tree's tensors."""
     generator = torch.Generator().manual_seed(1)
     return tree_map(lambda leaf: _random(leaf, generator) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def fresh(tree: Any) -> tuple[Any, set[int]]:
-    """A tree of tensors that begin a graph of their own, and the ids of its leaves."""
+    """A copy of a tree of tensors that starts a new graph, and the ids of its leaves."""
     leaves = [torch.empty_like(tensor).requires_grad_() for tensor in tensors(tree)]
     following = iter(leaves)
-    # Times one: blocks may work in place on what they get, which a leaf forbids.
+    # Times one, because blocks may change their input in place, which torch forbids for leaves.
     return converted(tree, lambda tensor: next(following) * 1), {id(leaf) for leaf in leaves}
 
 
 def converted(tree: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     """The tree with ``convert`` applied to its floating-point tensors."""
-    if _is_float(tree):  # by far the most frequent
+    if _is_float(tree):  # the most frequent case
         return convert(tree)
     return tree_map(lambda leaf: convert(leaf) if _is_float(leaf) else leaf, tree)
 
@@ -180,7 +180,7 @@ def _copy(module: _Module, convert: Callable[[Tensor], Tensor]) -> _Module:
                 memo[id(tensor)] = nn.Parameter(new, _is_float(new)) if isinstance(tensor, nn.Parameter) else new
     duplicate = copy.deepcopy(module, memo)
     for part in duplicate.modules():
-        # A user's hooks are not for runs like these; torch's own compute weights.
+        # Users' hooks are not meant for such runs. torch's own hooks compute weights.
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
             for key, hook in list(hooks.items()):
                 if not getattr(hook, "__module__", "").startswith("torch."):

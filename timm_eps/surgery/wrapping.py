@@ -1,4 +1,4 @@
-"""Stock wrappers around a network: what they save does not say which branches are removed, so they may not save it."""
+"""Stock transformers wrappers do not save which branches are removed, so saving a pruned network in one is an error."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..gate import EpsilonGate
 
 __all__ = ["guard_saving", "recorded"]
 
-_WRAPPER = "timm_model."  # the name by which transformers' wrappers hold a network of timm's
+_WRAPPER = "timm_model."  # attribute in which transformers' wrappers hold the timm model
 
 
 def guard_saving(body: nn.Module) -> None:
-    """Let a network refuse to give its weights to a stock wrapper once branches of it are closed or removed.
+    """Make a network with closed or removed branches raise an error when a stock wrapper saves it.
 
     Args:
         body: A timm model with gates.
@@ -27,7 +27,7 @@ def guard_saving(body: nn.Module) -> None:
 
 @contextmanager
 def recorded(body: Any) -> Iterator[None]:
-    """While it lasts, a wrapper that writes the structure of a network itself may take its weights."""
+    """Allow a wrapper that saves the structure of a network to read its weights."""
     body.is_recorded = True
     try:
         yield
@@ -41,6 +41,6 @@ def _refuse_stock_wrapper(body: Any, prefix: str, keep_vars: bool) -> None:
     closed = any(isinstance(module, EpsilonGate) and module.closed for module in body.modules())
     if closed or getattr(body, "removed", None):
         raise ValueError(
-            "A stock wrapper saves this network without saying which of its branches are closed or removed; "
-            "EpsResNetForImageClassification.from_timm(wrapper) makes a model of it that says so."
+            "A stock wrapper does not save which branches of this network are closed or removed. Use "
+            "EpsResNetForImageClassification.from_timm(wrapper), which saves this."
         )

@@ -1,1 +1,1 @@
-"""What serves ``train_hf.py`` alone. Nothing else in the package imports it."""
+"""Parts of the script ``train_hf.py``. The rest of the package does not import them."""

@@ -1,4 +1,4 @@
-"""The average of the weights that a training keeps beside them."""
+"""Saving and loading of the average of the weights."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ AVERAGE = "average.safetensors"
 
 
 def save_average(average: ModelEmaV3, directory: Path) -> None:
-    """Write an average into a checkpoint."""
+    """Save an average in a checkpoint."""
     write_tensors(average.module.state_dict(), directory / AVERAGE)
 
 
 def load_average(average: ModelEmaV3, directory: Path) -> None:
-    """Take up an average from a checkpoint. Its branches must have been closed and removed before.
+    """Load an average from a checkpoint. Its branches must be closed and removed first.
 
     Raises:
-        ValueError: It was written of another structure.
-        OSError: There is no such file.
+        ValueError: The file is for another structure.
+        OSError: The file does not exist.
     """
     read_tensors(average.module.state_dict(), directory / AVERAGE)

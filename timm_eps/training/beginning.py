@@ -1,4 +1,4 @@
-"""What is done to a network before its training: it gets a teacher, and loses the branches that go at the start."""
+"""Preparation of a network before its training: its teacher, and the removal of branches at the start."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ __all__ = ["as_dense", "before", "cut", "dense_epochs", "describe", "is_prepared
 
 
 def is_prepared(args: Arguments) -> bool:
-    """Whether anything is done to the network before its training."""
+    """Whether the network is prepared before its training."""
     return args.model.has_weights or args.pruning.prune_at == "start" or args.distillation.teacher is not None
 
 
 def knows_classes(args: ModelArguments, images: ImageData) -> bool:
-    """Whether the network has a classifier that was saved with it, for the classes of the images."""
+    """Whether the network has a saved classifier for the classes of the images."""
     if not args.model_name_or_path:
         return False
     return AutoConfig.from_pretrained(args.model_name_or_path).num_labels == len(images.label_names)
 
 
 def dense_epochs(args: Arguments, is_trained: bool) -> int:
-    """For how many epochs the dense network is fine-tuned first, as a teacher or to choose by.
+    """Number of epochs to fine-tune the dense network first, as a teacher or for choosing branches.
 
     Args:
-        args: Of the run.
-        is_trained: Whether it has learnt the classes, as :func:`knows_classes` says.
+        args: Arguments of the run.
+        is_trained: Whether the network has learnt the classes, from :func:`knows_classes`.
 
     Raises:
-        ValueError: It has not learnt the classes, and no epochs are asked for.
+        ValueError: It has not learnt the classes, and the number of epochs is 0.
     """
     by_loss = (args.pruning.prune_at, args.pruning.criterion) == ("start", "leave_one_out")
     if args.distillation.teacher != "self" and not by_loss:
@@ -55,17 +55,17 @@ def dense_epochs(args: Arguments, is_trained: bool) -> int:
     if is_trained:
         return 0
     if not args.training.num_train_epochs:
-        raise ValueError("The classifier is new, and --num_train_epochs 0 leaves it so; give --dense_epochs.")
+        raise ValueError("The classifier is new, and --num_train_epochs 0 does not train it; use --dense_epochs.")
     return args.training.num_train_epochs
 
 
 def as_dense(results: dict[str, Any]) -> dict[str, Any]:
-    """Results of the dense network's training, by their names beside those of the pruned one."""
+    """Results of the dense network's training, renamed with the prefix ``dense_``."""
     return {f"dense_{name}": value for name, value in results.items() if name != "eval_images"}
 
 
 def before(model: nn.Module, found: Evaluation, images: ImageData) -> dict[str, Any]:
-    """What is known of a network that was trained before, by the names of the results file."""
+    """Results of a network before its training, by the names of the results file."""
     results: dict[str, Any] = {"start_eval_accuracy": found.accuracy}
     if not removed_slots(model):  # it is the dense network
         results |= {"dense_eval_accuracy": found.accuracy}
@@ -74,7 +74,7 @@ def before(model: nn.Module, found: Evaluation, images: ImageData) -> dict[str, 
 
 
 def describe(args: Arguments, accelerator: Accelerator, images: ImageData) -> dict[str, Any]:
-    """Print what can be removed from the network that the training would begin with. There are no results."""
+    """Print which branches can be removed from the initial network. Returns empty results."""
     accelerator.print(f"To train {args.model.name} on {images}; seed {args.training.seed}.")
     if accelerator.is_main_process:
         set_seed(args.training.seed)
@@ -88,11 +88,11 @@ def teach(args: Arguments, accelerator: Accelerator, images: ImageData, model: n
     """Give a network its teacher, if the arguments name one.
 
     Args:
-        args: Of the run.
-        accelerator: Accelerate's.
-        images: Whose classes the teacher must tell apart.
-        model: Learns.
-        trained: Teaches with ``--teacher self``: the dense network.
+        args: Arguments of the run.
+        accelerator: Accelerator of the run.
+        images: Images with the classes that the teacher must have.
+        model: Student.
+        trained: Dense network, the teacher with ``--teacher self``.
     """
     teaching = args.distillation
     shares = {"weight": teaching.teacher_weight, "temperature": teaching.teacher_temperature}
@@ -104,27 +104,27 @@ def teach(args: Arguments, accelerator: Accelerator, images: ImageData, model: n
 
 
 def cut(args: Arguments, accelerator: Accelerator, images: ImageData, model: nn.Module, trained: nn.Module) -> None:
-    """Remove the branches that go at the start, if any do; every process must call this.
+    """Remove branches at the start, if requested. Every process must call this.
 
     Args:
-        args: Of the run.
-        accelerator: Accelerate's.
-        images: To compare branches on.
-        model: Loses them.
-        trained: The network to choose by: the dense one.
+        args: Arguments of the run.
+        accelerator: Accelerator of the run.
+        images: Images for comparing branches.
+        model: Network to remove branches from.
+        trained: Dense network, by which the branches are chosen.
     """
     if args.pruning.prune_at == "ramp" or args.pruning.no_gates:
         return
     batches = images.analysed(accelerator.device)
     prune(model, _slots_to_remove(args, accelerator, trained, batches))
     if not args.training.num_train_epochs and choices.estimate_statistics(model, batches):
-        accelerator.print("The statistics of batch norm were taken anew on training images.")
+        accelerator.print("The statistics of batch norm were estimated again on training images.")
 
 
 def _slots_to_remove(
     args: Arguments, accelerator: Accelerator, model: nn.Module, batches: choices.Batches
 ) -> list[str]:
-    """Of a run that goes on, those that it began without."""
+    """The branches to remove. A resumed run uses those of its beginning."""
     if checkpoint := find_checkpoint(args, Path(args.output_dir)):
         with checkpoints.taking_up(checkpoint):
             removed = check_slots("removed", load_state(checkpoint / "training.json")["removed"])

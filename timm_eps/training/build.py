@@ -1,4 +1,4 @@
-"""The network, the optimizer, its schedule and the pruner of a run, by the arguments of ``train_hf.py``."""
+"""Build the network, the optimizer, its schedule and the pruner of a run from the arguments of ``train_hf.py``."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ __all__ = [
     "scheduler",
 ]
 
-# Of the steps, where a network begins with weights and --num_warmup_steps is not given.
+# Share of the steps, for a pretrained network without --num_warmup_steps.
 WARMUP_SHARE = 0.05
 
 
 def model(args: ModelArguments, paper: PaperArguments, images: ImageData) -> nn.Module:
-    """The network that the arguments name, with a classifier for the classes of the training images."""
+    """The network of the arguments, with a classifier for the classes of the training images."""
     label_names, pretrained_cfg, train = images.label_names, images.pretrained_cfg, images.splits["train"]
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
     if args.model_name_or_path:
@@ -73,7 +73,7 @@ def model(args: ModelArguments, paper: PaperArguments, images: ImageData) -> nn.
 
 
 def batches(args: Arguments, accelerator: Accelerator, images: ImageData) -> data.TrainingBatches:
-    """The batches to train on, of this process."""
+    """The training batches of this process."""
     training = args.training
     return data.TrainingBatches(
         images.splits["train"], training.per_device_train_batch_size, training.seed, rank=accelerator.process_index,
@@ -84,7 +84,7 @@ def batches(args: Arguments, accelerator: Accelerator, images: ImageData) -> dat
 
 
 def evaluation_batches(args: Arguments, accelerator: Accelerator, images: ImageData, split: str) -> DataLoader:
-    """The batches of a split to test on, of this process."""
+    """The evaluation batches of a split, for this process."""
     return data.evaluation_batches(
         images.splits[split], args.training.per_device_eval_batch_size, rank=accelerator.process_index,
         processes=accelerator.num_processes, num_workers=args.data.dataloader_num_workers,
@@ -93,17 +93,17 @@ def evaluation_batches(args: Arguments, accelerator: Accelerator, images: ImageD
 
 
 def augmentation(args: DataArguments, size: int) -> Callable[[Tensor, data.Draws], Tensor]:
-    """What is done to a batch of images of so many pixels a side, before it is normalised."""
+    """Augmentation of a batch of images with this side in pixels, before normalisation."""
     padding = size // 8 if args.padding is None else args.padding
     if args.augmentation == "crop":
         return data.PadCropFlip(padding, args.flip)
     if args.augmentation == "distort":
         return data.Distort(padding)
-    return lambda images, draws: images  # done as the images are read
+    return lambda images, draws: images  # done when the images are read
 
 
 def optimizer(args: TrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW, whose weight decay reaches all that bounds a branch's output."""
+    """SGD or AdamW, with weight decay for all parameters that bound a branch's output."""
     groups = param_groups(model, args.weight_decay)
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=args.learning_rate)
@@ -113,7 +113,7 @@ def optimizer(args: TrainingArguments, model: nn.Module) -> torch.optim.Optimize
 def scheduler(
     args: TrainingArguments, paper: PaperArguments, optimizer: torch.optim.Optimizer, batches: int
 ) -> LRScheduler:
-    """Cosine takes a step with the optimizer, the others one an epoch, of so many batches."""
+    """The learning rate schedule. Cosine advances once per optimizer step, the others once per epoch."""
     if args.lr_scheduler != "cosine":
         restarts = paper.lr_restart_milestones if args.lr_scheduler == "restarting" else paper.lr_milestones
         return RestartingLR(optimizer, paper.lr_milestones, restarts, paper.lr_factors)
@@ -121,28 +121,28 @@ def scheduler(
     warmup = round(WARMUP_SHARE * steps) if args.num_warmup_steps is None else args.num_warmup_steps
     if warmup and warmup >= steps:
         raise ValueError(f"--num_warmup_steps {warmup} must be below the {steps} steps of the run.")
-    # With --lr_decay_start 0 the rate falls as soon as the warm-up ends.
+    # With --lr_decay_start 0 the rate falls directly after the warm-up.
     falling = min(round(steps * (1 - args.lr_decay_start)), steps - warmup)
     decay = {"num_decay_steps": falling, "decay_type": "cosine"}
     return get_scheduler("warmup_stable_decay", optimizer, warmup, steps, scheduler_specific_kwargs=decay)
 
 
 def average(args: TrainingArguments, model: nn.Module) -> ModelEmaV3 | None:
-    """The average of the weights that is kept, if any: timm's, whose decay rises with the steps, for short runs."""
+    """The average of the weights, if requested: timm's, whose decay increases with the steps, for short runs."""
     return ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
 
 
 def pruner(
     args: Arguments, model: nn.Module, optimizer: torch.optim.Optimizer, images: ImageData, average: Any
 ) -> EpsilonPruner | None:
-    """The pruner of a training in which branches close; None if they do not.
+    """The pruner, or None for a training in which no branches close.
 
     Args:
-        args: Of the run.
-        model: The network that is trained.
-        optimizer: Holds its parameters.
-        images: For a criterion that compares branches.
-        average: Of the weights, to be kept equal in structure; or None.
+        args: Arguments of the run.
+        model: Network to train.
+        optimizer: Optimizer of the network.
+        images: Images for a criterion that compares branches.
+        average: Average of the weights, which follows the structure; or None.
     """
     pruning = args.pruning
     if pruning.no_gates or pruning.prune_at == "start":
@@ -160,7 +160,7 @@ def pruner(
 
 
 def place(model: nn.Module, args: TrainingArguments, device: torch.device) -> nn.Module:
-    """Put a network where, and in the form in which, it is trained."""
+    """Move a network to the device, and convert it to its form for training."""
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)

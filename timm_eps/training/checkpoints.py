@@ -1,7 +1,7 @@
-"""Directories of a training that is not finished: each is whole, or it is not used.
+"""Checkpoint directories of a training. Only complete ones are used.
 
-A checkpoint is written beside its place and renamed when all of it is on the disk, with a list of its files and their
-hashes. What a killed process, a full disk or a copy that was cut short left behind is found out by that list.
+A checkpoint is written to a temporary directory and renamed when all of it is on the disk, with a list of its files and
+their hashes. The list reveals files damaged by a killed process, a full disk or an incomplete copy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 def all_checkpoints(directory: str | os.PathLike) -> list[Path]:
-    """``checkpoint-<step>`` in a directory, by step: torn ones as well, and files and links of such a name."""
+    """``checkpoint-<step>`` in a directory, by step, including damaged ones, and files and links with such names."""
     named = Path(directory).glob(f"{_PREFIX}*")
     found = [path for path in named if _is_step(path.name.removeprefix(_PREFIX))]
     return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
@@ -41,17 +41,17 @@ def _is_step(text: str) -> bool:
 
 
 def staging_of(directory: str | os.PathLike, step: int) -> Path:
-    """Where the checkpoint of a step is written before :func:`commit`; it is no checkpoint yet."""
+    """Temporary directory for the checkpoint of a step, before :func:`commit`."""
     return Path(directory) / f".{_PREFIX}{step}"
 
 
 def commit(staging: Path) -> Path:
-    """Make a checkpoint of what :func:`staging_of` holds, in one rename. Returns its path."""
+    """Make a checkpoint of a directory from :func:`staging_of`, in one rename. Returns its path."""
     hashes = {name: digest(path) for name, path in _files(staging).items()}
     (staging / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
     settle(staging)
     checkpoint = staging.with_name(staging.name.removeprefix("."))
-    if os.path.lexists(checkpoint):  # a torn one, or the run comes by here again
+    if os.path.lexists(checkpoint):  # a damaged one, or the run passes this step again
         _remove(checkpoint)
     staging.rename(checkpoint)
     to_disk(checkpoint.parent)
@@ -59,15 +59,15 @@ def commit(staging: Path) -> Path:
 
 
 def why_torn(checkpoint: str | os.PathLike, needed: Collection[str] = ()) -> str | None:
-    """What is missing in a checkpoint, or None if it is whole.
+    """The damage of a checkpoint, or None if it is intact.
 
     Args:
         checkpoint: Any path.
-        needed: Files that it must list, so that a shorter list does not pass for the whole.
+        needed: Files that it must list, so that an incomplete list is detected.
     """
     root = Path(checkpoint)
     if not root.is_dir() and os.path.lexists(root):
-        return "it is a link to nowhere" if root.is_symlink() and not root.exists() else "it is no directory"
+        return "it is a broken link" if root.is_symlink() and not root.exists() else "it is not a directory"
     try:
         hashes = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
         if not hashes:
@@ -79,47 +79,47 @@ def why_torn(checkpoint: str | os.PathLike, needed: Collection[str] = ()) -> str
             if name not in found:
                 return f"{Path(name).name[:100]} is missing"
             if digest(found[name]) != expected:
-                return f"{name} is not as it was written"
+                return f"{name} was changed"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, AttributeError, OSError, RecursionError):  # no JSON, or no object
-        return f"{MANIFEST} is not as it was written"
+    except (ValueError, AttributeError, OSError, RecursionError):  # not JSON, or not an object
+        return f"{MANIFEST} was changed"
     return None
 
 
 def newest_whole(directory: str | os.PathLike, needed: Collection[str] = ()) -> Path | None:
-    """The last checkpoint that is whole; warns of each later one that is not. None if there is none."""
+    """The last intact checkpoint, or None. Warns about each later one that is damaged."""
     for checkpoint in reversed(all_checkpoints(directory)):
         reason = why_torn(checkpoint, needed)
         if reason is None:
             return checkpoint
-        _logger.warning("%s is not whole (%s); the checkpoint before it is used.", checkpoint, reason)
+        _logger.warning("%s is damaged (%s); the checkpoint before it is used.", checkpoint, reason)
     return None
 
 
 def discard_oldest(directory: str | os.PathLike, limit: int | None) -> None:
-    """Delete the checkpoints before the last ``limit`` whole ones; none if ``limit`` is None."""
+    """Delete the checkpoints before the last ``limit`` intact ones. With None, delete nothing."""
     kept = 0
     for checkpoint in reversed(all_checkpoints(directory)) if limit is not None else ():
         if kept == limit:
-            if checkpoint.is_dir():  # other things are not of a run
+            if checkpoint.is_dir():  # other entries do not belong to a run
                 _remove(checkpoint)
-        elif why_torn(checkpoint) is None:  # a torn one takes no place
+        elif why_torn(checkpoint) is None:  # damaged ones do not count
             kept += 1
 
 
 def clear_unfinished(directory: str | os.PathLike) -> None:
-    """Delete what killed processes left beside the checkpoints."""
+    """Delete temporary directories left over from killed processes."""
     for path in Path(directory).glob(f".{_PREFIX}*"):
         _delete(path)
 
 
 @contextmanager
 def taking_up(checkpoint: str | os.PathLike) -> Iterator[None]:
-    """Name the checkpoint in whatever error those raise who read it.
+    """Add the name of the checkpoint to errors that occur while it is read.
 
     Raises:
-        ValueError: It does not fit.
+        ValueError: The checkpoint does not fit.
     """
     try:
         yield
@@ -127,12 +127,12 @@ def taking_up(checkpoint: str | os.PathLike) -> Iterator[None]:
         said = one_line(error) if not isinstance(error, KeyError) else f"there is no {one_line(error)}"
         raise ValueError(
             f"{checkpoint} does not fit this run ({said}): it was changed, or written by other versions. Delete it to "
-            "go on from the one before, or name another with --resume_from_checkpoint."
+            "resume from the one before, or choose another with --resume_from_checkpoint."
         ) from error
 
 
 def _remove(checkpoint: Path) -> None:
-    # Out of sight first: half a checkpoint must not look like one.
+    # Rename first, so that a partly deleted checkpoint does not look complete.
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
     _delete(hidden)
     checkpoint.rename(hidden)
@@ -140,7 +140,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Of a link only the link, not what it leads to."""
+    """Delete a directory, or a link without its target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

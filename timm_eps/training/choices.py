@@ -1,4 +1,4 @@
-"""Which branches are removed before a training, by which criterion and budget; and who teaches."""
+"""The choice of branches to remove before a training, by criterion and budget; and the teacher."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = [
     "needs_analysis", "ramp_criterion",
 ]  # fmt: skip
 
-# Training images on which branches are compared: at a thousand, a rise of the loss of 0.01 is told from none.
+# Number of training images for comparing branches: with a thousand, a rise of the loss of 0.01 is significant.
 ANALYSED = 1024
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 def budget_of(args: PruningArguments) -> Budget | None:
-    """What may stay; None with a fixed ε, or without gates."""
+    """The budget; None with a fixed ε, or without gates."""
     for name, kind in BUDGETS.items():
         if (value := getattr(args, name)) is not None:
             return TargetLatency(value, args.latency_batch_size) if kind is TargetLatency else kind(value)
@@ -41,7 +41,7 @@ def budget_of(args: PruningArguments) -> Budget | None:
 
 
 def needs_analysis(args: Arguments) -> bool:
-    """Whether branches are compared on training images, or BatchNorm's statistics are taken on them."""
+    """Whether training images are needed to compare branches or to estimate BatchNorm's statistics."""
     pruning = args.pruning
     compares = pruning.criterion == "leave_one_out" or (pruning.prune_at, pruning.criterion) == ("start", "response")
     return args.dry_run or compares or args.training.num_train_epochs == 0
@@ -58,10 +58,10 @@ def choose_slots(
     """The branches to remove before the training.
 
     Args:
-        args: With a budget.
-        model: The network to choose by.
+        args: Arguments with a budget.
+        model: Network by which branches are chosen.
         batches: Normalised training images and labels, on the model's device; unused by ``--criterion last``.
-        record: Where ``--criterion leave_one_out`` writes what it measured, as JSON.
+        record: Path where ``--criterion leave_one_out`` writes its measurements, as JSON.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -85,35 +85,35 @@ def _analyze(args: PruningArguments, model: nn.Module, batches: Batches, progres
 
 
 def _chosen(args: PruningArguments, model: nn.Module, report: Analysis, budget: Budget) -> list[str]:
-    if budget.argument == "keep":  # of the branches that the architecture has, as on the ramp
+    if budget.argument == "keep":  # a share of all branches of the architecture, as on the ramp
         return report.choose(keep=int(budget.goal(len(gates(model)) + len(removed_slots(model)))))
     return report.choose(budget=budget)
 
 
 def describe(args: PruningArguments, model: nn.Module, batches: Batches, is_trained: bool) -> str:
-    """What ``--dry_run`` prints: a line for each branch, what is left without all of them, and what would be removed.
+    """The text of ``--dry_run``: a line for each branch, the size without all branches, and the branches to remove.
 
     Args:
-        args: How much may stay.
-        model: The network that the training would begin with.
-        batches: As for :func:`choose_slots`.
+        args: Arguments with a budget.
+        model: Initial network of the training.
+        batches: Images and labels, as for :func:`choose_slots`.
         is_trained: Whether its classifier has learnt the classes.
     """
     report = _analyze(args, model, batches, progress=True)
     lines = [str(report), ""]
     if not is_trained:
-        lines += ["The classifier is new, so the losses and accuracies above say nothing yet; sizes and times do.", ""]
+        lines += ["The classifier is new, so losses and accuracies above mean nothing; sizes and times do.", ""]
     lines.append(_limit(report))
     if (budget := budget_of(args)) is None:
         return "\n".join(lines)
     if args.prune_at == "ramp":
         _check_reachable(report, budget, args.latency_batch_size)
-        lines.append(f"{budget} can be reached; which branches go is decided while the network trains.")
+        lines.append(f"{budget} can be reached. The branches to remove are chosen during training.")
         return "\n".join(lines)
     kind = f"by {args.criterion}"
     if args.criterion == "leave_one_out":
         slots = _chosen(args, model, report, budget)
-        kind += "" if is_trained else ", once the dense network is trained, if not others"
+        kind += "" if is_trained else ", or others after the dense network is trained"
     else:
         slots = choose_slots(args, model, batches, progress=False)
     lines.append(f"{budget} removes {len(slots)} branches, {kind}: {', '.join(slots) or 'none'}.")
@@ -144,13 +144,13 @@ def _check_reachable(report: Analysis, budget: Budget, batch_size: int) -> None:
 
 
 def estimate_statistics(model: nn.Module, batches: Batches) -> bool:
-    """Take the statistics of BatchNorm anew, for a cut that no training follows. Returns whether there are any.
+    """Estimate the statistics of BatchNorm again, for pruning without training. Returns whether the model has any.
 
-    Without some branches the next layers read other means and variances than those that were stored.
+    Without some branches, the inputs of later layers have other means and variances than the stored ones.
 
     Args:
         model: A transformers model of this package.
-        batches: As for :func:`choose_slots`.
+        batches: Images and labels, as for :func:`choose_slots`.
     """
     body = timm_body(model)
     if not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for module in body.modules()):
@@ -160,32 +160,34 @@ def estimate_statistics(model: nn.Module, batches: Batches) -> bool:
 
 
 def load_teacher(name: str, label_names: Sequence[str], pretrained_cfg: dict[str, Any]) -> nn.Module:
-    """A saved model that teaches.
+    """Load a saved model as a teacher.
 
     Args:
-        name: On the Hub, or a directory.
-        label_names: The classes of the student.
+        name: Name on the Hub, or a directory.
+        label_names: Class names of the student.
         pretrained_cfg: timm's description of the student's input.
 
     Raises:
-        ValueError: It has other classes, or reads images that are normalised otherwise.
+        ValueError: The teacher has other classes, or its images are normalised differently.
     """
     teacher = AutoModelForImageClassification.from_pretrained(name)
     if teacher.config.num_labels != len(label_names):
         raise ValueError(
-            f"--teacher {name} has {teacher.config.num_labels} classes, the data set has {len(label_names)}. Fine-tune "
-            "it on this data set first; --teacher self does so with the network that is trained."
+            f"--teacher {name} has {teacher.config.num_labels} classes, but the data set has {len(label_names)}. "
+            "Fine-tune it on this data set first, or use --teacher self."
         )
     theirs = [teacher.config.id2label[number] for number in range(len(label_names))]
     if theirs != list(label_names) and theirs != [f"LABEL_{number}" for number in range(len(label_names))]:
-        raise ValueError(f"--teacher {name} has the classes {theirs[:5]}..., the data set {list(label_names)[:5]}....")
+        raise ValueError(
+            f"--teacher {name} has the classes {theirs[:5]}..., but the data set {list(label_names)[:5]}...."
+        )
     own = getattr(teacher.config, "pretrained_cfg", None) or {}
     for field in ("mean", "std"):
         if own.get(field) is not None and not torch.allclose(
             torch.tensor(own[field]), torch.tensor(pretrained_cfg[field]), atol=1e-3
         ):
             raise ValueError(
-                f"--teacher {name} reads images with {field} {[round(v, 4) for v in own[field]]}, the student with "
-                f"{[round(v, 4) for v in pretrained_cfg[field]]}. Train both from weights of one kind."
+                f"--teacher {name} needs images with {field} {[round(v, 4) for v in own[field]]}, the student "
+                f"{[round(v, 4) for v in pretrained_cfg[field]]}. Use pretrained weights of the same kind for both."
             )
     return teacher.requires_grad_(False)

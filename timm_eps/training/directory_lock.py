@@ -1,4 +1,4 @@
-"""One run in a directory at a time, held by the operating system: a killed process leaves no lock behind."""
+"""A lock for one run per directory. The operating system releases it when a process is killed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(directory: str | os.PathLike) -> Iterator[None]:
-    """Keep other processes that call this out of a directory, from ``with`` to the end of the block.
+    """Lock a directory for the duration of a ``with`` block, against other processes that call this function.
 
-    The lock is on the file ``.lock``, which holds the process number and is deleted at the end. The file alone locks
-    nothing, so one that a killed process left does not matter. Processes that this one forks, such as those that read
-    images, do not hold the lock. Windows and file systems without locks have none; there this does nothing.
+    The lock is on the file ``.lock``, which contains the process number and is deleted at the end. A file left over
+    from a killed process is not locked and does not matter. Forked processes, such as those that read images, do not
+    hold the lock. On Windows and file systems without locks this does nothing.
 
     Args:
         directory: An existing directory.
@@ -41,7 +41,7 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # before the lock is given back: whoever waits for this file sees that it is another one
+            path.unlink()  # before releasing the lock, so that a waiting process sees a different file
         os.close(descriptor)
 
 
@@ -49,13 +49,13 @@ def _take(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            # Not flock(): a forked process would hold that too, and outlive this one by some seconds.
+            # Not flock(): a forked process would hold it, too, and may end some seconds later.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # systems differ in which one it is
+        except (BlockingIOError, PermissionError):  # the error depends on the system
             holder = os.read(descriptor, 20).decode(errors="replace").strip()
             os.close(descriptor)
             raise ValueError(
-                f"Another run (pid {holder or 'unknown'}) writes to {path.parent}: wait for its end, stop it, or take "
+                f"Another run (pid {holder or 'unknown'}) writes to {path.parent}. Wait until it ends, stop it, or use "
                 "another --output_dir."
             ) from None
         except OSError:  # the file system has no locks
@@ -65,4 +65,4 @@ def _take(path: Path) -> int:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"{os.getpid()}\n".encode())
                 return descriptor
-        os.close(descriptor)  # its last holder has deleted it in the meantime
+        os.close(descriptor)  # its last owner has deleted it in the meantime

@@ -1,4 +1,4 @@
-"""How a script ends that fails or is told to stop: in one line, with the exit code that shells expect."""
+"""End a script that fails or is told to stop with a message of one line and the usual exit code."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _TOLD_ERRORS: tuple[type[Exception], ...] = (ValueError, ImportError, *NETWORK_E
 
 @contextmanager
 def reading_images() -> Iterator[None]:
-    """Tell apart that a process of a ``torch.utils.data.DataLoader`` died, which torch says by a RuntimeError.
+    """Convert torch's RuntimeError for a failed process of a ``torch.utils.data.DataLoader``.
 
     Raises:
-        ChildProcessError: One died.
+        ChildProcessError: A process failed.
     """
     try:
         yield
@@ -29,25 +29,25 @@ def reading_images() -> Iterator[None]:
         if not re.match(r"DataLoader worker|Pin memory thread", str(error)):
             raise
         raise ChildProcessError(
-            f"A process that reads images died ({one_line(error)}); where memory is short, lower "
-            "--dataloader_num_workers or the batch size."
+            f"A process that reads images died ({one_line(error)}). If there is not enough memory, "
+            "lower --dataloader_num_workers or the batch size."
         ) from error
 
 
 @contextmanager
 def as_script(name: str) -> Iterator[None]:
-    """End a script that fails, or that is told to stop, in one line: exit code 1, 143 (SIGTERM) or 130 (SIGINT).
+    """End a script that fails, or is told to stop, with one line: exit code 1, 143 (SIGTERM) or 130 (SIGINT).
 
-    Errors that only a mistake in the code can cause keep their traceback.
+    Errors caused by mistakes in the code keep their traceback.
 
     Args:
-        name: What the line begins with.
+        name: First word of the line.
     """
     try:
         with sigterm_as_exception():
             yield
     except InterruptionError as stopped:
-        if os.environ.get("RANK", "0") == "0":  # they all stop, one says so
+        if os.environ.get("RANK", "0") == "0":  # all processes stop, one prints
             print(f"{name}: {stopped}", file=sys.stderr)
         raise SystemExit(stopped.exit_code) from None
     except KeyboardInterrupt as stopped:
@@ -56,7 +56,7 @@ def as_script(name: str) -> Iterator[None]:
         raise SystemExit(130 if by == "SIGINT" else 143) from None
     except _TOLD_ERRORS as error:
         raise SystemExit(f"{name}: error: {one_line(error, limit=2000)}.") from error
-    except RuntimeError as error:  # as torch.distributed says it
+    except RuntimeError as error:  # from torch.distributed
         if not re.search("closed by peer|reset by peer", str(error)):
             raise
         raise SystemExit(f"{name}: error: Another process of this training ended ({one_line(error)}).") from error

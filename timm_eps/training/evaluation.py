@@ -1,4 +1,4 @@
-"""What a classifier gets right, by class."""
+"""Accuracy of a classifier, in total and by class."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["Evaluation", "count_correct"]
 
 
 class Evaluation(NamedTuple):
-    """Counts over the images that were tested on.
+    """Counts over the evaluated images.
 
     Attributes:
-        correct: Number of images of each class that are classified correctly.
+        correct: Number of correctly classified images of each class.
         seen: Number of images of each class.
     """
 
@@ -29,20 +29,20 @@ class Evaluation(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the images that are classified correctly."""
+        """Fraction of correctly classified images."""
         return sum(self.correct) / self.images
 
     def by_class(self, names: Sequence[str]) -> dict[str, float]:
-        """That fraction of each class that has images, by its name."""
+        """This fraction for each class that has images, by class name."""
         rows = zip(names, self.correct, self.seen, strict=True)
         return {name: correct / seen for name, correct, seen in rows if seen}
 
 
 def count_correct(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Of a batch: the images of each class that are classified correctly, and all of them, (2, classes), int64.
+    """Number of correctly classified images and of all images of each class in a batch, (2, classes), int64.
 
     Args:
-        logits: (B, classes).
+        logits: Logits (B, classes).
         labels: Class numbers (B,).
         classes: Number of classes.
     """

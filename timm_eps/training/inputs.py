@@ -1,4 +1,4 @@
-"""The images of a run, and timm's description of them, by the arguments of ``train_hf.py``."""
+"""The images of a run, and timm's description of the input, from the arguments of ``train_hf.py``."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ __all__ = ["ImageData"]
 
 @dataclass
 class ImageData:
-    """The images of a run, and how its network reads them.
+    """The images of a run, and the input format of its network.
 
     Attributes:
-        splits: ``train``, ``validation``, perhaps ``test``; and ``analysed``, some of those to train on, if branches
-            are compared on them.
+        splits: Splits ``train``, ``validation`` and maybe ``test``; also ``analysed``, a part of the training images,
+            if they are needed to compare branches.
         pretrained_cfg: timm's description of the input.
-        about: What results and card say of the images.
-        pictures: Gives the first images to validate on, as a user has them.
-        skip_corrupt: Whether images that cannot be read are left out.
-        corrupt: Names of those that were, so far.
+        about: Facts about the images for the results and the card.
+        pictures: Function that returns the first validation images as pictures.
+        skip_corrupt: Whether images that cannot be read are skipped.
+        corrupt: Names of the skipped images so far.
     """
 
     splits: dict[str, data.Images]
@@ -48,13 +48,13 @@ class ImageData:
 
     @classmethod
     def load(cls, args: Arguments, accelerator: Accelerator) -> ImageData:
-        """Read what the arguments name, on every process of a run.
+        """Load the images of the arguments, in every process of a run.
 
         Raises:
-            ValueError: The images and the network do not go together, or an image cannot be read.
+            ValueError: The images do not fit the network, or an image cannot be read.
         """
         config = starting_config(args)
-        with accelerator.main_process_first():  # it fills the caches that the others read
+        with accelerator.main_process_first():  # the first process fills the caches
             raw, about, length = load_splits(args)
         columns = data.find_columns(raw["train"].features, args.data.image_column_name, args.data.label_column_name)
         pretrained_cfg = input_of(args.model, args.data, config, raw["train"].features[columns[1]].num_classes)
@@ -83,17 +83,17 @@ class ImageData:
         )
 
     def note_corrupt(self, names: list[str], split: str) -> None:
-        """Add images of a split that cannot be read to those known; raise ValueError unless they are to be skipped."""
+        """Record images of a split that cannot be read. Raises ValueError unless they may be skipped."""
         if names and not self.skip_corrupt:
-            raise ValueError(f"{names[0]} ({split}) is no image that can be read; --corrupt_images skip leaves it out.")
+            raise ValueError(f"{names[0]} ({split}) cannot be read as an image; --corrupt_images skip leaves it out.")
         self.corrupt += sorted({f"{name} ({split})" for name in names}.difference(self.corrupt))
 
     def normalize(self, device: torch.device) -> data.Normalize:
-        """The layer that turns uint8 images (B, C, H, W) into what the network reads."""
+        """The layer that converts uint8 images (B, C, H, W) to the input of the network."""
         return data.Normalize(self.pretrained_cfg).to(device)
 
     def analysed(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Training images to compare branches on, normalised, with labels; none if they are not needed."""
+        """Normalised training images with labels for comparing branches; empty if they are not needed."""
         if "analysed" not in self.splits:
             return []
         normalize = self.normalize(device)
@@ -101,12 +101,12 @@ class ImageData:
         return [(normalize(images.to(device)), labels.to(device)) for images, labels, _ in batches if len(labels)]
 
     def sample(self, count: int, device: torch.device) -> Tensor:
-        """The first images to validate on, normalised, (count, C, H, W)."""
+        """The first validation images, normalised, (count, C, H, W)."""
         return data.Normalize(self.pretrained_cfg)(self.splits["validation"].first(count)).to(device)
 
 
 def load_splits(args: Arguments) -> tuple[dict[str, Any], dict[str, Any], int | None]:
-    """The splits; how the results and the card name them; how many images an epoch has, None if it is not known."""
+    """The splits, their names for the results and the card, and the number of images per epoch (None if unknown)."""
     given, seed = args.data, args.training.seed
     if given.is_digits:
         splits: dict[str, Any] = dict(data.load_digits(given.fold))
@@ -131,12 +131,12 @@ def load_splits(args: Arguments) -> tuple[dict[str, Any], dict[str, Any], int | 
 
 
 def starting_config(args: Arguments) -> EpsResNetConfig:
-    """The configuration of what the training begins with: the saved model, or the architecture."""
+    """The configuration of the initial network: of the saved model, or of the architecture."""
     name = args.model.model_name_or_path
     if name:
         config = AutoConfig.from_pretrained(name)
         if not isinstance(config, EpsResNetConfig):
-            raise ValueError(f"--model_name_or_path {name} is a {config.model_type}, no eps_resnet.")
+            raise ValueError(f"--model_name_or_path {name} is a {config.model_type}, not an eps_resnet.")
     else:
         name = args.model.name
         if not timm.is_model(name):
@@ -145,24 +145,24 @@ def starting_config(args: Arguments) -> EpsResNetConfig:
     if args.saving.with_remote_code:
         check_remote_name(config.architecture)
     if args.paper.per_pixel_mean and not is_cifar_network(config.architecture):
-        raise ValueError(f"--per_pixel_mean is for the paper's CIFAR networks, {config.architecture} is none.")
+        raise ValueError(f"--per_pixel_mean works only for the paper's CIFAR networks, not for {config.architecture}.")
     return config
 
 
 def input_of(model: ModelArguments, given: DataArguments, config: EpsResNetConfig, classes: int) -> dict[str, Any]:
-    """timm's description of the input: that of the saved model, or of the architecture at the wanted size."""
+    """timm's description of the input: of the saved model, or of the architecture at the requested size."""
     pretrained_cfg: dict[str, Any] = dict(config.pretrained_cfg or {})
     size = given.image_size
     if model.model_name_or_path:
         if config.num_labels != classes and not model.ignore_mismatched_sizes:
             raise ValueError(
-                f"The saved model tells {config.num_labels} classes apart, the data set has {classes}; "
-                "--ignore_mismatched_sizes gives it a new classifier."
+                f"The saved model has {config.num_labels} classes, but the data set has {classes}. Use "
+                "--ignore_mismatched_sizes to replace the classifier."
             )
         if size and (pretrained_cfg.get("fixed_input_size") or (config.model_args or {}).get("pixel_mean")):
             raise ValueError(
-                f"--image_size {size}: {config.architecture} takes images of one size, "
-                f"{pretrained_cfg['input_size'][-1]}, which its weights depend on."
+                f"--image_size {size}: {config.architecture} accepts only images of size "
+                f"{pretrained_cfg['input_size'][-1]}, because its weights depend on the size."
             )
     elif given.is_digits and is_cifar_network(config.architecture):
         size = size or 8
@@ -171,7 +171,7 @@ def input_of(model: ModelArguments, given: DataArguments, config: EpsResNetConfi
     if given.crop_pct:
         pretrained_cfg["crop_pct"] = given.crop_pct
     if pretrained_cfg["input_size"][0] != 3:
-        raise ValueError(f"The model reads {pretrained_cfg['input_size'][0]} channels; this script feeds RGB images.")
+        raise ValueError(f"The model needs {pretrained_cfg['input_size'][0]} channels, but the images have 3 (RGB).")
     return pretrained_cfg
 
 
@@ -182,7 +182,7 @@ def prepare_splits(
     pretrained_cfg: dict[str, Any],
     length: int | None,
 ) -> dict[str, data.Images]:
-    """The splits as the network reads them: small images decoded into memory, others when they are needed."""
+    """The splits in the network's format: small images are decoded into memory, others when they are needed."""
     if not given.streaming and given.augmentation != "resized_crop":
         return {name: data.ImageTensors.decode(raw[name], pretrained_cfg, *columns) for name in raw}
     cropped: dict[str, Any] = {"training": True, "flip": given.flip, "color_jitter": given.color_jitter}
@@ -196,7 +196,7 @@ def prepare_splits(
 
 
 def normalization(model: ModelArguments, train: data.Images) -> dict[str, Any]:
-    """The paper's mean and deviation; they travel with the model. Weights keep those that they were trained with."""
+    """The paper's mean and deviation, which are saved with the model. Pretrained weights keep their own."""
     if model.has_weights:
         return {}
     if isinstance(train, data.ImageTensors):

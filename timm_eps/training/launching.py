@@ -1,4 +1,4 @@
-"""The processes of a run: Accelerate's, and the trackers that it logs to."""
+"""Start the processes of a run through Accelerate, and the trackers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["available_cores", "start_accelerator", "trackers"]
 
 def start_accelerator(args: Arguments) -> Accelerator:
     accelerator = Accelerator(
-        # Without this, processes that torchrun starts where there is no accelerator know nothing of each other.
+        # Without this, processes started by torchrun on CPUs are not connected.
         cpu=not torch.accelerator.is_available(),
-        # The loop divides the loss itself: the last steps of an epoch may accumulate fewer batches.
+        # The loop divides the loss itself, because the last steps of an epoch may accumulate fewer batches.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="inductor" if args.training.compile else None,
         mixed_precision=args.training.mixed_precision,
-        # Each process keeps the statistics of its own batches; they are averaged when they are needed.
+        # Each process has the statistics of its own batches. They are averaged when they are needed.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         log_with=(args.checkpoints.report_to or "all") if args.checkpoints.with_tracking else None,
         project_dir=args.output_dir,
@@ -33,20 +33,20 @@ def start_accelerator(args: Arguments) -> Accelerator:
     kinds += [kind for kind in ("FSDP", "DEEPSPEED") if parse_flag_from_env(f"ACCELERATE_USE_{kind}")]  # CPUs ignore it
     if kinds[-1] not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU"):
         raise ValueError(
-            f"Blocks cannot be taken out of a model under {kinds[-1]}, which shards or moves "
-            "its parameters; launch with plain data parallelism (--multi_gpu, or torchrun)."
+            f"Blocks cannot be removed from a model under {kinds[-1]}, which shards or moves its "
+            "parameters. Launch with plain data parallelism (--multi_gpu, or torchrun)."
         )
     if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", 1))):
         raise ValueError(f"{started} processes were started, but Accelerate connected {accelerator.num_processes}.")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("--mixed_precision fp16 needs an accelerator, which is not there; bf16 works on the CPU.")
+        raise ValueError("--mixed_precision fp16 needs an accelerator, but there is none; bf16 works on the CPU.")
     if args.training.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
         raise ValueError(
-            f"--cuda_graphs is for one process on an NVIDIA GPU; here are {accelerator.num_processes} on "
+            f"--cuda_graphs needs one process on an NVIDIA GPU, but this run has {accelerator.num_processes} on "
             f"{accelerator.device.type}."
         )
     if accelerator.device.type == "cpu":
-        # accelerate launch leaves a process one thread where it finds no accelerator.
+        # Without an accelerator, accelerate launch limits a process to one thread.
         share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(args.training.num_threads or max(1, share))
     return accelerator
@@ -54,10 +54,10 @@ def start_accelerator(args: Arguments) -> Accelerator:
 
 @contextmanager
 def trackers(args: Arguments, accelerator: Accelerator) -> Iterator[None]:
-    """Where the trackers log that the arguments ask for; they write what they hold if the run is told to stop.
+    """Context in which the requested trackers log. They write their data also if the run is stopped.
 
     Raises:
-        ValueError: One is not installed.
+        ValueError: A tracker is not installed.
     """
     if args.checkpoints.with_tracking:
         _start_trackers(args, accelerator)
@@ -77,5 +77,5 @@ def _start_trackers(args: Arguments, accelerator: Accelerator) -> None:
 
 
 def available_cores() -> int:
-    """Cores this process may run on; all of the machine's where the system cannot tell."""
+    """Number of cores that this process may use; all cores of the machine if the limit is unknown."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

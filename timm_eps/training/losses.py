@@ -22,8 +22,8 @@ def soft_cross_entropy(
 
     Args:
         labels: Class numbers (B,) or class probabilities (B, classes).
-        logits: (B, classes).
-        config: The model's; not used.
+        logits: Logits (B, classes).
+        config: Configuration of the model; not used.
         label_smoothing: Probability that is spread evenly over all classes.
         unused: Further arguments that transformers passes on.
     """
@@ -33,18 +33,18 @@ def soft_cross_entropy(
 def smooth_labels(model: nn.Module, label_smoothing: float) -> None:
     """Give a transformers model of this package a loss for smoothed or mixed labels.
 
-    transformers' own takes labels with decimals for those of several classes at once.
+    transformers' own loss would treat labels with decimals as multi-label targets.
     """
     model.loss_function = partial(soft_cross_entropy, label_smoothing=label_smoothing)  # type: ignore[assignment]
 
 
 def label_mixer(classes: int, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0) -> Mixer | None:
-    """Mix each image of a batch with another one: by mixup, by CutMix, or by either, drawn for each batch.
+    """Mix each image of a batch with another one, with mixup or CutMix. If both are on, one is drawn for each batch.
 
     Args:
         classes: Number of classes.
         mixup_alpha: Parameter of mixup's beta distribution (https://arxiv.org/abs/1710.09412); 0 turns it off.
-        cutmix_alpha: That of CutMix (https://arxiv.org/abs/1905.04899); 0 turns it off.
+        cutmix_alpha: Parameter of CutMix (https://arxiv.org/abs/1905.04899); 0 turns it off.
 
     Returns:
         Function of images (B, C, H, W) and labels (B,) to mixed images and class probabilities (B, classes); None if

@@ -1,4 +1,4 @@
-"""Which branches to remove for a budget, in an order that is given."""
+"""Choose the branches to remove for a budget, in a given order."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["first_within"]
 
 
 def first_within(model: nn.Module, ranks: Mapping[str, float], budget: Budget) -> list[str]:
-    """The branches of the lowest ranks, as many as a budget asks to remove. At least one branch stays.
+    """The branches of the lowest ranks, as many as the budget requires. At least one branch stays.
 
     Args:
-        model: A timm model with or without gates, or a transformers model of this package. It stays as it is.
-        ranks: A number for each branch that may go, by slot.
-        budget: What may stay. Parameters and multiply-adds are counted on the structure that is left; latency is
-            measured on the model's device, and corrected until the pruned network meets it.
+        model: A timm model with or without gates, or a transformers model of this package. It is not changed.
+        ranks: Number for each branch that may be removed, by slot.
+        budget: Size that the network may keep. Parameters and multiply-adds are counted on the remaining structure.
+            Latency is measured on the model's device, and the choice is corrected until the pruned network meets it.
 
     Returns:
         Slot paths in the order of their ranks, for :func:`timm_eps.prune`.
@@ -35,7 +35,7 @@ def first_within(model: nn.Module, ranks: Mapping[str, float], budget: Budget) -
     remove(net, closed_slots(net))
     there = open_slots(net)
     if strangers := ranks.keys() - set(there):
-        raise ValueError(f"ranks has {min(strangers)!r}, which is no open branch of this {type(net).__name__}.")
+        raise ValueError(f"ranks has {min(strangers)!r}, which is not an open branch of this {type(net).__name__}.")
     ordered = sorted(ranks, key=ranks.__getitem__)
     if isinstance(budget, Keep):
         return ordered[: max(len(there) - int(budget.goal(total)), 0)]

@@ -1,4 +1,4 @@
-"""What each process of a training has of its own in a checkpoint: running statistics, responses, random numbers."""
+"""State of each process in a checkpoint: running statistics, responses, random numbers."""
 
 from __future__ import annotations
 
@@ -26,41 +26,40 @@ def _own(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def save_own(model: nn.Module, loss: Tensor, path: Path) -> None:
-    """Write what the other processes have otherwise: they each see other images.
+    """Save the state that differs between processes, because they see different images.
 
-    Sharing it instead would do for the checkpoint, but sums in another order are other numbers, and the run would end
-    with others than one without this checkpoint.
+    Averaging the state instead would change the rounding, so the run would differ from one without this checkpoint.
 
     Args:
-        model: The model, not wrapped.
-        loss: 0-dimensional, of this process.
-        path: Of this process, ``*.safetensors``.
+        model: Model, not wrapped.
+        loss: Loss of this process, 0-dimensional.
+        path: File of this process, ``*.safetensors``.
     """
     write_tensors(_own(model, loss), path)
 
 
 def load_own(model: nn.Module, loss: Tensor, path: Path) -> None:
-    """Give a model and a loss what :func:`save_own` wrote.
+    """Load a model and a loss from a file of :func:`save_own`.
 
     Raises:
-        ValueError: It was written of another structure.
-        OSError: There is no such file.
+        ValueError: The file is for another structure.
+        OSError: The file does not exist.
     """
     read_tensors(_own(model, loss), path)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors of any device."""
+    """Save tensors from any device."""
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
 
 
 @torch.no_grad()
 def read_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Give tensors the numbers that :func:`write_tensors` wrote, in place.
+    """Load tensors in place from a file of :func:`write_tensors`.
 
     Raises:
-        ValueError: The file has others.
-        OSError: There is no such file.
+        ValueError: The file contains other tensors.
+        OSError: The file does not exist.
     """
     stored = load_file(path)
     if strange := stored.keys() ^ tensors.keys():
@@ -70,10 +69,10 @@ def read_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def check_random_states(path: Path) -> None:
-    """Compare the state of the random generators with a file of Accelerate's, which passes over one it cannot use.
+    """Compare the random generators with a file of Accelerate, which ignores states that it cannot load.
 
     Raises:
-        ValueError: They have not the state that the file holds, or it holds none.
+        ValueError: The states differ, or the file contains none.
     """
     try:
         stored = load(path)
@@ -85,13 +84,13 @@ def check_random_states(path: Path) -> None:
         fits = fits and all(np.array_equal(a, b) for a, b in zip(numpy_stored, numpy_now, strict=True))
     except FileNotFoundError:
         raise ValueError(f"{path.name} is missing") from None
-    except Exception as error:  # whatever reading a file of unknown content raises
-        raise ValueError(f"{path.name} holds no random states: {error}") from error
+    except Exception as error:  # reading unknown content may raise any error
+        raise ValueError(f"{path.name} contains no random states: {error}") from error
     if not fits:
-        raise ValueError(f"{path.name} holds random states that this process cannot take")
+        raise ValueError(f"{path.name} contains random states that this process cannot load")
 
 
 def all_finite(model: nn.Module) -> Tensor:
-    """Whether all that a checkpoint of a model would hold is finite: 0-dimensional bool, on the model's device."""
+    """Whether all values for a checkpoint of a model are finite: 0-dimensional bool, on the model's device."""
     checks = [value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point()]
     return torch.stack(checks).all()

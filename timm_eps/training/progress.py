@@ -1,4 +1,4 @@
-"""How far a training is: what ``training.json`` of a checkpoint holds, checked when it is read."""
+"""Progress of a training: the content of ``training.json`` in a checkpoint, and its checks."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ _NUMBER = "not a JSON number"
 
 
 def dump_json(value: Any, path: Path) -> None:
-    """Write JSON as the standard has it. NaN and infinity, which it lacks, become ``{"not a JSON number": "nan"}``."""
+    """Write standard JSON. NaN and infinity become ``{"not a JSON number": "nan"}``."""
     path.write_text(json.dumps(_encoded(value), allow_nan=False), encoding="utf-8")
 
 
 def load_json(path: Path) -> Any:
-    """Read what :func:`dump_json` wrote; NaN and infinity come back as they were.
+    """Read a file of :func:`dump_json`, with NaN and infinity.
 
     Raises:
-        ValueError: It is not JSON, not even the non-standard one, or nested too deep.
+        ValueError: The file is not standard JSON, or nested too deeply.
     """
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{path.name} holds {constant}, which is no JSON")
+        raise ValueError(f"{path.name} contains {constant}, which is not JSON")
 
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_hook=_decoded, parse_constant=refuse)
     except RecursionError as error:
-        raise ValueError(f"{path.name} is nested too deep") from error
+        raise ValueError(f"{path.name} is nested too deeply") from error
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The content of a ``training.json``, of which the names of the parts are checked.
+    """The content of a ``training.json``, with a check of the names of its parts.
 
     Raises:
-        ValueError: It is not JSON, or not such an object.
-        OSError: It cannot be read.
+        ValueError: The file is not JSON, or not such an object.
+        OSError: The file cannot be read.
     """
     state = load_json(path)
     check_like(
@@ -65,12 +65,12 @@ def _decoded(found: dict[str, Any]) -> Any:
 
 @dataclass
 class Progress:
-    """How far a training is, and what it found on the way."""
+    """Position and results of a training so far."""
 
-    epoch: int = 0  # finished ones
-    batch: int = 0  # of the epoch that goes on
-    step: int = 0  # of the optimizer, since the beginning
-    loss: float = 0.0  # sum over the batches of the epoch that goes on, of the first process
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the current epoch
+    step: int = 0  # optimizer steps since the beginning
+    loss: float = 0.0  # sum over the batches of the current epoch, in the first process
     seconds: float = 0.0
     accuracies: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -78,16 +78,16 @@ class Progress:
 
     @classmethod
     def of(cls, stored: Any, *, epochs: int, batches: int, accumulated: int) -> Progress:
-        """What a checkpoint says, if it can be.
+        """The progress in a checkpoint, checked for consistency.
 
         Args:
             stored: Fields by name.
-            epochs: Epochs of the training.
-            batches: Batches of an epoch.
-            accumulated: Batches of a step; the last one of an epoch may have fewer.
+            epochs: Number of epochs of the training.
+            batches: Number of batches per epoch.
+            accumulated: Number of batches per step. The last step of an epoch may have fewer.
 
         Raises:
-            ValueError: It cannot be; names the field.
+            ValueError: A field is not possible. The message names it.
         """
         check_like(stored, asdict(cls()), "progress")
         found = cls(**stored)
@@ -106,17 +106,17 @@ class Progress:
             if not all(isinstance(item, kind) and item == item for item in getattr(found, each.name)):
                 raise ValueError(f"progress.{each.name} must be a list of {kind.__name__}")
         if len(found.losses) != found.epoch or len(found.accuracies) not in (0, found.epoch):
-            raise ValueError(f"progress.losses and progress.accuracies must be of {found.epoch} epochs")
+            raise ValueError(f"progress.losses and progress.accuracies must have {found.epoch} epochs")
         return found
 
 
 def check_like(stored: Any, own: Any, name: str) -> None:
-    """Compare a state with that of an object which is to take it: the same keys, and values of the same types.
+    """Check that a stored state has the same keys, and values of the same types, as an object's own state.
 
-    Where one of both is None, the other may be anything; a float may be a whole number. Lists are not looked into.
+    If one value is None, the other may have any type. A whole number may replace a float. Lists are not searched.
 
     Raises:
-        ValueError: They differ; names where.
+        ValueError: The states differ. The message names the place.
     """
     if isinstance(own, dict):
         if not isinstance(stored, dict):
@@ -135,20 +135,20 @@ def check_pruner(stored: Any, epoch: int) -> None:
     """Check the types in a stored state of :class:`EpsilonPruner`, whose slots depend on what is removed.
 
     Args:
-        stored: What :meth:`EpsilonPruner.state_dict` returned, read from a file.
-        epoch: Epochs that are done.
+        stored: State of :meth:`EpsilonPruner.state_dict`, read from a file.
+        epoch: Number of finished epochs.
 
     Raises:
-        ValueError: It cannot be such a state; names the field.
+        ValueError: The state is not valid. The message names the field.
     """
     by_slot: dict[str, Any] = dict.fromkeys(("epsilon", "importances", "responses", "streaks"))
-    has_budget = isinstance(stored, dict) and "budget" in stored  # of what was measured of the dense network
+    has_budget = isinstance(stored, dict) and "budget" in stored  # measurements of the dense network
     budget: dict[str, Any] = {"budget": None} if has_budget else {}
     check_like(stored, {"epoch": 0, "closed": [], "removed": [], "history": [], **by_slot, **budget}, "pruner")
     for name, value in (stored["budget"] or {}).items() if has_budget else ():
         _check_numbers(value if isinstance(value, dict) else {name: value}, f"pruner.budget.{name}", float)
     if stored["epoch"] != epoch or len(stored["history"]) != epoch:
-        raise ValueError(f"pruner.epoch and pruner.history must be of {epoch} epochs, got {stored['epoch']}")
+        raise ValueError(f"pruner.epoch and pruner.history must have {epoch} epochs, got {stored['epoch']}")
     for name in by_slot:
         _check_numbers(stored[name], f"pruner.{name}", int if name == "streaks" else float)
     for name in ("closed", "removed"):

@@ -1,4 +1,4 @@
-"""What comes after a training: the comparison with the dense network, the proof that all loaders agree, the Hub."""
+"""After a training: the comparison with the dense network, a check of all loaders, and the Hub."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ _PUSH_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, RuntimeError)
 
 
 def compare(args: Arguments, model: Any, images: Tensor) -> dict[str, Any]:
-    """Structure, size and speed of the pruned network beside the unpruned one of its architecture.
+    """Structure, size and speed of the pruned network compared with the unpruned one.
 
-    Speed is that of torch, and with ``--with_onnx`` that of ONNX Runtime as well, where it is installed.
+    Speed is measured in torch and, with ``--with_onnx``, in ONNX Runtime if it is installed.
     """
     batch_sizes = {1, 128} | ({args.pruning.latency_batch_size} if args.pruning.target_latency else set())
     arguments = dict(model.config.model_args)
@@ -71,7 +71,7 @@ def compare(args: Arguments, model: Any, images: Tensor) -> dict[str, Any]:
 
 
 def _latencies(pair: Mapping[str, nn.Module], batches: dict[int, Tensor], runtime: str = "") -> dict[str, Any]:
-    """Median latencies, and the quartiles of how many times as fast the pruned network is, turn by turn."""
+    """Median latencies, and the quartiles of the speedup over paired measurements."""
     found: dict[str, Any] = {}
     for size, batch in batches.items():
         name = f"{runtime}latency_batch{size}"
@@ -83,7 +83,7 @@ def _latencies(pair: Mapping[str, nn.Module], batches: dict[int, Tensor], runtim
 
 @torch.no_grad()
 def logits_of(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, classes) of a batch, and of its images one by one: other kernels run, which round differently."""
+    """Logits (B, classes) of a batch, and of its images one by one, because other kernels round differently."""
     model.eval()
     answers = [model(images), *(model(image) for image in images.split(1))]
     batch, *singles = (getattr(answer, "logits", answer).cpu() for answer in answers)
@@ -106,7 +106,7 @@ def check_reload(directory: str, live: tuple[Tensor, Tensor], images: Tensor, pi
         "pipeline": difference([scores], live[1:]),
     }
     if wrong := {name: value for name, value in largest.items() if not value <= 1e-5}:
-        raise RuntimeError(f"The model saved in {directory} computes other logits than the live one: {wrong}.")
+        raise RuntimeError(f"The model saved in {directory} has other logits than the trained one: {wrong}.")
     return ", ".join(f"{name} {'equal' if value == 0 else f'within {value:.1e}'}" for name, value in largest.items())
 
 
@@ -117,15 +117,15 @@ def difference(some: Iterable[Tensor], others: Iterable[Tensor]) -> float:
 
 @contextmanager
 def taking_outputs(args: Arguments, accelerator: Accelerator) -> Iterator[str | None]:
-    """Keep other runs out of the output directory, and see that results can be written: better now than in the end.
+    """Lock the output directory, and check before the training that results can be written.
 
     Yields:
-        Name on the Hub of the repository to push to, which is made if it is not there; None without a push, and in
-        other processes than the main one.
+        Name on the Hub of the repository to push to, which is created if needed. None without a push, and in all
+        processes except the main one.
 
     Raises:
         OSError: The directory cannot be written to, or the Hub refuses.
-        ImportError: What writes ONNX is not installed.
+        ImportError: The packages for ONNX are not installed.
         ValueError: Another run writes there, or has left checkpoints.
     """
     with ExitStack() as held:
@@ -133,7 +133,7 @@ def taking_outputs(args: Arguments, accelerator: Accelerator) -> Iterator[str | 
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(args.output_dir))
         repo_id = _check_outputs(args) if accelerator.is_main_process else None
-        if args.training.compare_dense:  # raises now, not when the first half is trained
+        if args.training.compare_dense:  # raises before the training, not in the middle
             find_checkpoint(args, Path(args.output_dir) / "dense")
         yield repo_id
 
@@ -150,7 +150,7 @@ def _check_outputs(args: Arguments) -> str | None:
 
 
 def facts(args: Arguments, run: Run) -> dict[str, Any]:
-    """What results and card say of a run besides its figures; its model is told what it was made from."""
+    """Facts about a run for the results and the card. Also records the base model in the model."""
     model: Any = run.final
     images, pruner = run.images, run.pruner
     model.config.base_model = base_model(args.model) or model.config.base_model
@@ -173,7 +173,7 @@ def facts(args: Arguments, run: Run) -> dict[str, Any]:
 
 
 def left_out(images: ImageData) -> str:
-    """A line on the images that could not be read, if there were any."""
+    """A line about the images that could not be read, if any."""
     some = ", ".join(images.corrupt[:5])
     return f"{len(images.corrupt)} images could not be read and were left out, such as {some}." if some else ""
 
@@ -183,12 +183,12 @@ def save(model: nn.Module, output_dir: str, remedy: Callable[[], str], **saved: 
 
     Args:
         model: The model.
-        output_dir: Where.
-        remedy: Says what there is to go on from if that fails.
+        output_dir: Directory to save to.
+        remedy: Function that returns how to continue if this fails.
         **saved: Further arguments of :func:`timm_eps.save_pretrained`.
 
     Raises:
-        OSError: It could not be saved.
+        OSError: The model could not be saved.
     """
     try:
         save_pretrained(model, output_dir, **saved)
@@ -202,15 +202,15 @@ def push(args: SavingArguments, output_dir: str, model: nn.Module, repo_id: str,
     """Push the trained model to the Hub.
 
     Args:
-        args: Token and branch.
-        output_dir: Where the model is saved.
-        model: The model, as it was saved.
+        args: Arguments with token and git branch.
+        output_dir: Directory of the saved model.
+        model: Model, as it was saved.
         repo_id: Name on the Hub.
         message: Title of the commit.
         **saved: Further arguments of :func:`timm_eps.push_to_hub`.
 
     Raises:
-        OSError: The push failed; what is saved is there to try again.
+        OSError: The push failed. The saved files can be pushed again.
     """
     try:
         commit = push_to_hub(
@@ -218,20 +218,20 @@ def push(args: SavingArguments, output_dir: str, model: nn.Module, repo_id: str,
         )
     except _PUSH_ERRORS as error:
         raise OSError(
-            f"The push of what is saved in {output_dir} to {repo_id} failed: {one_line(error, limit=1000)}. "
+            f"The push of {output_dir} to {repo_id} failed: {one_line(error, limit=1000)}. "
             f"To try again: hf upload {repo_id} {output_dir}"
         ) from error
     print(f"Pushed to {commit.repo_url} ({commit.oid[:7]}).")
 
 
 def hardware(accelerator: Accelerator) -> str:
-    """What all processes of a run compute on."""
+    """The hardware of all processes of a run."""
     one = report.hardware(accelerator.device)
     return one if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes, each {one}"
 
 
 def base_model(args: ModelArguments) -> str | None:
-    """Where the weights came from that the training began with, by a name on the Hub."""
+    """Name on the Hub of the initial weights."""
     if args.pretrained:
         known = timm.get_pretrained_cfg(args.name)
         return known.hf_hub_id if known is not None else None
@@ -239,5 +239,5 @@ def base_model(args: ModelArguments) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a run's figures depend on."""
+    """Versions of the packages that affect the results of a run."""
     return {module.__name__: str(module.__version__) for module in (timm_eps, timm, torch, transformers)}

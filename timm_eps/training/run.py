@@ -1,4 +1,4 @@
-"""One training in one process of one or several: its parts, how far it is, and what all processes must agree on."""
+"""One training in one of several processes: its parts, its progress, and the decisions that all processes share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .step_watch import StepWatch
 
 __all__ = ["CHECKPOINT_FILES", "Run"]
 
-# What a checkpoint holds at the least, whatever its list of files says.
+# Files that every checkpoint must contain, for any list of files.
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "training.json")
 
 
@@ -42,25 +42,25 @@ class Run:
     """The parts of a training and its state. The loop that uses them is in ``train_hf.py``.
 
     Args:
-        args: Of the command line.
-        accelerator: Accelerate's.
-        images: To train and to validate on.
-        model: On its device, as :func:`.build.place` left it.
-        optimizer: Of its parameters.
-        batches: To train on, of this process.
-        scheduler: Of the learning rate.
-        average: Of the weights, if one is kept.
-        pruner: Closes and removes branches; None in the training of a dense network.
+        args: Arguments of the command line.
+        accelerator: Accelerator of the run.
+        images: Images for training and validation.
+        model: Model on its device, from :func:`.build.place`.
+        optimizer: Optimizer of its parameters.
+        batches: Training batches of this process.
+        scheduler: Scheduler of the learning rate.
+        average: Average of the weights, or None.
+        pruner: Pruner, or None in the training of a dense network.
         is_dense: Whether this is the dense network, for comparison or as a teacher.
 
     Attributes:
-        network: The model as Accelerate wraps it.
-        prepared_optimizer: The optimizer as Accelerate wraps it.
-        progress: How far the training is.
-        loss: Sum over the batches of the epoch that goes on, of this process.
-        signum: Of a signal that tells all processes to stop, else 0.
-        graphs: Records a step as a CUDA graph, if that is asked for.
-        directory: Where checkpoints go.
+        network: Model wrapped by Accelerate.
+        prepared_optimizer: Optimizer wrapped by Accelerate.
+        progress: Progress of the training.
+        loss: Sum over the batches of the current epoch, in this process.
+        signum: Number of a signal that stops all processes, or 0.
+        graphs: Object that captures a step as a CUDA graph, if requested.
+        directory: Directory of the checkpoints.
     """
 
     def __init__(
@@ -87,9 +87,9 @@ class Run:
             smooth_labels(model, training.label_smoothing_factor)
         self.normalize = images.normalize(self.device)
         self.augment = build.augmentation(args.data, images.pretrained_cfg["input_size"][-1])
-        accelerator.free_memory()  # of a training before this one
+        accelerator.free_memory()  # of an earlier training
         self.network, self.prepared_optimizer = accelerator.prepare(model, optimizer)
-        # The same in all processes, which augment one batch together; what else is random differs between them.
+        # The same in all processes, which augment one batch together. Other random numbers differ between them.
         self.generator = torch.Generator()
         self.generator.set_state(torch.get_rng_state())
         self.draws = data.Draws(self.generator, rank=accelerator.process_index, processes=accelerator.num_processes)
@@ -105,18 +105,18 @@ class Run:
 
     @property
     def final(self) -> nn.Module:
-        """The network that is tested and saved: the average of the weights if there is one."""
+        """The network to test and save: the average of the weights if there is one."""
         return self.model if self.average is None else self.average.module
 
     @property
     def learning_rate(self) -> float:
-        """Of the first group of parameters."""
+        """Learning rate of the first parameter group."""
         return self.optimizer.param_groups[0]["lr"]
 
-    # How an epoch is computed.
+    # Computation of an epoch.
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are left, unless the accuracy stops rising."""
+        """The remaining epochs, unless the accuracy stops rising."""
         for epoch in range(self.progress.epoch, self.args.training.num_train_epochs):
             if self.stops_early():
                 break
@@ -124,22 +124,22 @@ class Run:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Where the epochs are computed: signals are noted here, and a process that reads images may die.
+        """Context for the epochs, which records signals and failures of processes that read images.
 
         Raises:
-            ChildProcessError: One died.
+            ChildProcessError: A process that reads images failed.
         """
         try:
             with self.interruption, reading_images():
                 yield
         except ChildProcessError as error:
-            if signum := self.interruption.signum:  # it was for those that read images as well
+            if signum := self.interruption.signum:  # the signal also reached the processes that read images
                 raise self.interrupted(signum) from error
             raise ChildProcessError(f"{error} {self.remedy()}") from error
 
     @contextmanager
     def epoch_bar(self, epoch: int) -> Iterator[tqdm]:
-        """The progress bar of an epoch, which says how long all epochs take; and the clock of the training."""
+        """The progress bar of an epoch, with the remaining time of all epochs. Starts the training clock."""
         dense = "dense, " if self.is_dense or self.args.pruning.no_gates else ""
         with tqdm(
             total=len(self.batches), initial=self.progress.batch, mininterval=0.5, postfix=self.time_left(),
@@ -151,21 +151,21 @@ class Run:
             bar.set_postfix_str(self.summary())
 
     def queue(self) -> AbstractContextManager[None]:
-        """Where the steps of an epoch are computed."""
+        """Context for the steps of an epoch."""
         if self.graphs is None:
             return nullcontext()
         gains = (gate.gain for gate in gates(self.model).values() if gate.gain is not None)
         return self.graphs.queue([*self.model.parameters(), *gains])
 
     def read(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch as the network reads it, on its device: uint8 images (B, C, H, W) augmented, normalised, mixed."""
+        """A batch on the device of the network: uint8 images (B, C, H, W), augmented, normalised and mixed."""
         images, labels = (each.to(self.device, non_blocking=True) for each in (images, labels))
         x = self.normalize(self.augment(images, self.draws))
         if self.args.training.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         return self.mix(x, labels) if self.mix else (x, labels)
 
-    # What is said of it.
+    # Reports.
 
     def lap(self) -> None:
         """Count the time since the epoch began, or since the last lap, as time of training."""
@@ -174,16 +174,16 @@ class Run:
         self.clock = now
 
     def mean_loss(self) -> float:
-        """Of the batches of this epoch so far, over all processes."""
+        """Mean loss of the batches of this epoch so far, over all processes."""
         return self.accelerator.reduce(self.loss, "mean").item() / self.progress.batch
 
     def log(self, values: dict[str, Any]) -> None:
-        """Tell the trackers."""
+        """Log values to the trackers."""
         prefix = "dense/" if self.is_dense else ""
         self.accelerator.log({f"{prefix}{name}": value for name, value in values.items()}, step=self.progress.step)
 
     def time_left(self) -> str | None:
-        """What the epochs to come take, by those before, for the progress bar."""
+        """Estimated time of the remaining epochs, for the progress bar."""
         progress, batches = self.progress, len(self.batches)
         done = progress.epoch * batches + progress.batch
         if not done:
@@ -192,14 +192,14 @@ class Run:
         return f"{timedelta(seconds=round(left))} left in all"
 
     def summary(self) -> str:
-        """Of the epoch that ended, for the progress bar."""
+        """Summary of the finished epoch, for the progress bar."""
         progress, pruner = self.progress, self.pruner
         left = f", blocks {pruner.total - pruner.discarded}/{pruner.total}" if pruner else ""
         right = f", accuracy {progress.accuracies[-1]:.4f}" if progress.accuracies else ""
         return f"loss {progress.losses[-1]:.4f}{right}{left}"
 
     def results(self, validated: Evaluation, tested: Evaluation | None) -> dict[str, Any]:
-        """What the training came to, by the names of the results file."""
+        """Results of the training, by the names of the results file."""
         found = {
             "eval_accuracy": validated.accuracy,
             "eval_accuracy_by_class": validated.by_class(self.images.label_names),
@@ -210,10 +210,10 @@ class Run:
         }
         return found if tested is None else {**found, "test_accuracy": tested.accuracy, "test_images": tested.images}
 
-    # What all processes decide together.
+    # Decisions of all processes together.
 
     def stops_early(self) -> bool:
-        """Whether the accuracy has not risen for so many epochs, of those since the structure changed last."""
+        """Whether early stopping applies. It counts only epochs after the last change of the structure."""
         patience, accuracies = self.args.training.early_stopping_patience, self.progress.accuracies
         if patience is None:
             return False
@@ -225,21 +225,21 @@ class Run:
         return len(accuracies) - (accuracies.index(max(accuracies)) if accuracies else 0) > patience
 
     def share_statistics(self) -> None:
-        """Give all processes the same statistics of batch norm: their mean."""
+        """Average the batch norm statistics over all processes."""
         if self.draws.processes > 1:
             for network in (self.model, self.average):
                 if network is not None:
                     distribute_bn(network, self.draws.processes, reduce=True)
 
     def look(self) -> None:
-        """Find out whether a process was told to stop or has diverged; every process must call this."""
+        """Check whether a process was told to stop or has diverged. Every process must call this."""
         seen = self.watch.look(self.interruption.signum, self.loss)
         self.signum = self.signum or seen.signum
         if not seen.is_finite:
             self.check_finite()
 
     def check_finite(self) -> None:
-        """Raise, in all processes, if the loss or the weights of one are not finite; this waits for the device."""
+        """Raise in all processes if the loss or the weights of one are not finite. This waits for the device."""
         loss = self.mean_loss() if self.progress.batch else 0.0
         all_are = self.accelerator.reduce(all_finite(self.model).float()).item() == self.accelerator.num_processes
         if math.isfinite(loss) and all_are:
@@ -248,26 +248,26 @@ class Run:
         if math.isfinite(loss):
             what = f"The weights of epoch {self.progress.epoch + 1} are not finite"
         raise ValueError(
-            f"{what}; lower --learning_rate {self.args.training.learning_rate}. It was seen after step "
-            f"{self.progress.step}, and nothing was written since. {self.remedy(going_on=False)}"
+            f"{what}; lower --learning_rate {self.args.training.learning_rate}. It was detected after step "
+            f"{self.progress.step}, and no checkpoint was written since. {self.remedy(going_on=False)}"
         )
 
     def stop_if_told(self, is_end: bool = False) -> None:
         """Raise InterruptionError if a signal told a process to stop.
 
         Args:
-            is_end: Whether no further step follows in which the processes would tell each other.
+            is_end: Whether this is the last step, so that the processes must exchange signals now.
         """
         if signum := self.signum or (self.watch.last().signum if is_end else 0):
             raise self.interrupted(signum)
 
     def interrupted(self, signum: int) -> InterruptionError:
-        """The error that ends a training which was told to stop."""
+        """The error for a training that was told to stop."""
         last = checkpoints.newest_whole(self.directory, CHECKPOINT_FILES)
         return InterruptionError(signum, self.progress.step, last)
 
     def remedy(self, going_on: bool = True) -> str:
-        """What there is to go on from, for an error."""
+        """How to continue from a checkpoint, for error messages."""
         last = checkpoints.newest_whole(self.directory, CHECKPOINT_FILES)
         if last is None:
             return "There is no checkpoint."

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when they are due, what is in them, and how a run is taken up from one."""
+"""The checkpoints of a run: when they are written, their content, and how a run resumes from one."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["find_checkpoint", "resume", "save", "save_if_due"]
 
 
 def find_checkpoint(args: Arguments, directory: Path) -> Path | None:
-    """The checkpoint to go on from; None to begin.
+    """The checkpoint to resume from; None for a new run.
 
     Raises:
-        ValueError: The one that is asked for cannot be used, or a new run would mix its own with those of another.
+        ValueError: The requested checkpoint cannot be used, or a new run would mix its checkpoints with old ones.
     """
     wanted = args.checkpoints.resume_from_checkpoint
     if wanted == "latest" or (wanted and directory != Path(args.output_dir)):
@@ -34,14 +34,14 @@ def find_checkpoint(args: Arguments, directory: Path) -> Path | None:
     if wanted:
         if reason := checkpoints.why_torn(wanted, CHECKPOINT_FILES):
             raise ValueError(
-                f"--resume_from_checkpoint {wanted} is not a whole checkpoint ({reason}); 'latest' finds the last one "
-                "that is."
+                f"--resume_from_checkpoint {wanted} is not an intact checkpoint ({reason}); 'latest' finds the last "
+                "intact one."
             )
         return Path(wanted)
     if args.checkpoints.checkpointing_steps and (others := checkpoints.all_checkpoints(directory)):
         raise ValueError(
-            f"{directory} holds checkpoints of a run before, the last one {others[-1].name}: go on with "
-            "--resume_from_checkpoint, delete them, or take another --output_dir."
+            f"{directory} contains checkpoints of an earlier run, the last one {others[-1].name}. Resume it with "
+            "--resume_from_checkpoint, delete them, or use another --output_dir."
         )
     return None
 
@@ -64,7 +64,7 @@ def save(run: Run) -> None:
 
     Raises:
         ValueError: The loss or the weights are not finite.
-        OSError: It cannot be written; those before it stay.
+        OSError: The checkpoint cannot be written. Earlier ones stay.
     """
     run.check_finite()
     run.progress.loss, run.progress.corrupt = run.loss.item(), run.images.corrupt
@@ -111,22 +111,22 @@ def _own_file(run: Run, checkpoint: Path) -> Path:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """What must be the same for a run to go on as it would have."""
+    """Facts that must be the same for a run to resume exactly."""
     found = {
         **binding_arguments(run.args),
         "number of processes": run.draws.processes,
         "gates": "off, as the dense network" if run.is_dense or run.args.pruning.no_gates else "on",
         "mixed precision": run.accelerator.mixed_precision,
-        "batches an epoch": len(run.batches),  # last, as it follows from others
+        "batches an epoch": len(run.batches),  # last, because it follows from the others
     }
     return json.loads(json.dumps(found))
 
 
 def resume(run: Run) -> None:
-    """Take up the run where the checkpoint left it that the arguments ask for, if any; every process must call this.
+    """Resume the run from the checkpoint of the arguments, if any. Every process must call this.
 
     Raises:
-        ValueError: It is of another run, or does not fit.
+        ValueError: The checkpoint is from another run, or does not fit.
     """
     checkpoint = find_checkpoint(run.args, run.directory)
     if checkpoint is None:
@@ -137,13 +137,13 @@ def resume(run: Run) -> None:
     for name in {**before, **now}:
         if now.get(name) != before.get(name):
             raise ValueError(
-                f"The run of {checkpoint} has {name} {before.get(name)}, this one {now.get(name)}: it would not go on "
-                "as it began. Give the same arguments, or begin anew in another --output_dir."
+                f"The run of {checkpoint} has {name} {before.get(name)}, but this one {now.get(name)}. Use the same "
+                "arguments, or start a new run in another --output_dir."
             )
     with checkpoints.taking_up(checkpoint):
         _take_up(run, checkpoint, state)
     run.accelerator.print(
-        f"Going on from {checkpoint}: {run.progress.epoch} epochs and {run.progress.batch} batches are done."
+        f"Resuming from {checkpoint}: {run.progress.epoch} epochs and {run.progress.batch} batches are done."
     )
 
 
@@ -156,7 +156,7 @@ def _take_up(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
     check_like(state["scheduler"], run.scheduler.state_dict(), "scheduler")
     if not 0 <= state["scheduler"]["last_epoch"] <= progress.step:
         raise ValueError(f"scheduler.last_epoch must be 0 to {progress.step}")
-    if run.pruner:  # the weights fit the smaller structure only
+    if run.pruner:  # the weights fit only the smaller structure
         check_pruner(state["pruner"], progress.epoch)
         run.pruner.load_state_dict(state["pruner"])
         rewrap(run.network)

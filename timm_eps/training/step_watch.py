@@ -1,4 +1,4 @@
-"""What all processes of a training must know at the end of a step: a signal came, or a loss is not finite."""
+"""Share signals and losses that are not finite between all processes at the end of each step."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["Seen", "StepWatch"]
 
 
 class Seen(NamedTuple):
-    """What the processes have seen together."""
+    """Events in any of the processes."""
 
     signum: int  # of the signal that one of them received, 0 if none did
     is_finite: bool  # whether their losses were
 
 
 class StepWatch:
-    """Asked at the end of each step, it tells all processes the same, and nobody waits for it.
+    """Shares events between processes at the end of each step, without waiting.
 
-    A GPU copies the loss while it computes on, and the processes exchange two numbers while they take the next step. So
-    what one of them has seen is known to all of them one step later, and one of a GPU when its copy has arrived.
+    A GPU copies the loss while it continues to compute, and the processes exchange two numbers during the next step.
+    All processes therefore know an event one step later, or, for a loss on a GPU, when its copy has arrived.
 
     Args:
         processes: Number of processes; if it is 1, nothing is exchanged. All of them must construct this.
@@ -30,14 +30,14 @@ class StepWatch:
     """
 
     def __init__(self, processes: int, device: torch.device) -> None:
-        # Of its own, on CPUs: the other collectives may be NCCL's, whose results are on the GPU.
+        # A separate group on CPUs, because the results of NCCL's collectives are on the GPU.
         self._group: Any = dist.new_group(backend="gloo") if processes > 1 else None
         self._exchanged: tuple[dist.Work, Tensor] | None = None
         self._host = torch.zeros((), pin_memory=True) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
 
     def look(self, signum: int, loss: Tensor) -> Seen:
-        """Every process must call this, as often as the others.
+        """Share events. Every process must call this equally often.
 
         Args:
             signum: Signal that this process has received, 0 for none.
@@ -54,7 +54,7 @@ class StepWatch:
         return seen
 
     def last(self) -> Seen:
-        """What the processes told each other in the last call of :meth:`look`, which has not said it yet."""
+        """The events exchanged in the last call of :meth:`look`, which it has not returned yet."""
         if self._exchanged is None:
             return Seen(0, True)
         work, told = self._exchanged
@@ -66,7 +66,7 @@ class StepWatch:
     def _is_finite(self, loss: Tensor) -> bool:
         if loss.device.type == "cpu":
             return bool(loss.isfinite())
-        if self._host is None:  # another accelerator: seen where the loss is read, for a checkpoint or an epoch's end
+        if self._host is None:  # another accelerator: checked only for a checkpoint or at the end of an epoch
             return True
         if self._copied is not None and not self._copied.query():
             return True

@@ -1,4 +1,4 @@
-"""Batch norm over the batches of all processes, also where torch's own needs an accelerator."""
+"""Batch norm over the batches of all processes, also on CPUs, which torch does not support."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["synchronize_batchnorm"]
 
 
 def synchronize_batchnorm(model: nn.Module) -> nn.Module:
-    """Let the batch norms of a model take mean and variance over the batches of all processes, in training.
+    """Make the batch norms of a model use mean and variance over the batches of all processes in training.
 
-    Together the processes then compute what one process would on their joint batch. On accelerators the layers become
-    torch's ``SyncBatchNorm``, through timm; on the CPU, where that one does not run, layers of the same arithmetic.
+    Together the processes then compute the same as one process with their joint batch. On accelerators the layers
+    become torch's ``SyncBatchNorm``, through timm. On the CPU they become layers with the same arithmetic.
     Parameters and buffers stay the same objects.
 
     Args:
@@ -36,7 +36,7 @@ def synchronize_batchnorm(model: nn.Module) -> nn.Module:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """What each process adds to a sum acts on the loss of all of them; so the gradients are summed as well."""
+    """A sum over processes. Each addend affects the loss of all processes, so the gradients are summed, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _normalize(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     *_, count = sums = _SumOverProcesses.apply(sums)
     mean = (sums[:-1] / count)[:, None, None]
     centred = x - mean
-    # In a second pass: the mean of squares less the square of the mean loses digits.
+    # In a second pass, because the mean of squares minus the squared mean loses precision.
     var = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
     if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
         with torch.no_grad():

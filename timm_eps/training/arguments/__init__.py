@@ -1,4 +1,4 @@
-"""The arguments of ``train_hf.py``: on the command line, in a configuration file, and in the record of a run."""
+"""The arguments of ``train_hf.py``: command line, configuration file, and record of a run."""
 
 from .arguments import Arguments
 from .groups import (

@@ -22,7 +22,7 @@ __all__ = ["Arguments"]
 
 @dataclass
 class Arguments:
-    """What a run is told, by group: most functions need one or two of the groups."""
+    """The arguments of a run by group, because most functions need only one or two groups."""
 
     model: ModelArguments
     data: DataArguments
@@ -32,7 +32,7 @@ class Arguments:
     checkpoints: CheckpointArguments
     saving: SavingArguments
     paper: PaperArguments
-    config: str | None = option("JSON file with arguments by name; flags on the command line win over it")
+    config: str | None = option("JSON file with arguments by name; flags on the command line take precedence")
     output_dir: str = option("default outputs/<architecture>-<data set>")
     dry_run: bool = flag("show what can be removed and what it costs; no training")
 
@@ -43,19 +43,19 @@ class Arguments:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Arguments:
-        """From one dictionary of all arguments by name, as :meth:`flat` gives it."""
+        """Arguments from one dictionary by name, the result of :meth:`flat`."""
         parts = {
             name: kind(**{each.name: values[each.name] for each in fields(kind)}) for name, kind in cls.groups().items()
         }
         return cls(**parts, **{each.name: values[each.name] for each in fields(cls) if each.metadata})
 
     def flat(self) -> dict[str, Any]:
-        """All arguments by name: each name is that of one flag."""
+        """All arguments by name. Each name is a flag."""
         found = {each.name: getattr(self, each.name) for each in fields(self) if each.metadata}
         for name in self.groups():
             found |= vars(getattr(self, name))
         return found
 
     def changed(self, **values: Any) -> Arguments:
-        """A copy in which some arguments have other values, which are not checked."""
+        """A copy with other values of some arguments. They are not checked."""
         return self.of(self.flat() | values)

@@ -1,4 +1,4 @@
-"""The values of arguments that were not given."""
+"""Default values that depend on other arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["fill_in"]
 
 
 def fill_in(args: Arguments) -> None:
-    """Choose what is not given: a network that begins with weights is fine-tuned, any other trained from scratch."""
+    """Fill in missing values: a pretrained network is fine-tuned, any other is trained from scratch."""
     model, data, pruning, training = args.model, args.data, args.pruning, args.training
     has_weights, has_threshold = model.has_weights, args.paper.epsilon is not None
     if not (pruning.has_budget or has_threshold or pruning.no_gates):
@@ -24,7 +24,7 @@ def fill_in(args: Arguments) -> None:
     if has_weights:
         fill(
             training, num_train_epochs=20, per_device_train_batch_size=32, learning_rate=rate * 0.1, weight_decay=1e-4,
-            lr_decay_start=0.0,  # and --num_warmup_steps is a share of the steps, whose number the data decide
+            lr_decay_start=0.0,  # and --num_warmup_steps is a share of the steps, whose number depends on the data
         )  # fmt: skip
     else:
         fill(
@@ -46,9 +46,9 @@ def fill(group: Any, **values: Any) -> None:
 
 
 def fit_to_epochs(pruning: PruningArguments, epochs: int, has_weights: bool) -> None:
-    """Choose the warm-up and the ramp where they are not given: shorter ones if the run has few epochs.
+    """Choose the warm-up and the ramp if they are not given, shorter ones for few epochs.
 
-    A network that begins with weights is open for 6 % of the epochs, and closes branches for 24 %.
+    For a pretrained network, all branches are open for 6 % of the epochs, and close during 24 %.
     """
     warmup, ramp = 4, 8
     if not pruning.no_gates and has_weights:

@@ -1,6 +1,6 @@
-"""The arguments of ``train_hf.py``, in groups: what begins, on which images, what may stay, how it is trained and kept.
+"""The arguments of ``train_hf.py``, in groups: model, data, pruning, distillation, training, checkpoints and saving.
 
-The fields are documented by what ``--help`` says of their flags.
+The help texts of the flags document the fields.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OF_DENSE = "of the dense network: a share (0.5), or a number of"
 
 @dataclass
 class ModelArguments:
-    """What the training begins with."""
+    """The initial model."""
 
     title: ClassVar[str] = "model"
     model_name_or_path: str | None = option("a saved model, on the Hub or a directory, to go on from")
@@ -44,12 +44,12 @@ class ModelArguments:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the network has learnt something already."""
+        """Whether the network starts with pretrained weights."""
         return bool(self.model_name_or_path or self.pretrained)
 
     @property
     def name(self) -> str:
-        """What the network is called."""
+        """Name of the network."""
         return str(self.model_name_or_path or self.architecture)
 
 
@@ -88,13 +88,13 @@ class DataArguments:
 
     @property
     def is_digits(self) -> bool:
-        """Whether no data are named: the images are scikit-learn's digits."""
+        """Whether the images are scikit-learn's digits, the default."""
         return self.dataset_name is None and self.train_dir is None
 
 
 @dataclass
 class PruningArguments:
-    """How much of the network may stay, and what goes when."""
+    """The budget, and which branches are removed when."""
 
     title: ClassVar[str] = "how much may stay, which branches go, and when"
     keep: float | None = option("share (0.25) or number (14) of branches to keep; default 0.25", fraction_or_number)
@@ -122,13 +122,13 @@ class PruningArguments:
 
     @property
     def has_budget(self) -> bool:
-        """Whether it is said how much may stay."""
+        """Whether a budget is given."""
         return any(getattr(self, name) is not None for name in BUDGETS)
 
 
 @dataclass
 class DistillationArguments:
-    """Who teaches."""
+    """The teacher."""
 
     title: ClassVar[str] = "distillation"
     teacher: str | None = option("self, or a saved model, on the Hub or a directory, with the same classes")
@@ -143,12 +143,12 @@ class DistillationArguments:
 
 @dataclass
 class TrainingArguments:
-    """How it is trained."""
+    """The training."""
 
     title: ClassVar[str] = "training"
     num_train_epochs: int = option("default 60; 20 for a network that begins with weights", at_least(0))
     steps_per_epoch: int | None = option(
-        "an epoch is so many steps of the optimizer, not a pass through the images; all that goes by epochs does",
+        "define an epoch as this many optimizer steps instead of one pass over the data",
         at_least(1),
     )
     eval_strategy: str = option("no: test the final network only", default="epoch", choices=["epoch", "no"])
@@ -193,7 +193,7 @@ class TrainingArguments:
 
 @dataclass
 class CheckpointArguments:
-    """What is written while it trains."""
+    """Checkpoints and logs during the training."""
 
     title: ClassVar[str] = "checkpoints and tracking"
     checkpointing_steps: int | str | None = option("a number of steps, or 'epoch'; default: none", steps_or_epoch)
@@ -210,7 +210,7 @@ class CheckpointArguments:
 
 @dataclass
 class SavingArguments:
-    """What is saved in the end, and published."""
+    """Saving and publishing of the model."""
 
     title: ClassVar[str] = "saving and the Hub"
     with_remote_code: bool = flag("add code with which transformers loads the model without this package")
@@ -224,7 +224,7 @@ class SavingArguments:
     hub_revision: str | None = option("the branch to push to; default main")
 
     def extras(self) -> dict[str, bool]:
-        """What goes into the directory besides the model, as arguments of :func:`timm_eps.save_pretrained`."""
+        """Additional files, as arguments of :func:`timm_eps.save_pretrained`."""
         return {
             "remote_code": self.with_remote_code,
             "onnx": self.with_onnx,
@@ -234,12 +234,12 @@ class SavingArguments:
 
 @dataclass
 class PaperArguments:
-    """What the paper does otherwise."""
+    """Settings of the paper."""
 
     title: ClassVar[str] = "the paper's own settings"
     epsilon: float | None = option("a fixed threshold for all branches, instead of a budget", finite)
     side_loss_weight: float | None = option("weight of the side head's loss; default 0.1 for CIFAR networks", finite)
-    per_pixel_mean: bool = flag("for CIFAR: the network takes off the mean of each pixel, not only of each channel")
+    per_pixel_mean: bool = flag("for CIFAR: the network subtracts the mean of each pixel, not only of each channel")
     lr_milestones: list[int] = option(
         "not with cosine: epochs at which the rate falls", at_least(1), [82, 123, 300], nargs="+"
     )

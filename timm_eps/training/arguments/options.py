@@ -1,4 +1,4 @@
-"""How an argument is declared once: as a typed field of a dataclass, and as a flag of the command line."""
+"""Declare an argument once, as a typed field of a dataclass and as a flag of the command line."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["add_flags", "at_least", "finite", "flag", "fraction_or_number", "jso
 def option(help: str, type: Callable[[str], Any] = str, default: Any = None, **of_flag: Any) -> Any:
     """A field that a flag sets.
 
-    transformers' ``HfArgumentParser`` derives the flag from the annotation of a field. That can say neither that a
-    number must be a share, nor that an argument is a share or a number, so the flag is described beside it.
+    transformers' ``HfArgumentParser`` derives the flag from the annotation of a field. An annotation cannot express
+    that a number must be a share, or that an argument is a share or a number, so the flag is described separately.
 
     Args:
-        help: What ``--help`` says.
-        type: Turns the word on the command line into the value; raises :class:`argparse.ArgumentTypeError`.
-        default: The value without the flag. None stands for one that depends on other arguments: it is filled in
-            before anybody reads the field, whose annotation therefore does not mention it.
-        **of_flag: As of :meth:`argparse.ArgumentParser.add_argument`.
+        help: Help text.
+        type: Function that converts the text to the value. It raises :class:`argparse.ArgumentTypeError`.
+        default: Value without the flag. None means that it depends on other arguments. It is filled in before the field
+            is used, so the annotation does not mention None.
+        **of_flag: Arguments of :meth:`argparse.ArgumentParser.add_argument`.
     """
     described = {"help": help, "type": type, "default": default, **of_flag}
     if isinstance(default, list):
@@ -41,8 +41,8 @@ def add_flags(to: Any, group: Any) -> None:
     """Add the flags of a dataclass.
 
     Args:
-        to: A parser, or a group of one.
-        group: The dataclass.
+        to: Parser or argument group.
+        group: Dataclass with the fields.
     """
     for each in fields(group):
         if each.metadata:

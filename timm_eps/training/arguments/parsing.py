@@ -1,4 +1,4 @@
-"""From the words of a command line, and those of a configuration file, to the arguments of a run."""
+"""Parse the command line and a configuration file into the arguments of a run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["parse_arguments"]
 
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> Arguments:
-    """The arguments of a run, checked as far as they can be without data and model. Exits with a message if wrong.
+    """The arguments of a run, with all checks that need no data or model. Exits with a message if they are wrong.
 
     Args:
-        argv: Words of the command line; those of this process if None.
-        description: What ``--help`` begins with.
+        argv: Words of the command line; by default those of this process.
+        description: First text of ``--help``.
 
     Raises:
         ValueError: The file of ``--config`` is not an object of arguments.
@@ -41,7 +41,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
 
 
 class _ShowDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Names each default that is a value; an option that is off, or whose default depends on others, says so itself."""
+    """Shows each default that is a value. Flags, and defaults that depend on other options, have their own text."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default in (None, False) or action.help is None or "default" in action.help:
@@ -59,16 +59,16 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
 
 
 def read_config(given: argparse.Namespace) -> list[str]:
-    """The arguments in a configuration file, as they would stand on the command line, less those that flags replace."""
+    """The arguments in a configuration file as words of a command line, without those that flags replace."""
     path = given.config
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"--config {path} is not JSON: {error}.") from error
     if not isinstance(stored, dict):
-        raise ValueError(f"--config {path} must hold an object of arguments by name, not a {type(stored).__name__}.")
+        raise ValueError(f"--config {path} must contain an object of arguments by name, not a {type(stored).__name__}.")
     if unknown := sorted(stored.keys() - vars(given).keys()):
-        raise ValueError(f"--config {path} holds {unknown[0]!r}, which is no argument; train_hf.py --help lists them.")
+        raise ValueError(f"--config {path} contains {unknown[0]!r}, which is not an argument; see train_hf.py --help.")
     has_budget = any(getattr(given, name) is not None for name in BUDGETS)
     if has_budget or given.epsilon is not None or given.no_gates:
         replaced = {*BUDGETS, "epsilon", "no_gates"} | (set() if has_budget else {"criterion", "prune_at"})

@@ -1,4 +1,4 @@
-"""Which arguments a run depended on: for its results, its card, and for taking it up again."""
+"""The arguments that affect a run: for its results, its card, and for resuming."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from .arguments import Arguments
 
 __all__ = ["binding_arguments", "hub_id", "used_arguments"]
 
-# Of these the course of a training does not depend, but for the last bits.
+# Options that do not affect training beyond floating-point rounding.
 _UNRELATED = (
     "cuda_graphs", "num_threads", "dataloader_num_workers", "per_device_eval_batch_size", "with_remote_code",
     "with_exported_program", "with_onnx",
 )  # fmt: skip
-# Nor do its results; and paths of this machine say nothing elsewhere.
+# Options that do not affect the results, and local paths.
 _UNSAID = (
     "config", "output_dir", "compare_dense", "dry_run", "license", "train_dir", "validation_dir", "test_dir",
     "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "checkpointing_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "with_tracking", "report_to", "logging_steps",
 )  # fmt: skip
-# Values of which a reader learns nothing.
+# Values without information for a reader.
 _PLAIN: dict[str, Any] = {
     "train_split_name": "train",
     "augmentation": "crop",
@@ -33,17 +33,17 @@ _PLAIN: dict[str, Any] = {
 
 
 def hub_id(name: str | None) -> str | None:
-    """A name on the Hub; None for a directory, whose path means nothing elsewhere."""
+    """A name on the Hub; None for a directory, whose path is only local."""
     return None if name is None or Path(name).exists() else name
 
 
 def binding_arguments(args: Arguments) -> dict[str, Any]:
-    """Those that must be the same when a run is taken up again."""
+    """Arguments that must be the same when a run resumes."""
     return {name: value for name, value in used_arguments(args).items() if name not in _UNRELATED}
 
 
 def used_arguments(args: Arguments) -> dict[str, Any]:
-    """What the run depended on, without paths of this machine and what the options at hand do not read."""
+    """Arguments that affect the result, without local paths and unused options."""
     flat = args.flat()
     unsaid = {*_UNSAID, *_unread(args)} | {name for name, value in _PLAIN.items() if flat[name] == value}
     unsaid |= {name for name in ("dataset_name", "model_name_or_path", "teacher") if hub_id(flat[name]) is None}
@@ -53,7 +53,7 @@ def used_arguments(args: Arguments) -> dict[str, Any]:
 
 
 def _unread(args: Arguments) -> set[str]:
-    """Those that nothing reads, given the others."""
+    """Arguments that are unused, given the others."""
     steps, decay = {"lr_milestones", "lr_restart_milestones", "lr_factors"}, {"lr_decay_start", "num_warmup_steps"}
     unread = {"cosine": steps, "multistep": decay | {"lr_restart_milestones"}, "restarting": decay}[
         args.training.lr_scheduler

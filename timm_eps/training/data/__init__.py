@@ -1,4 +1,4 @@
-"""Images from ``datasets`` into batches of tensors: found, decoded, ordered, augmented."""
+"""Find, decode, order and augment images from ``datasets`` as batches of tensors."""
 
 from .augment import Distort, Draws, Normalize, PadCropFlip, channel_mean, pixel_mean
 from .batches import Images, TrainingBatches, evaluation_batches

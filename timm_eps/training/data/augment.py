@@ -1,4 +1,4 @@
-"""Augmentation by the batch, where the batch is, and the last step into the network."""
+"""Augmentation of whole batches on their device, and normalisation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["Distort", "Draws", "Normalize", "PadCropFlip", "channel_mean", "pixe
 class Draws:
     """Random numbers, one row for each image of a batch.
 
-    Several processes that share a batch draw for all of it from generators in the same state, and each keeps the rows
-    of its part: together they augment it as one process would.
+    If several processes share a batch, each draws numbers for the whole batch from generators in the same state, and
+    keeps the rows of its part. The result is the same as with one process.
 
     Args:
-        generator: On the CPU; torch's global one if None.
-        rank: Which part of the batch this process has.
-        processes: Into how many equal parts the batch is divided.
+        generator: Generator on the CPU; torch's global one if None.
+        rank: Index of this process's part of the batch.
+        processes: Number of equal parts of the batch.
     """
 
     def __init__(self, generator: torch.Generator | None = None, rank: int = 0, processes: int = 1) -> None:
@@ -29,11 +29,11 @@ class Draws:
         self.processes = processes
 
     def integers(self, end: int, batch: int) -> Tensor:
-        """(batch, 1), whole numbers from 0 up to but without ``end``."""
+        """Whole numbers from 0 to ``end - 1``, (batch, 1)."""
         return self._own(torch.randint(end, (batch * self.processes, 1), generator=self.generator))
 
     def uniform(self, batch: int, *shape: int) -> Tensor:
-        """(batch, *shape), from 0 to 1."""
+        """Numbers from 0 to 1, (batch, *shape)."""
         return self._own(torch.rand((batch * self.processes, *shape), generator=self.generator))
 
     def _own(self, numbers: Tensor) -> Tensor:
@@ -43,8 +43,8 @@ class Draws:
 class PadCropFlip(nn.Module):
     """The augmentation of the CIFAR recipe on a uint8 batch: zero padding, a random crop, a random mirror image.
 
-    (B, C, H, W) -> (B, C, H, W), one offset and one coin an image, drawn on the CPU. The result lies in memory with the
-    channels last.
+    (B, C, H, W) -> (B, C, H, W), with one offset and one flip decision per image, drawn on the CPU. The result is in
+    channels-last memory format.
 
     Args:
         padding: Pixels on each side.
@@ -63,7 +63,7 @@ class PadCropFlip(nn.Module):
         rows, columns = (draws.integers(2 * self.padding + 1, batch) + torch.arange(n) for n in (height, width))
         if self.flip:
             columns = torch.where(draws.uniform(batch, 1) < 0.5, columns.flip(1), columns)
-        # One gather of whole pixels: where each pixel of each crop lies in the padded images, counted through.
+        # One gather of whole pixels, by the flat index of each pixel of each crop in the padded images.
         first = torch.arange(batch) * padded[0, ..., 0].numel()
         place = first[:, None, None] + rows[:, :, None] * padded.shape[2] + columns[:, None, :]
         pixels = padded.reshape(-1, channels).index_select(0, _beside(images, place.flatten()))
@@ -73,9 +73,9 @@ class PadCropFlip(nn.Module):
 class Distort(nn.Module):
     """The augmentation of the SVHN recipe on a uint8 batch: brightness, contrast, a smooth deformation, a random crop.
 
-    (B, C, H, W) -> (B, C, H, W), drawn for each image on its own, on the CPU. Brightness changes by up to 10 of 255,
-    contrast by up to a fifth. The deformation moves four anchors in the padded image by up to 3 pixels (of 40), and
-    what is around them by less, as a Gaussian of the distance.
+    (B, C, H, W) -> (B, C, H, W), with separate random numbers for each image, drawn on the CPU. Brightness changes by
+    up to 10 of 255, contrast by up to a fifth. The deformation moves four anchors in the padded image by up to 3 pixels
+    (of 40), and pixels around them by less, as a Gaussian of the distance.
 
     Args:
         padding: Pixels on each side.
@@ -83,7 +83,7 @@ class Distort(nn.Module):
     Source: https://github.com/yuxwind/epsilonResnet, the SVHN script.
     """
 
-    ANCHORS = (0.2, 0.8)  # in both directions, as a share of the side
+    ANCHORS = (0.2, 0.8)  # in both directions, as a fraction of the side
     VARIANCE = 0.2  # in squares of the side
     LARGEST_SHIFT = 3 / 40  # of the side
 
@@ -99,7 +99,7 @@ class Distort(nn.Module):
         x = (x + 10 * brightness).clamp_(0, 255)
         mean = x.mean((2, 3), keepdim=True)
         x = ((x - mean) * (1 + 0.2 * contrast) + mean).clamp_(0, 255)
-        # Where each pixel of the crop lies in the padded image, and where it reads, both from 0 to 1.
+        # Position of each pixel of the crop in the padded image, and its source position, both from 0 to 1.
         sides = height + 2 * self.padding, width + 2 * self.padding
         rows, columns = (
             (draws.integers(2 * self.padding + 1, batch) + torch.arange(n) + 0.5) / side
@@ -118,12 +118,12 @@ class Distort(nn.Module):
 
 
 def _beside(other: Tensor, drawn: Tensor) -> Tensor:
-    """``drawn`` on the device of ``other``; from pinned memory, since a copy from other memory waits for the device."""
+    """``drawn`` on the device of ``other``, through pinned memory, because other copies wait for the device."""
     return drawn.pin_memory().to(other.device, non_blocking=True) if other.is_cuda else drawn.to(other.device)
 
 
 class Normalize(nn.Module):
-    """uint8 images (B, C, H, W) to what the network reads, float32, bit for bit as timm's evaluation transform.
+    """uint8 images (B, C, H, W) to the network's input, float32, bit for bit like timm's evaluation transform.
 
     Args:
         pretrained_cfg: timm's description of the input, with ``mean`` and ``std`` on the scale from 0 to 1.
@@ -138,7 +138,7 @@ class Normalize(nn.Module):
             self.register_buffer(name, torch.tensor(pretrained_cfg[name]).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        # In place after the first: on the CPU, fetching memory takes many times longer than the arithmetic.
+        # In place after the first operation, because on the CPU memory allocation takes longer than the arithmetic.
         return images.to(torch.float32, copy=True).div_(255).sub_(self.mean).div_(self.std)
 
 

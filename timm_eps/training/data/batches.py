@@ -1,6 +1,6 @@
-"""Which images a process sees, in which order: a function of the seed, the epoch, the rank, and nothing else.
+"""The order of the images for each process. It depends only on the seed, the epoch and the rank.
 
-So a run that was stopped can be taken up at any batch, and several processes see together what one would see.
+A run can therefore resume at any batch, and several processes together see the same images as one process.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from .images import ImageFiles, ImageStream, ImageTensors, Item
 __all__ = ["Batch", "TrainingBatches", "evaluation_batches"]
 
 Images: TypeAlias = ImageTensors | ImageFiles | ImageStream
-# Images uint8 (B, C, H, W), labels (B,), and the names of those that could not be read.
+# Images uint8 (B, C, H, W), labels (B,), and the names of images that could not be read.
 Batch = tuple[Tensor, Tensor, list[str]]
 
 
 @dataclass
 class TrainingBatches:
-    """The batches of one process, an epoch after the other, from any position on.
+    """The batches of one process, epoch by epoch, from any position.
 
-    All processes have as many batches, of the same sizes: the images that would make the last one uneven are left out,
-    others in each epoch. So is a last batch of one image a process, whose variance batch norm cannot take. The place
-    of an image that cannot be read is taken by another one of its batch.
+    All processes have the same number of batches, of the same sizes. Images that would make the last batch uneven are
+    dropped, different ones in each epoch. A final batch with one image per process is dropped too, because batch norm
+    cannot compute a variance from it. An image that cannot be read is replaced by another one of its batch.
 
-    An epoch is one pass through the images, or ``per_epoch`` batches, which go on where the epoch before ended.
+    An epoch is one pass through the images, or ``per_epoch`` batches, which continue where the previous epoch ended.
 
-    An epoch of a stream is its ``length`` of images, shuffled in a buffer and divided among the processes; where a
-    process comes to the end of its part, it begins again.
+    An epoch of a stream has ``length`` images, shuffled in a buffer and divided among the processes. At the end of its
+    part, a process starts again.
 
     Args:
-        split: The images.
-        batch_size: Of one process.
-        seed: Of the order, and of what is random in reading an image.
-        rank: Which process this is.
-        processes: How many there are.
-        num_workers: Processes that read images; 0 reads in this one. Images in memory need none.
-        pin_memory: Whether batches are put where an accelerator fetches them without waiting.
-        buffer_size: Number of images of a stream among which the next one is drawn.
-        per_epoch: Batches of an epoch, if it is not a pass; not for streams, whose length says it.
+        split: Images.
+        batch_size: Batch size of one process.
+        seed: Seed of the order, and of random transforms of each image.
+        rank: Index of this process.
+        processes: Number of processes.
+        num_workers: Number of worker processes that read images; 0 reads in this process. Images in memory need none.
+        pin_memory: Whether to put batches in pinned memory, for asynchronous copies to an accelerator.
+        buffer_size: Size of the shuffle buffer of a stream.
+        per_epoch: Number of batches per epoch, if an epoch is not a pass; not for streams, which have a length.
 
     Raises:
         ValueError: There are not enough images for a batch in each process, or a stream has no length.
@@ -81,8 +81,8 @@ class TrainingBatches:
         """Batches of (images uint8 (B, C, H, W), labels (B,), names of images that could not be read).
 
         Args:
-            number: Of the epoch, from 0.
-            skip: How many batches have been there already; they are not read again.
+            number: Index of the epoch, from 0.
+            skip: Number of finished batches. They are not read again.
         """
         requests = self._from_stream if isinstance(self.split, ImageStream) else self._from_table
         batches = _Requests(lambda: requests(number, skip), len(self) - skip)
@@ -101,7 +101,7 @@ class TrainingBatches:
             yield order[part].tolist() if isinstance(self.split, ImageTensors) else list(pairs)
 
     def _order(self, number: int) -> tuple[Tensor, Tensor]:
-        """Of a pass through the images: their indices, and a seed for what is random in reading each."""
+        """The indices of one pass through the images, and a seed for the random transforms of each image."""
         generator = torch.Generator().manual_seed(_seed(self.seed, number))
         order = torch.randperm(len(self.split), generator=generator)  # type: ignore[arg-type]
         return order, torch.randint(2**62, order.shape, generator=generator)
@@ -119,7 +119,7 @@ class TrainingBatches:
         shuffled = self.split.source.shuffle(seed=self.seed, buffer_size=self.buffer_size)
         own = split_dataset_by_node(shuffled, self.rank, self.processes)
         for turn in itertools.count():
-            own.set_epoch(epoch + turn * 2**20)  # an order that no epoch has
+            own.set_epoch(epoch + turn * 2**20)  # an order different from all epochs
             is_empty = True
             for row in self.split.rows(own):
                 is_empty = False
@@ -129,7 +129,7 @@ class TrainingBatches:
 
 
 def _seed(*numbers: int) -> int:
-    """One number for several; others for others, also where their sums agree."""
+    """One seed from several numbers, different for different numbers."""
     return random.Random(repr(numbers)).getrandbits(62)
 
 
@@ -142,13 +142,13 @@ def evaluation_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """The images of one process to test on: those of all processes together are each image once.
+    """The evaluation images of one process. All processes together have each image once.
 
-    Batches are as those of :class:`TrainingBatches`, but lack what cannot be read; one may be empty. The arguments
-    are the same.
+    Batches are like those of :class:`TrainingBatches`, but without images that cannot be read, so a batch may be empty.
+    The arguments are the same.
     """
     if isinstance(split, ImageStream):
-        # Row by row: parts by file would be other rows where the source is the beginning of a stream.
+        # Row by row: parts by file would have other rows if the source is the beginning of a stream.
         def rows() -> Iterator[tuple[Any, int, None]]:
             for row in itertools.islice(split.rows(split.source), rank, None, processes):
                 yield *row, None
@@ -161,7 +161,7 @@ def evaluation_batches(
 
 
 class _Requests:
-    """What torch calls a batch sampler: it says what a loader asks the data set for."""
+    """A torch batch sampler, which determines the requests of a loader to the data set."""
 
     def __init__(self, make: Callable[[], Iterator[list[Any]]], length: int | None = None) -> None:
         self.make = make
@@ -193,13 +193,13 @@ def _loader(
         pin_memory=pin_memory,
         collate_fn=_as_it_is if in_memory else collate,
         worker_init_fn=_ignore_interrupts,
-        # Of nothing here; but without one of its own a loader draws from torch's global one.
+        # Unused, but without a generator a loader would draw from torch's global one.
         generator=torch.Generator().manual_seed(0),
     )
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """A terminal sends Ctrl-C to these processes too, but the one that trains needs them to end its step."""
+    """Ignore Ctrl-C, which a terminal also sends to workers, because the training needs them to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

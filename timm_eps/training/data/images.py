@@ -1,9 +1,9 @@
-"""Pictures of any kind into uint8 tensors of the model's input size.
+"""Convert pictures of any format to uint8 tensors of the model's input size.
 
-Small images are cheap to hold and dear to decode, so a split becomes one tensor (N, C, H, W). Large ones are decoded
-when they are needed, from a table or from a stream. The geometry for evaluation is in all cases that of timm's
-evaluation transform for the model, which is what image processors and pipelines apply later: what is measured here is
-what they will compute.
+Small images need little memory but take time to decode, so a split becomes one tensor (N, C, H, W). Large images are
+decoded when they are needed, from a table or from a stream. For evaluation, the geometry is always the one of timm's
+evaluation transform for the model. Image processors and pipelines apply the same transform, so they get the same
+accuracy.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def open_image(cell: dict[str, Any], mode: str) -> Image.Image:
     """Decode a picture.
 
     Args:
-        cell: What a column of type ``datasets.Image(decode=False)`` holds: ``bytes``, ``path``, or both.
-        mode: ``RGB`` or ``L``. An alpha channel is dropped, as image processors do. 16 bits a pixel become 8, which
-            Pillow would clip.
+        cell: Value of a column of type ``datasets.Image(decode=False)``: ``bytes``, ``path``, or both.
+        mode: ``RGB`` or ``L``. An alpha channel is dropped, as in image processors. 16 bits per pixel are scaled to 8,
+            because Pillow would clip them.
 
     Raises:
         OSError: The picture cannot be read.
@@ -50,17 +50,17 @@ def open_image(cell: dict[str, Any], mode: str) -> Image.Image:
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         return image.convert(mode)
-    except Exception as error:  # formats are read by plug-ins, and damaged files make them raise anything
+    except Exception as error:  # Pillow's plug-ins may raise any error for damaged files
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass
 class ImageReader:
-    """From a cell of an image column to a tensor.
+    """Converts a cell of an image column to a tensor.
 
     Args:
-        mode: Of :func:`open_image`.
-        transform: A picture to uint8 (C, H, W).
+        mode: Mode of :func:`open_image`.
+        transform: Function from a picture to uint8 (C, H, W).
     """
 
     mode: str
@@ -79,9 +79,9 @@ class ImageReader:
 
         Args:
             pretrained_cfg: timm's description of the input: ``input_size`` (C, H, W), ``interpolation``, ``crop_pct``.
-            training: Random crops of 8 to 100 % of the area, resized, instead of the centre.
-            flip: With ``training``: whether to mirror half the images.
-            color_jitter: With ``training``: largest relative change of brightness, contrast and saturation.
+            training: Whether to use resized random crops of 8 to 100 % of the area instead of the centre.
+            flip: Whether to mirror half the images, with ``training``.
+            color_jitter: Largest relative change of brightness, contrast and saturation, with ``training``.
         """
         geometry = resolve_data_config(pretrained_cfg=pretrained_cfg)
         augmentation: dict[str, Any] = (
@@ -91,7 +91,7 @@ class ImageReader:
         return cls(mode, create_transform(**geometry, normalize=False, **augmentation))
 
     def __call__(self, cell: dict[str, Any], seed: int | None = None) -> Tensor | None:
-        """uint8 (C, H, W), None if it cannot be read; ``seed`` alone decides on what is random in the transform."""
+        """uint8 (C, H, W), or None if the image cannot be read. ``seed`` alone determines the random transform."""
         try:
             image = open_image(cell, self.mode)
         except OSError:
@@ -104,7 +104,7 @@ class ImageReader:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Python's and torch's random numbers begin at ``seed``, and go on afterwards as if nothing had been."""
+    """Seed Python's and torch's random numbers temporarily, and restore their states afterwards."""
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -119,7 +119,7 @@ def _seeded(seed: int) -> Iterator[None]:
 class ImageTensors(Dataset):
     """A split in memory: ``images`` uint8 (N, C, H, W), ``labels`` int64 (N,), and the names of the classes.
 
-    ``unreadable`` are the names of the images that were left out.
+    ``unreadable`` has the names of the images that were left out.
     """
 
     images: Tensor
@@ -131,7 +131,7 @@ class ImageTensors(Dataset):
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, list[str]]:
-        # torch's loader asks for a whole batch at once where this method exists.
+        # torch's loader requests a whole batch at once if this method exists.
         chosen = torch.as_tensor(indices)
         return self.images.index_select(0, chosen), self.labels.index_select(0, chosen), []
 
@@ -182,14 +182,14 @@ def _check_memory(shape: tuple[int, ...]) -> None:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > 0.8 * there:
             raise ValueError(
-                f"{shape[0]:,} images of {'x'.join(map(str, shape[1:]))} take {needed / 2**30:.0f} GiB, of "
-                f"{there / 2**30:.0f} in this machine; --augmentation resized_crop reads them when they are needed."
+                f"{shape[0]:,} images of {'x'.join(map(str, shape[1:]))} need {needed / 2**30:.0f} GiB, but "
+                f"this machine has {there / 2**30:.0f}; --augmentation resized_crop reads them when they are needed."
             )
 
 
 @dataclass
 class ImageFiles(Dataset):
-    """A split whose images are decoded when they are asked for, by their number or by (number, seed)."""
+    """A split whose images are decoded on request, by their index or by (index, seed)."""
 
     rows: datasets.Dataset
     image_column: str
@@ -217,7 +217,7 @@ class ImageFiles(Dataset):
 
         Args:
             dataset: A split with an image and a class label column.
-            read: What makes tensors of its cells.
+            read: Reader that converts cells to tensors.
             image_column: Its image column; found by type if None.
             label_column: Its label column; found by type if None.
 
@@ -237,14 +237,14 @@ class ImageFiles(Dataset):
 
 @dataclass
 class ImageStream(Dataset):
-    """A split that is read in order, as it comes from the disk or the network.
+    """A split that is read in the order of the disk or the internet.
 
-    As a data set it is asked for its rows themselves, ``(cell, label, seed)``, and decodes them: so worker processes
-    share the work in any number without a change of the order.
+    The items requested from this data set are rows, ``(cell, label, seed)``, which it decodes. Any number of worker
+    processes can therefore share the work without changing the order.
 
     Args:
         source: Rows with an image and a class label column.
-        length: Number of images that one epoch is made of; None for an evaluation to the end.
+        length: Number of images per epoch; None for an evaluation to the end.
     """
 
     source: datasets.IterableDataset
@@ -257,7 +257,7 @@ class ImageStream(Dataset):
     def __len__(self) -> int:
         if self.length is None:
             raise ValueError(
-                "The stream does not say how many images it has; --max_train_samples makes so many an epoch."
+                "The number of images of the stream is unknown; set the images per epoch with --max_train_samples."
             )
         return self.length
 
@@ -286,7 +286,7 @@ class ImageStream(Dataset):
         return cls(source, image_column, label_column, read, names, length)
 
     def rows(self, source: datasets.IterableDataset) -> Iterator[tuple[dict[str, Any], int]]:
-        """(cell, label) of each row of the source, or of a part of it. Raises ValueError for a label of no class."""
+        """(cell, label) of each row of the source, or of a part of it. Raises ValueError for an invalid label."""
         for row in source:
             [label] = check_labels([row[self.label_column]], self.label_column, self.label_names)
             yield row[self.image_column], label
@@ -297,7 +297,7 @@ class ImageStream(Dataset):
 
 
 def pictures(rows: datasets.Dataset | datasets.IterableDataset, column: str, count: int) -> list[Image.Image]:
-    """The first pictures of a split that can be read, in RGB: those that ``first`` makes tensors of."""
+    """The first readable pictures of a split in RGB, the same ones as in ``first``."""
     found: list[Image.Image] = []
     for row in rows.select_columns([column]).cast_column(column, datasets.Image(decode=False)):
         if len(found) == count:

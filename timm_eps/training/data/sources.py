@@ -1,4 +1,4 @@
-"""Where images come from: the Hub, folders, tables, the digits; in which columns they are, and of which classes."""
+"""Load images from the Hub, folders, tables, or the digits, and find their columns and classes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def find_columns(
 
     Args:
         features: The features of a data set.
-        image_column: Taken as it is if given; else the only column of type ``Image``.
-        label_column: Taken as it is if given; else the only column of type ``ClassLabel``.
+        image_column: Name of the image column; by default the only column of type ``Image``.
+        label_column: Name of the label column; by default the only column of type ``ClassLabel``.
 
     Raises:
-        ValueError: A named column is not there or not of that type, or there is none or more than one to choose from.
+        ValueError: A named column does not exist or has another type, or there is no column or more than one of the
+            type.
     """
     return (
         _find_column(features, datasets.Image, image_column, "--image_column_name"),
@@ -39,12 +40,12 @@ def find_columns(
 
 
 def _find_column(features: datasets.Features | None, kind: type, name: str | None, flag: str) -> str:
-    known = features or {}  # of some streams nothing is known
+    known = features or {}  # unknown for some streams
     columns = ", ".join(f"{key} ({type(value).__name__})" for key, value in known.items()) or "unknown"
     matching = [key for key, value in known.items() if isinstance(value, kind)]
     if name is not None:
         if name not in matching:
-            raise ValueError(f"{flag} {name!r} is no column of type {kind.__name__}. Columns: {columns}.")
+            raise ValueError(f"{flag} {name!r} is not a column of type {kind.__name__}. Columns: {columns}.")
         return name
     if len(matching) != 1:
         found = f"{len(matching)} columns" if matching else "no column"
@@ -74,7 +75,7 @@ def load_digits(fold: int = 0) -> datasets.DatasetDict:
     if fold not in range(DIGITS_FOLDS):
         raise ValueError(f"fold must be 0 to {DIGITS_FOLDS - 1}, got {fold!r}.")
     bunch = load()
-    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # the source counts from 0 to 16
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # the source has values from 0 to 16
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in bunch.target_names])}
     )
@@ -103,30 +104,30 @@ def load_splits(
     test_dir: str | None = None,
     test_split_name: str | None = None,
 ) -> tuple[dict[str, Rows], str, int | None]:
-    """Training and validation images from the Hub or from folders, and images to test on if they are named.
+    """Training and validation images from the Hub or from folders, and test images if they are named.
 
     Args:
         dataset_name: A data set on the Hub, or a local directory that ``datasets.load_dataset`` reads.
-        dataset_config_name: Its configuration, such as ``cropped_digits``.
-        train_dir: A directory with one sub-directory of images a class.
-        validation_dir: The same for validation.
+        dataset_config_name: Configuration of the data set, such as ``cropped_digits``.
+        train_dir: A directory with one sub-directory of images per class.
+        validation_dir: Such a directory for validation.
         train_val_split: Share of the training images to validate on, stratified by label, if there is no
             validation or test split.
         image_column: The image column; found by type if None. If it is named, it may hold encoded files or paths.
         label_column: The label column; found by type if None. If it is named, it may hold numbers or strings.
-        seed: Of that split.
+        seed: Seed of that split.
         train_split_name: The split to train on, or several joined by ``+``, such as ``train+extra``.
-        streaming: Read the images as they come, and keep none of them on the disk.
-        test_dir: A directory as ``train_dir``, of images to test on; they are not validated on.
-        test_split_name: A split of the data set to test on; it is not validated on.
+        streaming: Whether to stream the images without storing them on the disk.
+        test_dir: A directory of test images, like ``train_dir``. They are not used for validation.
+        test_split_name: A split of the data set for testing. It is not used for validation.
 
     Returns:
-        Splits ``train`` and ``validation``, and ``test`` if it is named; which images are validated on; and the number
-        of training images, None for a stream that does not say.
+        Splits ``train`` and ``validation``, and ``test`` if it is named; a name of the validation images; and the
+            number of training images, None for a stream of unknown length.
 
     Raises:
-        ValueError: Nothing to load is named, a split to train or to test on is not there, a stream has no split to
-            validate on, or a named column cannot be used.
+        ValueError: No images are named, a training or test split does not exist, a stream has no validation split, or a
+            named column cannot be used.
     """
     if dataset_name is not None:
         splits = datasets.load_dataset(
@@ -154,7 +155,7 @@ def load_splits(
     if tested:
         found["validation"] = splits[tested]
     elif streaming:
-        raise ValueError(f"The stream has no split to validate on, only {sorted(splits)}; train without --streaming.")
+        raise ValueError(f"The stream has no validation split, only {sorted(splits)}; train without --streaming.")
     found = _with_types(found, image_column, label_column)
     if tested:
         known = [length for length in lengths if length is not None]
@@ -165,7 +166,7 @@ def load_splits(
     counts = collections.Counter(found["train"][label])
     if lonely := [names[number] for number, count in counts.items() if count < 2]:
         raise ValueError(
-            f"{label}: class {lonely[0]!r} has one image, which cannot be trained on and validated on. Add images, "
+            f"{label}: class {lonely[0]!r} has one image, but training and validation need one each. Add images, "
             "leave the class out, or name a validation split."
         )
     halves = found["train"].train_test_split(train_val_split, stratify_by_column=label, seed=seed)
@@ -175,7 +176,7 @@ def load_splits(
 
 
 def _cache_of(directory: str) -> str | None:
-    """A cache for the files of a directory as they are now: ``datasets`` knows directories by their last name only."""
+    """A cache directory for the current files: ``datasets`` identifies directories only by their last name."""
     if not os.path.isdir(directory):
         return None
     files = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(directory).resolve().rglob("*"))
@@ -190,23 +191,23 @@ def _length(split: Rows, name: str) -> int | None:
 
 
 def _with_types(splits: dict[str, Rows], image_column: str | None, label_column: str | None) -> dict[str, Rows]:
-    """Named columns that say less than they hold are given their types: images, and classes by name."""
+    """Convert named columns to their types: images, and classes by name."""
     features = splits["train"].features or {}
     if image_column in features and not isinstance(features[image_column], datasets.Image):
         try:
             splits = {name: rows.cast_column(image_column, datasets.Image()) for name, rows in splits.items()}
         except (TypeError, ValueError, NotImplementedError) as error:
             kind = type(features[image_column]).__name__
-            raise ValueError(f"--image_column_name {image_column!r} ({kind}) holds no images: {error}.") from error
+            raise ValueError(f"--image_column_name {image_column!r} ({kind}) contains no images: {error}.") from error
     if label_column is not None and isinstance(features.get(label_column), datasets.Value):
         dtype = features[label_column].dtype
         if not dtype.startswith(("int", "uint", "string", "large_string", "bool")):
             raise ValueError(
-                f"--label_column_name {label_column!r} holds {dtype}; classes are strings or whole numbers."
+                f"--label_column_name {label_column!r} contains {dtype}; classes must be strings or whole numbers."
             )
         if isinstance(splits["train"], datasets.IterableDataset):
             raise ValueError(
-                f"--label_column_name {label_column!r} holds {dtype}; which classes there are is not known of a stream "
+                f"--label_column_name {label_column!r} contains {dtype}, but the classes of a stream are unknown "
                 "before its end. Train without --streaming, or store the column as a ClassLabel."
             )
         values = sorted(value for value in splits["train"].unique(label_column) if value is not None)
@@ -227,25 +228,25 @@ def _as_classes(
 
 
 def check_labels(labels: Sequence[int | None], column: str, names: Sequence[str]) -> list[int]:
-    """The labels; raises ValueError if one is of no class."""
+    """The labels. Raises ValueError for a label without a class."""
     numbers = [-1 if label is None else label for label in labels]
     if numbers and not 0 <= min(numbers) <= max(numbers) < len(names):
         raise ValueError(
-            f"Column {column!r} holds labels from {min(numbers)} to {max(numbers)}, but its classes are 0 to "
+            f"Column {column!r} contains labels from {min(numbers)} to {max(numbers)}, but its classes are 0 to "
             f"{len(names) - 1}. A split without labels cannot be used."
         )
     return numbers
 
 
 def check_classes(train: Any, *, all_trained: bool = True, **others: Any) -> None:
-    """Raise ValueError if splits number classes differently, or a class to test on was never trained.
+    """Raise ValueError if splits have different classes, or a class of another split has no training image.
 
-    The latter is not known of streams, and not looked for without ``all_trained``: a sample may lack classes.
+    The latter is not checked for streams, or without ``all_trained``, because a sample may lack classes.
 
     Args:
-        train: The images to train on.
+        train: Training images.
         all_trained: Whether these are all training images.
-        others: The other splits, by name.
+        others: Other splits, by name.
     """
     for name, split in others.items():
         if train.label_names != split.label_names:
@@ -261,7 +262,7 @@ def check_classes(train: Any, *, all_trained: bool = True, **others: Any) -> Non
 
 
 def sample(split: Rows, most: int | None, seed: int) -> Rows:
-    """At most so many rows, drawn by the seed, of a stream the first; all of them, in order, if ``most`` is None."""
+    """At most ``most`` random rows (of a stream, the first ones); all rows, in order, if ``most`` is None."""
     if most is None:
         return split
     if isinstance(split, datasets.IterableDataset):
