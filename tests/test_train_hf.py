@@ -15,7 +15,12 @@ import timm
 import torch
 from conftest import make_dataset, mostly_slow
 from timm.data import IMAGENET_DEFAULT_MEAN
-from transformers import AutoModelForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+)
 
 import timm_eps
 import train_hf
@@ -312,12 +317,49 @@ def test_pruned_model_is_fine_tuned_further(tmp_path):
     )
 
 
-def test_only_this_packages_models_go_on(tmp_path):
-    from transformers import TimmWrapperConfig
+@pytest.mark.parametrize("saved_by", ["timm", "transformers"])
+def test_a_network_that_was_saved_without_gates_is_pruned(tmp_path, saved_by):
+    dense = timm.create_model("test_resnet", num_classes=10)
+    if saved_by == "timm":
+        timm.models.save_for_hf(dense, tmp_path / "dense", model_config={"num_classes": 10}, safe_serialization=True)
+    else:
+        cfg = {name: dense.pretrained_cfg[name] for name in ("input_size", "mean", "std", "crop_pct", "interpolation")}
+        config = TimmWrapperConfig(architecture="test_resnet", num_labels=10, pretrained_cfg=cfg)
+        wrapper = TimmWrapperForImageClassification(config)
+        wrapper.timm_model.load_state_dict(dense.state_dict())
+        wrapper.save_pretrained(tmp_path / "dense")
+    results = train_hf.main(
+        ["--model_name_or_path", str(tmp_path / "dense"), "--num_train_epochs", "0", "--keep", "0.5", "--image_size",
+         "32", "--max_train_samples", "40", "--max_eval_samples", "20", "--output_dir", str(tmp_path / "out")]
+    )  # fmt: skip
+    assert (results["architecture"], results["blocks_kept"]) == ("eps_test_resnet", 2)
+    pruned = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).state_dict()
+    kept = {name for name in pruned if not name.startswith("fc.") and "num_batches" not in name}
+    assert all(torch.equal(pruned[name], dense.state_dict()[name]) for name in kept if "running" not in name)
 
-    TimmWrapperConfig(architecture="resnet18").save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="is a timm_wrapper, not an eps_resnet"):
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: ViTConfig(num_hidden_layers=1).save_pretrained(path), "is a vit model of transformers. Only"),
+        (lambda path: path.write_bytes(b"weights"), "is a file. Load it into a model of timm.create_model"),
+        (lambda path: None, "is not a directory with config.json, and cannot be read from the Hub"),
+    ],
+)
+def test_other_models_are_refused_with_a_remedy(tmp_path, make, message):
+    make(tmp_path / "other")
+    with pytest.raises(ValueError, match=message):
         train_hf.main(["--model_name_or_path", str(tmp_path / "other"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_mistyped_directory_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_hf.main(["--train_dir", str(tmp_path / "trian"), "--output_dir", str(tmp_path / "out")])
+    assert f"--train_dir {tmp_path / 'trian'} does not exist" in capsys.readouterr().err
+
+
+def test_the_name_of_a_twin_may_lack_its_prefix():
+    assert parse(["--architecture", "resnet50"]).architecture == "eps_resnet50"
 
 
 def test_fixed_epsilon_without_live_removal(tmp_path):

@@ -124,7 +124,7 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         config_dict = check_config(config_dict, is_cifar=is_cifar_network)
-        if config_dict.get("model_type") == TimmWrapperConfig.model_type:  # timm network in a stock wrapper
+        if config_dict.get("model_type") in (None, TimmWrapperConfig.model_type):  # saved by timm, or in its wrapper
             config_dict["architecture"] = twin_name(config_dict["architecture"].partition(".")[0])
         # Only the code in the repository needs these. This package plans the edits from the removed branches.
         config_dict = {name: value for name, value in config_dict.items() if name not in _OF_REMOTE_CODE}

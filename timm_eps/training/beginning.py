@@ -8,10 +8,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
-from transformers import AutoConfig
 
 from ..analysis.cutting import prune
 from ..files.config_checks import check_slots
+from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..hf.distillation import Distillation
 from ..surgery.branches import gates
 from ..surgery.removal import removed_slots
@@ -34,7 +34,7 @@ def knows_classes(args: ModelArguments, images: ImageData) -> bool:
     """Whether the network has a saved classifier for the classes of the images."""
     if not args.model_name_or_path:
         return False
-    return AutoConfig.from_pretrained(args.model_name_or_path).num_labels == len(images.label_names)
+    return EpsResNetConfig.from_pretrained(args.model_name_or_path).num_labels == len(images.label_names)
 
 
 def dense_epochs(args: Arguments, is_trained: bool) -> int:

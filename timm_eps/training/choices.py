@@ -108,7 +108,7 @@ def describe(args: PruningArguments, model: nn.Module, batches: Batches, is_trai
         return "\n".join(lines)
     if args.prune_at == "ramp":
         _check_reachable(report, budget, args.latency_batch_size)
-        lines.append(f"{budget} can be reached. The branches to remove are chosen during training.")
+        lines.append("The target can be reached. The branches to remove are chosen during training.")
         return "\n".join(lines)
     kind = f"by {args.criterion}"
     if args.criterion == "leave_one_out":

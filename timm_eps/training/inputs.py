@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from PIL.Image import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from transformers import AutoConfig
 
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..hub.remote_code import check_remote_name
@@ -130,13 +129,42 @@ def load_splits(args: Arguments) -> tuple[dict[str, Any], dict[str, Any], int | 
     return splits, about, given.max_train_samples if given.streaming and given.max_train_samples else length
 
 
+def saved_config(name: str) -> EpsResNetConfig:
+    """The configuration of a saved model, of this package, of timm, or of transformers' wrapper around timm.
+
+    Args:
+        name: Name on the Hub, or a directory.
+
+    Raises:
+        ValueError: The model does not exist, or is not a network of timm.
+    """
+    if Path(name).is_file():
+        raise ValueError(
+            f"--model_name_or_path {name} is a file. Load it into a model of timm.create_model, then save that with "
+            "timm_eps.save_pretrained."
+        )
+    try:
+        stored, _ = EpsResNetConfig.get_config_dict(name)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"--model_name_or_path {name} is not a directory with config.json, and cannot be read from the Hub: "
+            f"{reason}"
+        ) from error
+    if "architecture" not in stored:
+        kind = stored.get("model_type", "unknown")
+        raise ValueError(
+            f"--model_name_or_path {name} is a {kind} model of transformers. Only networks of timm can be pruned; "
+            "timm.list_models('eps_*') lists them."
+        )
+    return EpsResNetConfig.from_dict(stored)
+
+
 def starting_config(args: Arguments) -> EpsResNetConfig:
     """The configuration of the initial network: of the saved model, or of the architecture."""
     name = args.model.model_name_or_path
     if name:
-        config = AutoConfig.from_pretrained(name)
-        if not isinstance(config, EpsResNetConfig):
-            raise ValueError(f"--model_name_or_path {name} is a {config.model_type}, not an eps_resnet.")
+        config = saved_config(name)
     else:
         name = args.model.name
         if not timm.is_model(name):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ...budget import BUDGETS
 from .arguments import Arguments
+from .groups import DataArguments
 
-__all__ = ["check_pairs", "check_together"]
+__all__ = ["check_directories", "check_pairs", "check_together"]
 
 # Each option excludes the listed ones.
 _EXCLUDED: dict[str, list[str]] = {
@@ -54,6 +56,18 @@ def check_pairs(given: dict[str, Any]) -> None:
     for name, needed in _NEEDED.items():
         if given[name] and not given[needed]:
             raise ValueError(f"--{name} needs --{needed}")
+
+
+def check_directories(given: DataArguments) -> None:
+    """Check that the directories of images exist; the messages of datasets do not name them.
+
+    Raises:
+        ValueError: One does not exist.
+    """
+    for name in ("train_dir", "validation_dir", "test_dir"):
+        path = getattr(given, name)
+        if path is not None and not Path(path).is_dir():
+            raise ValueError(f"--{name} {path} does not exist")
 
 
 def check_together(args: Arguments) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...names import twin_name
 from .arguments import Arguments
 from .groups import PruningArguments
 
@@ -34,6 +35,7 @@ def fill_in(args: Arguments) -> None:
     fit_to_epochs(pruning, training.num_train_epochs, has_weights)
     if model.model_name_or_path is None:
         fill(model, architecture="eps_resnet110")
+        model.architecture = twin_name(str(model.architecture))
     names = model.name, data.dataset_name or data.train_dir or "digits"
     fill(args, output_dir=str(Path("outputs") / "-".join(Path(name).name for name in names)))
 

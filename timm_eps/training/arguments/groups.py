@@ -34,8 +34,8 @@ class ModelArguments:
     """The initial model."""
 
     title: ClassVar[str] = "model"
-    model_name_or_path: str | None = option("a saved model, on the Hub or a directory, to go on from")
-    architecture: str | None = option("a model that this package registers with timm; default eps_resnet110")
+    model_name_or_path: str | None = option("a saved model, of this package or of timm: name on the Hub, or directory")
+    architecture: str | None = option("a timm model, with or without eps_ before its name; default eps_resnet110")
     pretrained: bool = flag("begin with timm's weights; eps_resnet50.a1_in1k names a tag")
     model_args: dict[str, Any] | None = option(
         'JSON with keyword arguments for timm, such as {"drop_rate": 0.1}', json_object

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...budget import BUDGETS
 from .arguments import Arguments
-from .checks import check_pairs, check_together
+from .checks import check_directories, check_pairs, check_together
 from .defaults import fill_in
 from .options import add_flags
 
@@ -35,6 +35,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
         check_pairs(args.flat())
         fill_in(args)
         check_together(args)
+        check_directories(args.data)
     except ValueError as error:
         parser.error(str(error))
     return args
