@@ -312,11 +312,11 @@ def test_pruned_model_is_fine_tuned_further(tmp_path):
     )
 
 
-def test_only_this_packages_models_go_on(tmp_path):
-    from transformers import TimmWrapperConfig
+def test_only_models_of_timm_go_on(tmp_path):
+    from transformers import ViTConfig
 
-    TimmWrapperConfig(architecture="resnet18").save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="is a timm_wrapper, no eps_resnet"):
+    ViTConfig().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="is a vit, no eps_resnet"):
         train_hf.main(["--model_name_or_path", str(tmp_path / "other"), "--output_dir", str(tmp_path / "out")])
 
 

@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageClassification, get_scheduler
+from transformers import get_scheduler
 
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..hf.modeling_eps_resnet import EpsResNetForImageClassification
@@ -46,7 +46,7 @@ def model(args: ModelArguments, paper: PaperArguments, images: ImageData) -> nn.
     label_names, pretrained_cfg, train = images.label_names, images.pretrained_cfg, images.splits["train"]
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
     if args.model_name_or_path:
-        return AutoModelForImageClassification.from_pretrained(
+        return EpsResNetForImageClassification.from_pretrained(
             args.model_name_or_path,
             side_loss_weight=paper.side_loss_weight,
             ignore_mismatched_sizes=args.ignore_mismatched_sizes,

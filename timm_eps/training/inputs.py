@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from PIL.Image import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, TimmWrapperConfig
 
 from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..names import is_cifar_network
@@ -134,6 +134,8 @@ def starting_config(args: Arguments) -> EpsResNetConfig:
     name = args.model.model_name_or_path
     if name:
         config = AutoConfig.from_pretrained(name)
+        if type(config) is TimmWrapperConfig:  # a stock model of timm, which gets gates
+            config = EpsResNetConfig.from_pretrained(name)
         if not isinstance(config, EpsResNetConfig):
             raise ValueError(f"--model_name_or_path {name} is a {config.model_type}, no eps_resnet.")
     else:
