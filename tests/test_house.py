@@ -16,7 +16,9 @@ ORDER = [
     "cli", "__main__",
 ]  # fmt: skip
 # What else is imported, by room: the others get along with torch and timm.
-LIBRARIES = {"transformers": {"hf", "hub", "files", "training"}, "accelerate": {"training"}, "datasets": {"training"}}
+LIBRARIES = {
+    "transformers": {"hf", "hub", "files", "training", "cli"}, "accelerate": {"training"}, "datasets": {"training"},
+}  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
+from typing import Any
 
 from ..hub.failures import one_line
 from ..training.ending import as_script
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     from .. import __version__
 
-    shape = {"formatter_class": _Wide, "allow_abbrev": False}
+    shape: dict[str, Any] = {"formatter_class": _Wide, "allow_abbrev": False}
     parser = argparse.ArgumentParser(
         prog=_NAME,
         description="Delete unneeded residual blocks from timm models. `timm-eps VERB --help` explains a verb.",
@@ -131,6 +132,7 @@ def _extras_named() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _TRAIN:
+        library = (error.name or "").partition(".")[0]
+        if library not in _TRAIN:
             raise
-        raise ImportError(f"{error.name} is not installed: pip install 'timm-eps[train]'") from error
+        raise ImportError(f"{library} is not installed: pip install 'timm-eps[train]'") from error

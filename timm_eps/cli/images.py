@@ -97,7 +97,7 @@ def prepare(given: Arguments) -> Prepared:
         ValueError: The images and the network do not go together, or one of them cannot be read.
         ImportError: A library of the extra ``train`` is not installed.
     """
-    from accelerate.utils import set_seed
+    import torch
     from transformers.utils import logging
 
     from ..training import beginning, build
@@ -109,7 +109,7 @@ def prepare(given: Arguments) -> Prepared:
     check_pairs(given.flat())
     accelerator = start_accelerator(given)
     images = ImageData.load(given, accelerator)
-    set_seed(given.training.seed)
+    torch.manual_seed(given.training.seed)
     model = build.model(given.model, given.paper, images).to(accelerator.device).eval()
     batches = images.analysed(accelerator.device)
     return Prepared(model, batches, beginning.knows_classes(given.model, images), str(images.about["dataset"]))

@@ -176,7 +176,7 @@ def _why_not_stock(config: Any, classes: int, parameters: int) -> str | None:
 def _text(found: Mapping[str, Any]) -> str:
     size = "x".join(map(str, found["input_size"]))
     lines = [f"{found['name']}: {found['architecture']}, {found['num_classes']} classes, images of {size}", ""]
-    rows = [("branches", "all", "kept", "removed")]
+    rows: list[tuple[str, ...]] = [("branches", "all", "kept", "removed")]
     rows += [
         (f"  {name}", str(stage["all"]), str(stage["kept"]), str(len(stage["removed"])))
         for name, stage in found["stages"].items()

@@ -131,7 +131,7 @@ def _accuracies(before: nn.Module, model: Any, batches: list[Any]) -> dict[str, 
     from ..analysis.evaluation import evaluate, read_batches
     from ..surgery.branches import timm_body
 
-    body = timm_body(model)
+    body: Any = timm_body(model)
     read = read_batches(batches, body.num_classes)
     scores = {"before": evaluate(before, read), "after": evaluate(body, read)}
     accuracy = {name: score.accuracy for name, score in scores.items()}
@@ -150,7 +150,7 @@ def _fine_tuning(args: argparse.Namespace, is_trained: bool) -> list[str]:
 
 
 def _text(found: dict[str, Any]) -> str:
-    rows = [("", "before", "after", "saved")]
+    rows: list[tuple[str, ...]] = [("", "before", "after", "saved")]
     for name in ("branches", "parameters", "multiply_adds"):
         rows.append(_row(name.replace("_", "-"), found[name], "{:,}"))
     for size, times in found["milliseconds"].items():

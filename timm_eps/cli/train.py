@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
 from ..training.arguments.parsing import ShowDefaults, add_all_flags
 
@@ -20,8 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hand the words of the command line to the script."""
-    import train_hf
-
-    train_hf.main([word for word in args.words if word != "--traceback"])
+    """Hand the words of the command line to the script, which the wheel holds as a module of its own."""
+    import_module("train_hf").main([word for word in args.words if word != "--traceback"])
     return 0
