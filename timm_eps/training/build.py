@@ -44,7 +44,8 @@ WARMUP_SHARE = 0.05
 def model(args: ModelArguments, paper: PaperArguments, images: ImageData) -> nn.Module:
     """The network of the arguments, with a classifier for the classes of the training images."""
     label_names, pretrained_cfg, train = images.label_names, images.pretrained_cfg, images.splits["train"]
-    labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    numbers = {name: number for number, name in enumerate(label_names)}
+    labels: dict[str, Any] = {"id2label": dict(enumerate(label_names)), "label2id": numbers}
     if args.model_name_or_path:
         return EpsResNetForImageClassification.from_pretrained(
             args.model_name_or_path,

@@ -22,8 +22,8 @@ from .arguments import Arguments, PruningArguments
 from .ordered import first_within
 
 __all__ = [
-    "ANALYSED", "Batches", "budget_of", "choose_slots", "describe", "estimate_statistics", "load_teacher",
-    "needs_analysis", "ramp_criterion",
+    "ANALYSED", "Batches", "budget_of", "choose_by_loss", "choose_slots", "describe", "estimate_statistics",
+    "load_teacher", "needs_analysis", "ramp_criterion",
 ]  # fmt: skip
 
 # Number of training images for comparing branches: with a thousand, a rise of the loss of 0.01 is significant.
@@ -73,7 +73,7 @@ def choose_slots(
         report = _analyze(args, model, batches, progress)
         if record:
             report.save(record)
-        return _chosen(args, model, report, budget)
+        return choose_by_loss(model, report, budget)
     if args.criterion == "response":
         report = analyze(model, batches, batch_sizes=(), rerank=1, progress=progress)
         return first_within(model, {branch.slot: branch.response for branch in report.branches}, budget)
@@ -84,7 +84,14 @@ def _analyze(args: PruningArguments, model: nn.Module, batches: Batches, progres
     return analyze(model, batches, batch_sizes=sorted({1, args.latency_batch_size}), progress=progress)
 
 
-def _chosen(args: PruningArguments, model: nn.Module, report: Analysis, budget: Budget) -> list[str]:
+def choose_by_loss(model: nn.Module, report: Analysis, budget: Budget) -> list[str]:
+    """The branches to remove for a budget, by the measured rises of the loss.
+
+    Args:
+        model: The analyzed network.
+        report: Result of :func:`timm_eps.analyze`.
+        budget: Size that the network may keep.
+    """
     if budget.argument == "keep":  # a share of all branches of the architecture, as on the ramp
         return report.choose(keep=int(budget.goal(len(gates(model)) + len(removed_slots(model)))))
     return report.choose(budget=budget)
@@ -112,7 +119,7 @@ def describe(args: PruningArguments, model: nn.Module, batches: Batches, is_trai
         return "\n".join(lines)
     kind = f"by {args.criterion}"
     if args.criterion == "leave_one_out":
-        slots = _chosen(args, model, report, budget)
+        slots = choose_by_loss(model, report, budget)
         kind += "" if is_trained else ", or others after the dense network is trained"
     else:
         slots = choose_slots(args, model, batches, progress=False)

@@ -13,7 +13,7 @@ from .checks import check_directories, check_pairs, check_together
 from .defaults import fill_in
 from .options import add_flags
 
-__all__ = ["parse_arguments"]
+__all__ = ["ShowDefaults", "add_all_flags", "build_parser", "parse_arguments"]
 
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> Arguments:
@@ -41,7 +41,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     return args
 
 
-class _ShowDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+class ShowDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Shows each default that is a value. Flags, and defaults that depend on other options, have their own text."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -52,11 +52,16 @@ class _ShowDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The parser of the command line, with a group of flags for each group of arguments."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=_ShowDefaults, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, formatter_class=ShowDefaults, allow_abbrev=False)
+    add_all_flags(parser)
+    return parser
+
+
+def add_all_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a run to a parser, in groups."""
     add_flags(parser, Arguments)
     for kind in Arguments.groups().values():
         add_flags(parser.add_argument_group(kind.title), kind)
-    return parser
 
 
 def read_config(given: argparse.Namespace) -> list[str]:

@@ -1,0 +1,69 @@
+"""``timm-eps analyze``: what each branch is worth and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .images import add_budgets, add_images, arguments_of, prepare
+from .networks import add_model
+from .output import add_json, answer
+
+if TYPE_CHECKING:
+    from .. import Analysis
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "Measure what each residual branch is worth and what it costs. Nothing is trained."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this verb."""
+    parser.usage = "timm-eps analyze MODEL [--dataset_name NAME | --train_dir DIR] [options]"
+    add_model(parser)
+    add_images(parser)
+    add_budgets(parser)
+    parser.add_argument("--output", metavar="JSON", help="write the report, which Analysis.load reads")
+    parser.add_argument("--plot", metavar="PNG", help="draw cost against loss, a point for each branch")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Analyze, write what was asked for, and print the table and the choice."""
+    from .. import analyze
+    from ..training import choices
+
+    given = arguments_of(args, criterion="leave_one_out")
+    prepared = prepare(given)
+    sizes = sorted({1, args.latency_batch_size})
+    report = analyze(prepared.model, prepared.batches, batch_sizes=sizes, progress=sys.stderr.isatty())
+    if args.output:
+        report.save(args.output)
+    if args.plot:
+        report.plot(args.plot)
+    found: dict[str, Any] = {"report": _as_json(report), "dataset": prepared.dataset, "is_trained": prepared.is_trained}
+    lines = [f"images of {prepared.dataset}", str(report)]
+    if not prepared.is_trained:
+        lines += ["", "The classifier is new: losses, accuracies and a choice by them say nothing. Sizes and times do."]
+    if (budget := choices.budget_of(given.pruning)) is not None:
+        slots = choices.choose_by_loss(prepared.model, report, budget)
+        found["choice"] = {"budget": {budget.argument: budget.value}, "slots": slots}
+        lines += ["", f"--{budget.argument} {budget.value} removes {len(slots)} branches."]
+        if slots:
+            pretrained = ["--pretrained"] if args.pretrained else []
+            command = ["timm-eps", "prune", args.model, *pretrained, "--output_dir", "OUT", "--slots", *slots]
+            lines += ["To remove them:", f"  {shlex.join(command)}"]
+    answer(args, found, "\n".join(lines))
+    return 0
+
+
+def _as_json(report: Analysis) -> Any:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "branches.json"
+        report.save(path)
+        return json.loads(path.read_text(encoding="utf-8"))
