@@ -257,7 +257,7 @@ def test_push_carries_results_and_loads(saved, hub, capsys, images):
 
 HOSTILE = {
     "is refused": {"architecture": "eps_test_resnet", "model_args": {"pretrained_cfg": {"url": "http://x"}}},
-    "is no argument of a CIFAR network": {"architecture": "eps_resnet20", "model_args": {"device": "cuda"}},
+    "is not an argument of a CIFAR network": {"architecture": "eps_resnet20", "model_args": {"device": "cuda"}},
     "a whole number|whole numbers": {"architecture": "eps_resnet20", "model_args": {"layers": [10**9, 1, 1]}},
     "is not a gated slot": {
         "architecture": "eps_resnet20", "num_classes": 10, "model_args": {"removed": ["stages.9.drop_path"]},
@@ -277,7 +277,7 @@ def test_hostile_configurations_are_refused_in_one_line(message, saved, tmp_path
 
 
 def test_broken_directories_are_told_in_one_line(saved, tmp_path, capsys):
-    assert "is no directory and no id on the Hub" in refused(capsys, "info", "nowhere")
+    assert "is not a directory and not an id on the Hub" in refused(capsys, "info", "nowhere")
     assert "no config.json" in refused(capsys, "info", str(tmp_path))
     (tmp_path / "config.json").write_text("[" * 100_000)
     assert "config.json is not JSON" in refused(capsys, "info", str(tmp_path))
@@ -296,11 +296,11 @@ def test_wrong_words_and_missing_models(saved, tmp_path, capsys, hub):
     assert "required" in refused(capsys, "prune", saved, "--output_dir", "x", code=2)
     assert "not allowed with" in refused(capsys, "analyze", saved, "--keep", "1", "--target_macs", "1", code=2)
     two = ["--slots", SLOTS[0], "--criterion", "last", "--output_dir", str(tmp_path)]
-    assert "--criterion goes with" in refused(capsys, "prune", saved, *two, code=2)
+    assert "--criterion needs" in refused(capsys, "prune", saved, *two, code=2)
     onnx = ["--format", "onnx", "--output", "x", "--zero_branches"]
     assert "timm-eps export: error: --zero_branches" in refused(capsys, "export", saved, *onnx, code=2)
     assert "no architecture of timm" in refused(capsys, "analyze", "resnet999")
-    assert "goes with an architecture" in refused(capsys, "analyze", saved, "--pretrained")
+    assert "needs an architecture" in refused(capsys, "analyze", saved, "--pretrained")
     out = ["--output_dir", str(tmp_path / "out")]
     assert f"did you mean '{SLOTS[0]}'" in refused(capsys, "prune", saved, "--slots", SLOTS[0] + "x", *out)
     assert "take another one" in refused(capsys, "prune", saved, "--slots", SLOTS[0], "--output_dir", saved)

@@ -30,7 +30,7 @@ def check_name(name: str) -> None:
         ValueError: It is neither a directory nor an id such as ``owner/name``.
     """
     if not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
-        raise ValueError(f"{name[:200]!r} is no directory and no id on the Hub, such as owner/name.")
+        raise ValueError(f"{name[:200]!r} is not a directory and not an id on the Hub, such as owner/name.")
 
 
 def model_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -46,10 +46,10 @@ def model_fields(args: argparse.Namespace) -> dict[str, Any]:
         tag = args.model.partition(".")[2]
         return {"architecture": f"{twin}.{tag}" if tag else twin, "pretrained": args.pretrained}
     if args.pretrained:
-        raise ValueError(f"--pretrained goes with an architecture of timm, and {args.model[:200]!r} is none.")
+        raise ValueError(f"--pretrained needs an architecture of timm, got {args.model[:200]!r}.")
     if not Path(args.model).is_dir() and not _HUB_ID.fullmatch(args.model):
         raise ValueError(
-            f"{args.model[:200]!r} is no directory, no id on the Hub such as owner/name, and no architecture of timm "
+            f"{args.model[:200]!r} is not a directory, an id on the Hub such as owner/name, or an architecture of timm "
             "with residual branches, such as resnet18."
         )
     return {"model_name_or_path": args.model}

@@ -75,7 +75,7 @@ def _arguments(args: argparse.Namespace) -> Arguments:
         UsageError: ``--criterion`` was given with ``--slots``.
     """
     if args.slots is not None and args.criterion:
-        raise UsageError("--criterion goes with --keep or a target")
+        raise UsageError("--criterion needs --keep or a target")
     given = arguments_of(args)
     if not args.criterion:
         given.pruning.criterion = "leave_one_out" if given.model.model_name_or_path else "last"
