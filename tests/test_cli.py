@@ -299,7 +299,7 @@ def test_wrong_words_and_missing_models(saved, tmp_path, capsys, hub):
     assert "--criterion needs" in refused(capsys, "prune", saved, *two, code=2)
     onnx = ["--format", "onnx", "--output", "x", "--zero_branches"]
     assert "timm-eps export: error: --zero_branches" in refused(capsys, "export", saved, *onnx, code=2)
-    assert "no architecture of timm" in refused(capsys, "analyze", "resnet999")
+    assert "or an architecture of timm" in refused(capsys, "analyze", "resnet999")
     assert "needs an architecture" in refused(capsys, "analyze", saved, "--pretrained")
     out = ["--output_dir", str(tmp_path / "out")]
     assert f"did you mean '{SLOTS[0]}'" in refused(capsys, "prune", saved, "--slots", SLOTS[0] + "x", *out)
