@@ -24,6 +24,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.utils import logging
 
+from ..surgery.removal import closed_slots
 from .configuration_eps_resnet import EpsResNetConfig
 from .distillation import Distillation
 from .pretrained_eps_resnet import KEY_CONVERSIONS, EpsResNetPreTrainedModel, classifier_paths
@@ -41,7 +42,9 @@ class _Headless(EpsResNetPreTrainedModel):
 
     def post_init(self) -> None:
         # A classifier's checkpoint loads here as it is meant to: silently without its last layer.
-        self._keys_to_ignore_on_load_unexpected = [re.escape(name) for name in (*classifier_paths(self), "side_head")]
+        # The patterns also hold for the whole model that a backbone is in, so they name no more than that layer.
+        names = (*classifier_paths(self), "side_head")
+        self._keys_to_ignore_on_load_unexpected = [rf"(^|\.){re.escape(name)}\." for name in names]
         super().post_init()
 
     def _drop_training_parts(self) -> None:
@@ -93,6 +96,17 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
             raise ValueError(f"{config.architecture!r} cannot be a backbone: timm gives no features of its stages.")
         self.num_features = [info["num_chs"] for info in self.timm_model.feature_info]
         self.post_init()
+        config.describe(self)  # the larger model writes this configuration, and does not know gates
+
+    def post_init(self) -> None:
+        super().post_init()
+        # Closed gates are built from the configuration. Weights that were saved with it note them again.
+        notes = [rf"\.{re.escape(slot)}\.closed$" for slot in closed_slots(self)]
+        self._keys_to_ignore_on_load_unexpected.update(notes)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.config.describe(self)  # a copied or unpickled configuration
 
     def forward(
         self,

@@ -197,8 +197,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
 
     def _record_structure(self) -> None:
         """Let the configuration say which branches are removed and which gates are closed."""
-        others = {name: v for name, v in (self.config.model_args or {}).items() if name not in ("removed", "closed")}
-        self.config.model_args = others | structure_of(self)
+        self.config.note_structure(structure_of(self))
 
     @classmethod
     def from_timm(cls, model: nn.Module, **config_fields: Any) -> Any:
