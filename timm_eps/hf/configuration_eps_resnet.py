@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -154,6 +155,14 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         # A repository with code of its own says so here, but that code is not part of the model.
         left_out |= {"auto_map", "image_processor_type"}
         return {name: value for name, value in fields.items() if name not in left_out}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EpsResNetConfig:
+        # transformers writes the configuration of a larger model from a copy of it.
+        self.note_structure(self._live.read())
+        copied: EpsResNetConfig = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def note_structure(self, structure: dict[str, list[str]] | None) -> None:
         """Say which branches are removed and which gates are closed; None leaves what is said."""

@@ -70,8 +70,9 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
     ``feature_maps`` are those of the stages that ``config.out_features`` or ``config.out_indices`` name, (B, C, H, W)
     each, by default the last stage's; ``channels`` has their numbers of channels.
 
-    In a larger model, prune ``model.backbone``, and call ``timm_eps.remove_closed(model.backbone)`` before the whole
-    model is saved. Its file lists removed branches, but not closed ones.
+    In a larger model, give ``model.backbone`` to the functions of this package. The ``save_pretrained`` of the larger
+    model writes down which branches are removed and closed. It writes the weights of closed branches too; call
+    ``timm_eps.remove_closed(model.backbone)`` first to leave them out.
 
     Raises:
         ValueError: timm has no ``forward_intermediates`` for the architecture.
@@ -95,6 +96,7 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
         if not hasattr(self.timm_model, "forward_intermediates"):
             raise ValueError(f"{config.architecture!r} cannot be a backbone: timm gives no features of its stages.")
         self.num_features = [info["num_chs"] for info in self.timm_model.feature_info]
+        self.register_load_state_dict_pre_hook(_to_own_names)
         self.post_init()
         config.describe(self)  # the larger model writes this configuration, and does not know gates
 
@@ -131,6 +133,13 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
             hidden_states=tuple(stages) if output_hidden_states else None,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def _to_own_names(backbone: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give weights that a larger model's file holds under timm's names, as transformers saves them, the names here."""
+    if prefix and not any(key.startswith(f"{prefix}timm_model.") for key in state_dict):
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}timm_model.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 
 @dataclass
