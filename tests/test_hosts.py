@@ -13,7 +13,6 @@ from conftest import mostly_slow
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers.utils import logging as hf_logging
 
 import timm_eps
 from timm_eps import EpsResNetBackbone, EpsResNetConfig
