@@ -66,7 +66,7 @@ HOSTS = {
         hf.ConditionalDetrConfig(backbone_config=backbone_config(), **DETR)
     ),
     "Deformable DETR": lambda: hf.DeformableDetrForObjectDetection(
-        hf.DeformableDetrConfig(backbone_config=backbone_config(3), num_feature_levels=3, **DETR | {"d_model": 32, "decoder_layers": 2})
+        hf.DeformableDetrConfig(backbone_config=backbone_config(3), num_feature_levels=3, **DETR | {"d_model": 32, "decoder_layers": 2})  # noqa: E501
     ),
     "DAB-DETR": lambda: hf.DabDetrForObjectDetection(
         hf.DabDetrConfig(
@@ -95,7 +95,7 @@ def host_of(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
 def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     with torch.no_grad():
         found = model(images)
-    return [leaf for leaf in tree_leaves(found.to_tuple() if hasattr(found, "to_tuple") else found)]
+    return list(tree_leaves(found.to_tuple() if hasattr(found, "to_tuple") else found))
 
 
 def same(some: list[Tensor], others: list[Tensor]) -> bool:
@@ -284,7 +284,7 @@ def test_a_stock_backbone_in_a_host_does_not_save_a_structure_that_it_cannot_nam
         host.save_pretrained(tmp_path / "pruned")
 
 
-FEATURES = {  # the four ways in which timm makes features: modules listed, names joined, two wrappers, a class of its own
+FEATURES = {  # modules listed, names joined, and networks that are wrapped whole
     "eps_test_resnet": {},
     "eps_resnet20": {},
     "eps_test_vit": {},
