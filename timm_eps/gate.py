@@ -176,7 +176,8 @@ class EpsilonGate(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.closed:
+        # On the meta device there are no weights to note it with; transformers asks there which tensors to expect.
+        if self.closed and not self.threshold.is_meta:
             destination[f"{prefix}closed"] = torch.ones((), dtype=torch.bool, device=self.threshold.device)
 
     def _load_from_state_dict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from ..files.value_checks import shortened
 from ..names import base_name, is_cifar_network, twin_name
 from ..surgery.branches import timm_body
 from ..surgery.removal import structure_of
+from .live_structure import LiveStructure
 
 __all__ = ["EpsResNetConfig"]
 
@@ -85,6 +87,7 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
             raise ValueError(f"side_loss_weight must be a finite number of at least 0, got {self.side_loss_weight!r}.")
         # timm cannot read a null here.
         self.model_args = check_model_args(self.model_args, is_cifar=is_cifar_network(self.architecture))
+        self._live = LiveStructure()  # of a backbone that is built from this configuration
         self._out_features = kwargs.pop("out_features", None)
         self._out_indices = kwargs.pop("out_indices", None)
         if self._out_features is not None or self._out_indices is not None:
@@ -142,15 +145,35 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
         return super().from_dict(stored, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
+        self.note_structure(self._live.read())
         # A loaded configuration also has its stored names, but the current labels are valid.
         labels: dict[Any, str] = self.id2label or {}  # type: ignore[assignment]
         fields = {**super().to_dict(), "label_names": [labels[number] for number in sorted(labels)]}
         # As in a stored file, where timm's tuples are lists.
         fields["pretrained_cfg"] = json.loads(json.dumps(fields["pretrained_cfg"]))
         left_out = {name for name in ("base_model", "out_features", "out_indices") if not fields[name]}
+        left_out.add("_live")
         left_out.add("weights_sha256")  # the digest is added when the weights are saved
         left_out |= _OF_REMOTE_CODE  # code in a repository is not part of the model
         return {name: value for name, value in fields.items() if name not in left_out}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EpsResNetConfig:
+        # transformers writes the configuration of a larger model from a copy of it.
+        self.note_structure(self._live.read())
+        copied: EpsResNetConfig = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def note_structure(self, structure: dict[str, list[str]] | None) -> None:
+        """Say which branches are removed and which gates are closed; None leaves what is said."""
+        if structure is not None:
+            others = {name: v for name, v in (self.model_args or {}).items() if name not in ("removed", "closed")}
+            self.model_args = others | structure
+
+    def describe(self, model: Any) -> None:
+        """Follow the structure of a model that was built from this configuration."""
+        self._live.add(model)
 
     @classmethod
     def from_timm(cls, model: Any, **kwargs: Any) -> EpsResNetConfig:

@@ -24,6 +24,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.utils import logging
 
+from ..surgery.removal import closed_slots
 from .configuration_eps_resnet import EpsResNetConfig
 from .distillation import Distillation
 from .pretrained_eps_resnet import KEY_CONVERSIONS, EpsResNetPreTrainedModel, classifier_paths
@@ -40,8 +41,10 @@ class _Headless(EpsResNetPreTrainedModel):
     is_headless = True
 
     def post_init(self) -> None:
-        # A checkpoint of a classifier is loaded without its last layer, and without a warning.
-        self._keys_to_ignore_on_load_unexpected = [re.escape(name) for name in (*classifier_paths(self), "side_head")]
+        # A checkpoint of a classifier is loaded without its last layer, and without a warning. The patterns also apply to
+        # a larger model around a backbone, so they match only that layer.
+        names = (*classifier_paths(self), "side_head")
+        self._keys_to_ignore_on_load_unexpected = [rf"(^|\.){re.escape(name)}\." for name in names]
         super().post_init()
 
     def _drop_training_parts(self) -> None:
@@ -67,8 +70,9 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
     ``feature_maps``, (B, C, H, W) each, are the features selected by ``config.out_features`` or ``config.out_indices``,
     by default those of the last stage. ``channels`` has their numbers of channels.
 
-    In a larger model, prune ``model.backbone``. Call ``timm_eps.remove_closed(model.backbone)`` before saving the whole
-    model, because its file lists removed branches, but not closed ones.
+    In a larger model, pass ``model.backbone`` to the functions of this package. ``save_pretrained`` of the larger model
+    writes which branches are removed and closed. It also writes the weights of closed branches; call
+    ``timm_eps.remove_closed(model.backbone)`` first to leave them out.
 
     Raises:
         ValueError: timm has no ``forward_intermediates`` for the architecture.
@@ -92,7 +96,19 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
         if not hasattr(self.timm_model, "forward_intermediates"):
             raise ValueError(f"{config.architecture!r} cannot be a backbone: timm returns no features of its stages.")
         self.num_features = [info["num_chs"] for info in self.timm_model.feature_info]
+        self.register_load_state_dict_pre_hook(_to_own_names)
         self.post_init()
+        config.describe(self)  # the larger model writes this configuration, and does not know gates
+
+    def post_init(self) -> None:
+        super().post_init()
+        # Closed gates are built from the configuration. Weights that were saved with it note them again.
+        notes = [rf"\.{re.escape(slot)}\.closed$" for slot in closed_slots(self)]
+        self._keys_to_ignore_on_load_unexpected.update(notes)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.config.describe(self)  # a copied or unpickled configuration
 
     def forward(
         self,
@@ -117,6 +133,13 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
             hidden_states=tuple(stages) if output_hidden_states else None,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def _to_own_names(backbone: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give weights that a larger model's file holds under timm's names, as transformers saves them, the names here."""
+    if prefix and not any(key.startswith(f"{prefix}timm_model.") for key in state_dict):
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}timm_model.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 
 @dataclass

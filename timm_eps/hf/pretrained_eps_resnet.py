@@ -200,8 +200,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
 
     def _record_structure(self) -> None:
         """Write the removed branches and closed gates to the configuration."""
-        others = {name: v for name, v in (self.config.model_args or {}).items() if name not in ("removed", "closed")}
-        self.config.model_args = others | structure_of(self)
+        self.config.note_structure(structure_of(self))
 
     @classmethod
     def from_timm(cls, model: nn.Module, **config_fields: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -52,7 +52,8 @@ class _Resumed(LoadedStructure):
         if not (self._always or getattr(model, "loads_leniently", False)):
             return
         super().__call__(body, state_dict, prefix, *rest)
-        if removed_slots(body) and (strangers := keys_of(state_dict, prefix) - body.state_dict().keys()):
+        names = {name for name in keys_of(state_dict, prefix) if not name.endswith(".closed")}
+        if removed_slots(body) and (strangers := names - body.state_dict().keys()):
             raise ValueError(
                 f"The weights contain {min(strangers)!r}, which is removed from this model. Give Trainer a model with "
                 "all its blocks, or the model that from_pretrained loads from the checkpoint."
@@ -233,7 +234,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         }
         self._check_epochs(state.num_train_epochs)
         if args.world_size > 1:
-            on_first_forward(model, self._note_wrapper)
+            on_first_forward(kwargs["model"], self._note_wrapper)
 
     def _check_epochs(self, epochs: int) -> None:
         if self.arguments["keep"] is None:
@@ -297,7 +298,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        kwargs["model"].keeps_training_parts = False
+        _checked(kwargs["model"]).keeps_training_parts = False
         if self.pruner is not None and (left := self.pruner.total - self.pruner.discarded) > self.pruner.wanted:
             _logger.warning(
                 "The budget was not reached: %d branches were requested, %d of %d remain. Train for more epochs, or "
@@ -307,12 +308,17 @@ class EpsilonCallback(TrainerCallback, ExportableState):
 
 
 def _checked(model: nn.Module) -> EpsResNetPreTrainedModel:
-    if not isinstance(model, EpsResNetPreTrainedModel):
+    """The model, or the one backbone of this package in a transformers model around it."""
+    if isinstance(model, EpsResNetPreTrainedModel):
+        return model
+    inside = [part for part in model.modules() if isinstance(part, EpsResNetPreTrainedModel)]
+    if len(inside) != 1 or not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"EpsilonCallback needs a model that saves its structure, not {type(model).__name__}. "
-            "Wrap a timm model with EpsResNetForImageClassification.from_timm(model)."
+            f"EpsilonCallback needs a model that saves its structure, not {type(model).__name__}. Wrap a timm model with "
+            "EpsResNetForImageClassification.from_timm(model), or build a detector or segmenter of transformers with an "
+            "EpsResNetConfig as its backbone_config."
         )
-    return model
+    return inside[0]
 
 
 def _saved_state(state: TrainerState, model: EpsResNetPreTrainedModel) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..files.config_checks import check_network
 from ..gate import EpsilonGate
 from ..names import CIFAR_DEPTHS
+from ..surgery.feature_nets import features_without
 from ..surgery.removal import replay_removed
 from ..surgery.wrapping import guard_saving
 from .cifar_blocks import PixelMean, PreActBasic, Stage, init_weights
@@ -298,21 +299,25 @@ def _create_eps_resnet(variant: str, depth: int, pretrained: bool = False, /, **
     known = list(inspect.signature(EpsResNet).parameters)
 
     def build(pretrained: bool, load: Callable[[nn.Module], None] | None, /, **kwargs: Any) -> nn.Module:
+        removed: list[str] = []
+
         def network(**arguments: Any) -> EpsResNet:
             if unknown := sorted(arguments.keys() - known):
                 raise ValueError(f"{unknown[0][:64]!r} is not an argument of {variant}; these are {', '.join(known)}.")
             model = EpsResNet(**arguments)
+            removed.extend(model.removed)
             if load is not None:
                 load(model)
             return model
 
-        return build_model_with_cfg(
+        built = build_model_with_cfg(
             network,
             variant,
             pretrained,
             feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
             **kwargs,
         )
+        return features_without(built, removed)
 
     return create_stored(variant, build, pretrained, kwargs)
 

@@ -35,7 +35,8 @@ from torch import nn
 from ..names import twin_name
 from ..surgery.branches import branch_ends, branch_parameters
 from ..surgery.checks import is_zero_scale, silent_branches
-from ..surgery.removal import add_gates, replay_removed
+from ..surgery.feature_nets import features_without
+from ..surgery.removal import add_gates, removed_slots, replay_removed
 from .stored import create_stored, set_closed
 
 __all__: list[str] = []  # register_model adds the entrypoints
@@ -152,7 +153,7 @@ def _features(
         "out_indices": plain.feature_info.out_indices,
         "flatten_sequential": nested_names and not hasattr(plain, "body"),  # hooks may leave it as it is
     }
-    return build_model_with_cfg(
+    wrapper = build_model_with_cfg(
         lambda **_: model,
         str(cfg.architecture),
         False,
@@ -161,6 +162,7 @@ def _features(
         features_only=True,
         **kwargs,
     )
+    return features_without(wrapper, removed_slots(model))
 
 
 def _register(base: str) -> None:

@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models import get_model_input_config
+from timm.models import FeatureDictNet, get_model_input_config
 from torch import Tensor, nn
 
 from ..files.edits import SLOT_NAME
 from ..gate import EpsilonGate
+from .feature_nets import is_taken_apart, network_in
 from .tracing import Call, Trace, fresh, leads_to, meta_copy, shapes, tensors, trace
 
 __all__ = [
@@ -43,7 +44,7 @@ UNUSED = "it does not run in a forward pass"
 
 
 def timm_body(model: nn.Module) -> nn.Module:
-    """The timm model itself, also when a transformers class holds it as ``timm_model``.
+    """The timm model itself, also in a transformers class or in the wrapper that ``features_only=True`` makes.
 
     Args:
         model: A timm model, or a transformers model around one.
@@ -62,18 +63,33 @@ def timm_body(model: nn.Module) -> nn.Module:
             "Got a compiled model; pass the model itself (the argument of torch.compile, or model._orig_mod). "
             "The compiled model is recompiled after changes; torch.compiler.reset() resets torch's recompile limit."
         )
-    body: Any = getattr(model, "timm_model", model)
+    body = network_in(model)
     if not _is_timm_model(body):
-        inside = next((path for path, module in model.named_modules() if path and _is_timm_model(module)), None)
-        hint = "pass a model made by timm.create_model without features_only"
-        if inside:
-            hint = f"pass the timm model inside it, model.{inside}"
-        raise ValueError(f"{type(body).__name__} is not a timm model; {hint}.")
+        raise ValueError(f"{type(body).__name__} is not a timm model; {_remedy(model)}.")
     return body
+
+
+def _remedy(model: nn.Module) -> str:
+    """Which module to pass instead of one that is no timm model."""
+    if is_taken_apart(model):
+        return (
+            "timm has taken its blocks apart. Prune the classifier, and pass its removed_slots as removed= when the "
+            "network is created with features_only=True"
+        )
+    inside = [path for path, module in model.named_modules() if path and _is_timm_model(network_in(module))]
+    if not inside and hasattr(model, "feature_info"):
+        return "make the gated twin, timm.create_model('eps_...', features_only=True)"
+    if not inside:
+        return "pass one that timm.create_model makes"
+    # Modules around others come first.
+    apart = [path for path in inside if not any(path.startswith(f"{around}.") for around in inside)]
+    return f"pass the one inside it, {' or '.join(f'model.{path}' for path in apart[:3])}"
 
 
 def _is_timm_model(module: nn.Module) -> bool:
     """Whether the class of a module belongs to timm, inherits from a timm class, or is registered with timm."""
+    if isinstance(module, FeatureDictNet):
+        return True
     if not hasattr(module, "forward_features"):
         return False
     of_timm = any(kind.__module__.startswith(("timm.models.", "timm_eps.")) for kind in type(module).__mro__)

@@ -35,6 +35,7 @@ from .branches import (
 )
 from .collapse import Plan, plan_by_key, plan_collapse
 from .copies import note_copies
+from .feature_nets import spelled_as
 from .module_hooks import carrying_hooks
 from .tracing import tensors
 from .wrapping import guard_saving
@@ -216,8 +217,8 @@ def replay_removed(model: nn.Module, removed: Iterable[str], key: Hashable = Non
     """
     body = timm_body(model)
     note_copies(body)
-    slots = set(check_slots("removed", removed))
     found = gates(body)
+    slots = set(spelled_as(check_slots("removed", removed), found, found))
     _check_known(slots, found, body, "removed: ")
     if not slots:
         return

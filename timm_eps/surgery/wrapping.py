@@ -12,7 +12,8 @@ from ..gate import EpsilonGate
 
 __all__ = ["guard_saving", "recorded"]
 
-_WRAPPER = "timm_model."  # attribute in which transformers' wrappers hold the timm model
+# Attributes in which transformers' classes hold a timm model: the wrapper, and TimmBackbone.
+_STOCK = ("timm_model.", "_backbone.")
 
 
 def guard_saving(body: nn.Module) -> None:
@@ -36,11 +37,12 @@ def recorded(body: Any) -> Iterator[None]:
 
 
 def _refuse_stock_wrapper(body: Any, prefix: str, keep_vars: bool) -> None:
-    if not prefix.endswith(_WRAPPER) or getattr(body, "is_recorded", False):
+    if not prefix.endswith(_STOCK) or getattr(body, "is_recorded", False):
         return
     closed = any(isinstance(module, EpsilonGate) and module.closed for module in body.modules())
     if closed or getattr(body, "removed", None):
         raise ValueError(
-            "A stock wrapper does not save which branches of this network are closed or removed. Use "
-            "EpsResNetForImageClassification.from_timm(wrapper), which saves this."
+            "A stock wrapper of transformers does not save which branches of this network are closed or removed. Use "
+            "EpsResNetForImageClassification.from_timm(wrapper), which saves this; for a detector or segmenter, "
+            "backbone_config=timm_eps.EpsResNetConfig(architecture='eps_...', out_indices=[...])."
         )
