@@ -439,7 +439,7 @@ def test_compiled_in_training(model, images, labels):
 
 
 def test_closed_gates_of_another_network():
-    with pytest.raises(ValueError, match=r"closed names 'stages\.9\.blocks\.0\.drop_path', where this EpsResNet"):
+    with pytest.raises(ValueError, match=r"closed lists 'stages\.9\.blocks\.0\.drop_path', where this EpsResNet"):
         EpsResNetForImageClassification(tiny_config(model_args={"closed": ["stages.9.blocks.0.drop_path"]}))
     with pytest.raises(ValueError, match=r"model_args\['closed'\]"):
         tiny_config(closed=["stages.0.blocks.0.drop_path"])

@@ -41,8 +41,8 @@ class _Headless(EpsResNetPreTrainedModel):
     is_headless = True
 
     def post_init(self) -> None:
-        # A checkpoint of a classifier is loaded without its last layer, and without a warning. The patterns also apply to
-        # a larger model around a backbone, so they match only that layer.
+        # A checkpoint of a classifier is loaded without its last layer, and without a warning. The patterns also apply
+        # to a larger model around a backbone, so they match only that layer.
         names = (*classifier_paths(self), "side_head")
         self._keys_to_ignore_on_load_unexpected = [rf"(^|\.){re.escape(name)}\." for name in names]
         super().post_init()

@@ -314,9 +314,9 @@ def _checked(model: nn.Module) -> EpsResNetPreTrainedModel:
     inside = [part for part in model.modules() if isinstance(part, EpsResNetPreTrainedModel)]
     if len(inside) != 1 or not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"EpsilonCallback needs a model that saves its structure, not {type(model).__name__}. Wrap a timm model with "
-            "EpsResNetForImageClassification.from_timm(model), or build a detector or segmenter of transformers with an "
-            "EpsResNetConfig as its backbone_config."
+            f"EpsilonCallback needs a model that saves its structure, not {type(model).__name__}. Wrap a timm model "
+            "with EpsResNetForImageClassification.from_timm(model), or build a detector or segmenter of transformers "
+            "with an EpsResNetConfig as its backbone_config."
         )
     return inside[0]
 
