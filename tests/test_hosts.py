@@ -280,7 +280,7 @@ def test_a_stock_backbone_in_a_host_does_not_save_a_structure_that_it_cannot_nam
     slots = timm_eps.add_gates(host.model.backbone.model)
     host.save_pretrained(tmp_path / "dense")
     timm_eps.prune(host.model.backbone.model, slots[-1:])
-    with pytest.raises(ValueError, match=r"A stock wrapper of transformers does not save.*backbone_config"):
+    with pytest.raises(ValueError, match=r"around this feature network does not save.*backbone_config"):
         host.save_pretrained(tmp_path / "pruned")
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from .wrapping import guard_saving
 
-__all__ = ["features_without", "is_taken_apart", "network_in", "spelled_as"]
+__all__ = ["features_without", "is_stock_features", "is_taken_apart", "network_in", "spelled_as"]
 
 
 def network_in(model: nn.Module) -> Any:
@@ -22,8 +22,8 @@ def network_in(model: nn.Module) -> Any:
 
     A wrapper that lists the modules of a network as its own is the network.
     """
-    if isinstance(model, nn.ModuleDict) and type(model).__name__ == "FeatureGetterNet":  # timm does not export it
-        return model["model"]
+    if _is_getter(model):
+        return model["model"]  # type: ignore[index]
     if isinstance(model, FeatureHookNet) and "body" in model:
         return model["body"]
     return getattr(model, "timm_model", model)
@@ -46,6 +46,16 @@ def spelled_as(slots: Iterable[str], known: Container[str], dotted: Iterable[str
     return [slot if slot in known else joined.get(slot, slot) for slot in slots]
 
 
+def is_stock_features(model: nn.Module) -> bool:
+    """Whether timm made a network with ``features_only=True``, and not by the name of a twin."""
+    is_wrapper = isinstance(model, FeatureDictNet | FeatureHookNet) or _is_getter(model)
+    return is_wrapper and not getattr(model, "is_twin", False)
+
+
+def _is_getter(model: nn.Module) -> bool:
+    return isinstance(model, nn.ModuleDict) and type(model).__name__ == "FeatureGetterNet"  # timm does not export it
+
+
 def features_without(model: nn.Module, removed: Iterable[str]) -> nn.Module:
     """Note in a wrapper which branches its network lacks, under the names that they would have in the wrapper.
 
@@ -53,6 +63,7 @@ def features_without(model: nn.Module, removed: Iterable[str]) -> nn.Module:
         model: The network, or the wrapper around it, that timm made. Only one that lists modules as its own is changed.
         removed: Slot paths of the network itself.
     """
+    model.is_twin = True  # type: ignore[assignment]
     if isinstance(model, FeatureDictNet):
         spelled = [slot if slot.partition(".")[0] in model else slot.replace(".", "_", 1) for slot in removed]
         model.removed = [slot for slot in spelled if slot.partition(".")[0] in model]  # type: ignore[assignment]

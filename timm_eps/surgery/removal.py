@@ -35,10 +35,10 @@ from .branches import (
 )
 from .collapse import Plan, plan_by_key, plan_collapse
 from .copies import note_copies
-from .feature_nets import spelled_as
+from .feature_nets import is_stock_features, spelled_as
 from .module_hooks import carrying_hooks
 from .tracing import tensors
-from .wrapping import guard_saving
+from .wrapping import guard_features, guard_saving
 
 __all__ = [
     "add_gates",
@@ -99,6 +99,8 @@ def add_gates(model: nn.Module, epsilon: float = 0.0) -> list[str]:
         level = logging.INFO if reason == UNUSED else logging.WARNING
         _logger.log(level, "No gate at %s of %s: %s.", slot, type(body).__name__, reason)
     guard_saving(body)
+    if is_stock_features(model):
+        guard_features(model)
     found = gates(body)
     if not found:
         why = "; ".join(f"{slot}: {reason}" for slot, reason in refused.items()) or "it has no stochastic-depth slot"
