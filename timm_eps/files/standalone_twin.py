@@ -122,6 +122,7 @@ class _Pruned(StrictLoading, TimmWrapperPreTrainedModel):
 
     config_class = EpsResNetConfig
     config: EpsResNetConfig
+    timm_model: Any
     structure_fields = ("timm_architecture", "model_args", "edits")
     wrapper_prefix = _WRAPPER
 

@@ -104,7 +104,7 @@ class EpsResNetBackbone(BackboneMixin, _Headless):
         super().post_init()
         # Closed gates are built from the configuration. Weights that were saved with it note them again.
         notes = [rf"\.{re.escape(slot)}\.closed$" for slot in closed_slots(self)]
-        self._keys_to_ignore_on_load_unexpected.update(notes)
+        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *notes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -118,7 +118,7 @@ def save_pretrained(
             blocks_total=len(slots),
             blocks_kept=len(slots) - len(gone),
             results=results,
-            label_names=[wrapper.config.id2label[number] for number in range(body.num_classes)],
+            label_names=wrapper.config.to_dict()["label_names"] if body.num_classes else (),
             input_size=input_size(body),
             picture=PICTURE if (staging / PICTURE).exists() else None,
             remote_code=remote_code,
