@@ -4,11 +4,12 @@
     python -m benchmarks.coverage                # everything; takes about two hours on two cores and resumes
     python -m benchmarks.coverage --only resnet  # modules whose name contains this; prints, writes nothing
 
-First every architecture of timm is built and traced without memory, to find its gates. Then, of each network class and
-set of residual blocks, the smallest one is taken: gates are added, a random half of them shut, and removed, with three
-seeds, and outputs compared bit by bit; the pruned network is built again by its twin's name; and one that lost half of
-its blocks, but no stage's first, is exported as a stock timm architecture. Then TorchScript and torch.fx are tried, see
-``benchmarks/tools.py``; what they made of a kind is kept with the versions until it is deleted from coverage.json.
+First every architecture of timm is built and traced without memory, to find its gates. Then the smallest one of each
+network class and set of residual blocks is tested. Gates are added, a random half of them is closed and removed, with
+three seeds, and outputs are compared bit by bit. The pruned network is rebuilt by its twin's name. A network without
+half of its blocks, but with each stage's first, is exported as a stock timm architecture. Then follow TorchScript and
+torch.fx (``benchmarks/tools.py``), and the forms that need no timm_eps (``benchmarks/shipping.py``). Results stay in
+coverage.json with the versions until they are deleted there.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 from torch import nn
 
 import timm_eps
+from benchmarks.shipping import FORMS, Elsewhere, try_shipping
 from benchmarks.tools import STATES, TOOLS, try_tools
 from timm_eps.names import twin_name
 from timm_eps.report import count_parameters
@@ -174,13 +176,29 @@ def tools_table(tools: dict[str, dict[str, Any]], rows: list[str]) -> list[str]:
     return lines + [f"- {why}: {', '.join(f'`{name}`' for name in names)}" for why, names in sorted(obstacles.items())]
 
 
+def shipping_obstacles(shipped: dict[str, dict[str, Any]], rows: list[str]) -> list[str]:
+    """The lines on the kinds that do not load without this package."""
+    obstacles: dict[str, list[str]] = defaultdict(list)
+    for name in rows:
+        for form, found in shipped.get(name, {}).get("obstacles", {}).items():
+            for why in dict.fromkeys(reason for reason in found.values() if reason):
+                obstacles[f"{form}: {why}"].append(name)
+    if not obstacles:
+        return []
+    listed = [f"- {why}: {', '.join(f'`{name}`' for name in names)}" for why, names in sorted(obstacles.items())]
+    return ["## Why some do not load without timm_eps", "", *listed]
+
+
 def versions() -> str:
     """The versions that affect the figures."""
     return f"timm {timm.__version__} and torch {torch.__version__.partition('+')[0]}"
 
 
 def document(
-    scanned: dict[str, dict[str, Any]], tried: dict[str, dict[str, Any]], tools: dict[str, dict[str, Any]]
+    scanned: dict[str, dict[str, Any]],
+    tried: dict[str, dict[str, Any]],
+    tools: dict[str, dict[str, Any]],
+    shipped: dict[str, dict[str, Any]],
 ) -> str:
     """docs/coverage.md."""
     standing = representatives(scanned)
@@ -189,6 +207,14 @@ def document(
 
     def share(condition: Any) -> str:
         good = sum(bool(condition(tried[name])) for name in rows)
+        return f"{good} of {len(rows)} ({100 * good / len(rows):.1f} %)"
+
+    def is_shipped(name: str, form: str) -> bool:
+        found = shipped.get(name, {}).get("obstacles", {}).get(form)
+        return found is not None and not any(found.values())
+
+    def loads(form: str) -> str:
+        good = sum(is_shipped(name, form) for name in rows)
         return f"{good} of {len(rows)} ({100 * good / len(rows):.1f} %)"
 
     def all_freed(found: dict[str, Any]) -> bool:
@@ -214,15 +240,18 @@ def document(
         f"| whole blocks removed: exported as a stock timm architecture | {share(lambda f: f['export'] is None)} |",
         f"| exported, if necessary with zeros for branches | "
         f"{share(lambda f: f['export'] is None or f.get('export_with_zeros', '') is None)} |",
+        *(f"| whole and half blocks removed, without timm_eps: {form} | {loads(form)} |" for form in FORMS),
         "",
         "The columns describe the smallest architecture. *Gates*: number of gates; after the comma, slots without a "
         "gate. *Removed*: removed branches of the closed ones, over all seeds. *Freed*: share of all parameters that "
         "is deleted with a random half of the branches, mean of the seeds. If more parameters served only these "
         "branches, their share follows after *of*. *Export*: *yes*, or *zeros* if a block must stay in full with "
-        "zeros for weights. The reasons are listed below.",
+        "zeros for weights. The reasons are listed below. *Code*: transformers loads the network, with whole and with "
+        "half blocks removed, in a process that cannot import timm_eps; outputs are equal bit for bit. *pt2*: the same "
+        "for `model.pt2` and plain torch.",
         "",
-        "| module | class: blocks | smallest (and others) | gates | removed | freed | exact | export |",
-        "|---|---|---|---:|---:|---:|---|---|",
+        "| module | class: blocks | smallest (and others) | gates | removed | freed | exact | export | code | pt2 |",
+        "|---|---|---|---:|---:|---:|---|---|---|---|",
     ]
     reasons: dict[str, list[str]] = defaultdict(list)
     for name in rows:
@@ -240,9 +269,11 @@ def document(
         lines.append(
             f"| {kind} | `{name}` (+{len(standing[name]) - 1}) "
             f"| {seen['gates']}{f', −{refused}' if refused else ''} "
-            f"| {sum(found['removed'])} of {sum(found['shut'])} | {freed} | {exact} | {export} |"
+            f"| {sum(found['removed'])} of {sum(found['shut'])} | {freed} | {exact} | {export} "
+            f"| {' | '.join('yes' if is_shipped(name, form) else '**no**' for form in FORMS)} |"
         )
     lines += ["", *tools_table(tools, rows)]
+    lines += ["", *shipping_obstacles(shipped, rows)]
     lines += ["", "## Why some cannot be exported without zeros", ""]
     lines += [f"- {reason}: {', '.join(f'`{name}`' for name in names)}" for reason, names in sorted(reasons.items())]
     lines += ["", "## Slots without a gate", ""]
@@ -321,8 +352,16 @@ def main() -> None:
                 stored["tools"][name] = {"versions": versions(), "obstacles": obstacles}
                 store(stored, only)
                 print(name, stored["tools"][name], flush=True)
+    with Elsewhere() as elsewhere:
+        for name in representatives(stored["scanned"]):
+            is_asked = only is not None and only in stored["scanned"][name]["module"]
+            if is_asked or (only is None and name not in stored.setdefault("shipped", {})):
+                obstacles = try_shipping(name, SHORTENED.get(name, {}), elsewhere)
+                stored.setdefault("shipped", {})[name] = {"versions": versions(), "obstacles": obstacles}
+                store(stored, only)
+                print(name, stored["shipped"][name], flush=True)
     if only is None:
-        text = document(stored["scanned"], stored["tried"], stored["tools"])
+        text = document(*(stored[part] for part in ("scanned", "tried", "tools", "shipped")))
         (ROOT / "docs" / "coverage.md").write_text(text, encoding="utf-8")
 
 
