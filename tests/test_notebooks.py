@@ -148,7 +148,7 @@ def pretrained(hub, tmp_path):
     """timm's own repository of test_resnet on the Hub of the tests. Its weights are random, and known."""
     weights = {name: value.contiguous() for name, value in timm.create_model("test_resnet").state_dict().items()}
     save_file(weights, tmp_path / "model.safetensors")
-    api, repo = HfApi(), timm.get_pretrained_cfg("test_resnet").hf_hub_id + ".r160_in1k"
+    api, repo = HfApi(), timm.get_pretrained_cfg("test_resnet").hf_hub_id
     api.create_repo(repo)
     api.upload_file(path_or_fileobj=tmp_path / "model.safetensors", path_in_repo="model.safetensors", repo_id=repo)
     (tmp_path / "model.safetensors").unlink()
