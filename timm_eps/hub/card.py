@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..names import is_cifar_network
 from ..report import comparison_table, outcome
+from .onnx_forms import forms_table
 
 __all__ = ["RESULT_KEYS", "render_card"]
 
@@ -31,6 +32,7 @@ def render_card(
     picture: str | None = None,
     remote_code: bool = False,
     onnx: str | None = None,
+    onnx_int8: str | None = None,
     base_model: str | None = None,
 ) -> ModelCard:
     """The model card, from the run's own values.
@@ -45,6 +47,7 @@ def render_card(
         picture: File name of the picture, if there is one.
         remote_code: Whether the code to load the model without this package is beside it.
         onnx: Path of the ONNX file, if there is one.
+        onnx_int8: Path of the ONNX file in eight bits, if there is one.
         base_model: Name on the Hub of the model that a training began with; that of ``results`` wins.
 
     Raises:
@@ -94,6 +97,8 @@ def render_card(
         picture=picture,
         remote_code=remote_code,
         onnx=onnx,
+        onnx_int8=onnx_int8,
+        forms=forms_table(results.get("onnx_forms", {})) if onnx or onnx_int8 else "",
         base_model=base_model,
         is_twin=not is_cifar_network(architecture),
         results=results,

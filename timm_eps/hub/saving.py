@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,12 @@ _logger = logging.getLogger(__name__)
 PICTURE = "blocks.png"
 RESULTS = "all_results.json"
 ONNX = "onnx/model.onnx"
+ONNX_INT8 = "onnx/model_int8.onnx"  # as transformers.js looks for it
 # standalone.py under the name that it has beside a config.json, and the classes in it.
 REMOTE_CODE = "modeling_eps_resnet.py"
 # It imports these, which stand beside it under their own names.
 _CHECKS = (config_checks, value_checks, weight_checks)
-_OPTIONAL = (PICTURE, RESULTS, ONNX, REMOTE_CODE, *(Path(str(module.__file__)).name for module in _CHECKS))
+_OPTIONAL = (PICTURE, RESULTS, ONNX, ONNX_INT8, REMOTE_CODE, *(Path(str(module.__file__)).name for module in _CHECKS))
 _AUTO_MAP = {
     "AutoBackbone": "EpsResNetBackbone",
     "AutoConfig": "EpsResNetConfig",
@@ -70,6 +71,7 @@ def save_pretrained(
     repo_id: str | None = None,
     remote_code: bool = False,
     onnx: bool = False,
+    onnx_int8: Iterable[Any] | None = None,
 ) -> None:
     """Save a model so that timm and transformers load it with equal logits.
 
@@ -93,12 +95,14 @@ def save_pretrained(
         remote_code: Add the code of the CIFAR networks, so that transformers loads the model without this package,
             with ``trust_remote_code=True``.
         onnx: Add ``onnx/model.onnx``, ``pixel_values`` to ``logits``.
+        onnx_int8: Add ``onnx/model_int8.onnx``, calibrated on these batches of training images, as
+            :func:`timm_eps.export_onnx` takes them.
 
     Raises:
         ValueError: The model cannot be built again from a name and arguments, its weights are not finite, the names do
             not fit the classes, ``results`` lacks a key or holds NaN, or ``remote_code`` is asked for a network that is
             not one of the CIFAR networks.
-        ImportError: ``onnx`` without onnx and onnxscript.
+        ImportError: ``onnx`` or ``onnx_int8`` without onnx and onnxscript, or ``onnx_int8`` without onnxruntime.
         OSError: The directory cannot be written.
     """
     check_gated(model)
@@ -114,6 +118,8 @@ def save_pretrained(
             _add_remote_code(staging)
         if onnx:
             export_onnx(body, staging / ONNX)
+        if onnx_int8 is not None:
+            export_onnx(body, staging / ONNX_INT8, quantize="static", calibration=onnx_int8)
         if find_spec("matplotlib") is not None:
             title = f"{wrapper.config.architecture}: {len(slots) - len(gone)} of {len(slots)} residual branches stayed"
             draw_blocks(slots, gone, history, staging / PICTURE, title)
@@ -129,6 +135,7 @@ def save_pretrained(
             picture=PICTURE if (staging / PICTURE).exists() else None,
             remote_code=remote_code,
             onnx=ONNX if onnx else None,
+            onnx_int8=ONNX_INT8 if onnx_int8 is not None else None,
             base_model=wrapper.config.base_model,
         )
         card.save(staging / "README.md")
@@ -161,7 +168,8 @@ def push_to_hub(
         token: Of the Hub; by default the one that ``hf auth login`` stored.
         revision: The branch to push to; made if it is not there, from the main branch.
         commit_message: Title of the commit.
-        saving: ``label_names``, ``results``, ``history``, ``remote_code`` and ``onnx``, as for :func:`save_pretrained`.
+        saving: ``label_names``, ``results``, ``history``, ``remote_code``, ``onnx`` and ``onnx_int8``, as for
+            :func:`save_pretrained`.
 
     Raises:
         ValueError: See :func:`save_pretrained`.

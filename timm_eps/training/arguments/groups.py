@@ -215,6 +215,7 @@ class SavingArguments:
     title: ClassVar[str] = "saving and the Hub"
     with_remote_code: bool = flag("add code to load a CIFAR network without this package")
     with_onnx: bool = flag("add onnx/model.onnx")
+    with_onnx_int8: bool = flag("add onnx/model_int8.onnx, in eight bits, calibrated on training images")
     license: str = option("of the weights, for the card", default="apache-2.0")
     push_to_hub: bool = flag("push what is in --output_dir, in one commit")
     hub_model_id: str | None = option("owner/name; default the name of --output_dir, under your own")

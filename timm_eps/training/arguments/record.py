@@ -12,7 +12,7 @@ __all__ = ["binding_arguments", "hub_id", "used_arguments"]
 # Of these the course of a training does not depend, but for the last bits.
 _UNRELATED = (
     "cuda_graphs", "num_threads", "dataloader_num_workers", "per_device_eval_batch_size", "with_remote_code",
-    "with_onnx",
+    "with_onnx", "with_onnx_int8",
 )  # fmt: skip
 # Nor do its results; and paths of this machine say nothing elsewhere.
 _UNSAID = (
