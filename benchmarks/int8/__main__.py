@@ -21,30 +21,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.int8.networks import MAKERS, STATES, Images, READERS, ROOT, network
+from benchmarks.int8.networks import MAKERS, READERS, ROOT, STATES, Images, network
 from benchmarks.int8.page import page
 from benchmarks.int8.settings import compare_settings
 from benchmarks.pretrained.prepare import DIRECTORY
 from timm_eps import export_onnx, report
 from timm_eps.hub.onnx_export import OnnxFile
+from timm_eps.hub.onnx_int8 import quantize_file
 from timm_eps.training.publishing import versions
 
 STORED, PAGE = ROOT / "benchmarks" / "int8.json", ROOT / "benchmarks" / "INT8.md"
-FORMS: dict[str, str | None] = {"float32": None, "int8": "static", "int8, dynamic": "dynamic"}
+FORMS = ("float32", "int8", "int8, dynamic")
 THREADS, BATCHES, EVALUATED = (1, 2), (1, 32), 250
 
 
 def export(net: nn.Module, images: Images, directory: Path, name: str) -> dict[str, Path]:
     """The files of a network by the name of their form."""
-    files = {}
-    for form, quantize in FORMS.items():
-        files[form] = directory / f"{name}-{len(files)}.onnx"
-        export_onnx(
-            net,
-            files[form],
-            quantize=quantize,
-            calibration=images.calibration.split(32) if quantize == "static" else None,
-        )
+    files = {form: directory / f"{name}-{index}.onnx" for index, form in enumerate(FORMS)}
+    export_onnx(net, files["float32"])  # once: torch's exporter takes most of the time
+    quantize_file(files["float32"], files["int8"], images.calibration)
+    quantize_file(files["float32"], files["int8, dynamic"], None)
     return files
 
 
@@ -104,7 +100,8 @@ def main() -> None:
     stored: dict[str, Any] = json.loads(STORED.read_text()) if STORED.exists() else {}
     for name in args.networks:
         record = stored.setdefault(name, {})
-        if record.keys() >= {"forms", "latency"} and not args.latency and not (args.settings and not record.get("settings")):
+        wanted = {"forms", "latency", *(["settings"] if args.settings else [])}
+        if record.keys() >= wanted and not args.latency:
             continue
         torch.set_num_threads(args.threads)
         nets = {state: network(name, state, args.output.resolve(), args.directory) for state in STATES}
@@ -120,6 +117,7 @@ def main() -> None:
                 named = {f"{state}, {form}": path for state in STATES for form, path in files[state].items()}
                 record["latency"] = latencies(named, read["dense"].tested[:1], args.repeats)
         record["hardware"], record["versions"] = report.hardware("cpu"), versions()
+        stored = (json.loads(STORED.read_text()) if STORED.exists() else {}) | {name: record}
         STORED.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
         PAGE.write_text(page(stored))
         print(page({name: record}), flush=True)

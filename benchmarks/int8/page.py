@@ -18,10 +18,10 @@ TITLES = {
 def page(stored: dict[str, Any]) -> str:
     """All of INT8.md."""
     lines = [
-        "Networks as ONNX files in ONNX Runtime. `int8` is the static form, calibrated on 512 training images. One run, "
-        "seed 0. Agreement is the share of test images for which a file and the float32 file of the same network choose "
-        "the same class. All files of a network are timed in turn: medians in milliseconds, and in brackets the median "
-        "of the ratios to the dense float32 file.",
+        "Networks as ONNX files in ONNX Runtime. `int8` is the static form, calibrated on 512 training images. One "
+        "run, seed 0. Agreement is the share of test images for which a file and the float32 file of the same network "
+        "choose the same class. All files of a network are timed in turn: medians in milliseconds, and in brackets the "
+        "median of the ratios to the dense float32 file.",
     ]
     for name, record in stored.items():
         lines += ["", f"## {TITLES[name]}", "", *forms(record)]
@@ -56,8 +56,8 @@ def forms(record: dict[str, Any]) -> list[str]:
 def settings(found: dict[str, Any]) -> list[str]:
     """The table of the settings, on the dense network."""
     lines = [
-        "Settings of the static form, one change at a time: dense network, at most 2,000 test images. The error is that "
-        "of the logits against float32, relative. The latency is that of a batch of 32 over float32.",
+        "Settings of the static form, one change at a time: dense network, at most 2,000 test images. The error is "
+        "that of the logits against float32, relative. The latency is that of a batch of 32 over float32.",
         "",
         "| | accuracy | agreement | error | latency |",
         "|---|---:|---:|---:|---:|",

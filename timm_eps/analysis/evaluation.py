@@ -123,7 +123,7 @@ def read_images(name: str, batches: Iterable[Any], most: int) -> list[Tensor]:
     left = most
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
         for index, batch in enumerate(batches):
-            images = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
+            images: Any = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
             if isinstance(batch, tuple | list) and len(batch) in (1, 2):
                 images = batch[0]
             _check_images(f"batch {index} of {name}", images)

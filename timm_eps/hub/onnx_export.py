@@ -78,7 +78,6 @@ def export_onnx(
             whole = Path(directory) / "model.onnx"
             _export_float(model, whole)
             quantize_file(whole, Path(path), images)
-    _forget_paths(path)
 
 
 def _export_float(model: nn.Module, path: str | os.PathLike) -> None:
@@ -96,6 +95,7 @@ def _export_float(model: nn.Module, path: str | os.PathLike) -> None:
         dynamo=True,
         verbose=False,
     )
+    _forget_paths(path)
 
 
 class OnnxFile(nn.Module):
