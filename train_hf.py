@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 import timm_eps
 from timm_eps import report
+from timm_eps.hub.onnx_forms import forms_table
 from timm_eps.surgery.distributed import rewrap
 from timm_eps.training import beginning, build, publishing, run_checkpoints
 from timm_eps.training.arguments import Arguments, parse_arguments
@@ -236,10 +237,14 @@ def publish(args: Arguments, run: Run, results: dict[str, Any], repo_id: str | N
     live = publishing.logits_of(model, sample)
     timm_eps.remove_closed(model)
     results |= publishing.compare(args, model, sample) | publishing.facts(args, run)
+    results |= publishing.onnx_forms(args, model, images)
     history = run.pruner.history if run.pruner else []
     saved = {"results": results, "history": history, **args.saving.extras()}
+    saved["onnx_int8"] = publishing.calibration(args, images)
     publishing.save(model, args.output_dir, run.remedy, repo_id=repo_id, **saved)
     print(f"\n{report.outcome(results)}\n\n{report.comparison_table(results)}\n")
+    if "onnx_forms" in results:
+        print(f"{forms_table(results['onnx_forms'])}\n")
     for said in filter(None, (report.class_changes(results), publishing.left_out(images))):
         print(f"{said}\n")
     print(f"Saved in {args.output_dir}. Logits of {len(sample)} test images after reloading it through:")

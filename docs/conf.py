@@ -44,6 +44,7 @@ PAGES = {
     "../CHANGELOG.md": "changes.md",
     "../benchmarks/RESULTS.md": "results.md",
     "../benchmarks/PRETRAINED.md": "pretrained.md",
+    "../benchmarks/INT8.md": "int8.md",
 }
 
 

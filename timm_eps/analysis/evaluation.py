@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Loss", "Score", "evaluate", "read_batches", "score", "to_network"]
+__all__ = ["Batch", "Loss", "Score", "evaluate", "read_batches", "read_images", "score", "to_network"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -86,11 +86,7 @@ def _read_batch(index: int, batch: Any, classes: int) -> Batch:
             f"{name} must be a pair (images, labels) or a dict with pixel_values and labels, "
             f"got {type(batch).__name__}."
         )
-    if not (isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4):
-        raise ValueError(
-            f"The images of {name.lower()} must be a float tensor (B, C, H, W), normalised for the network, "
-            f"got {_described(images)}."
-        )
+    _check_images(name.lower(), images)
     if not (isinstance(labels, Tensor) and labels.shape in ((len(images),), (len(images), classes))):
         raise ValueError(
             f"The labels of {name.lower()} must be a tensor ({len(images)},) of class numbers or ({len(images)}, "
@@ -105,6 +101,47 @@ def _read_batch(index: int, batch: Any, classes: int) -> Batch:
         )
     labels = labels.detach()
     return Batch(images.detach(), labels.long() if labels.ndim == 1 else labels.float())
+
+
+def read_images(name: str, batches: Iterable[Any], most: int) -> list[Tensor]:
+    """The images of batches, read until there are enough of them.
+
+    Args:
+        name: What errors call the batches.
+        batches: What :func:`read_batches` takes, or image tensors (B, C, H, W). Labels are not read.
+        most: Number of images to read.
+
+    Raises:
+        ValueError: There is no image, or a batch is neither, or holds no float images (B, C, H, W).
+    """
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
+        raise ValueError(
+            f"{name} must be an iterable of image tensors, of (images, labels) or of dicts with pixel_values, "
+            f"got {type(batches).__name__}; put a single batch into a list."
+        )
+    found: list[Tensor] = []
+    left = most
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
+        for index, batch in enumerate(batches):
+            images: Any = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
+            if isinstance(batch, tuple | list) and len(batch) in (1, 2):
+                images = batch[0]
+            _check_images(f"batch {index} of {name}", images)
+            found.append(images[:left].detach())
+            left -= len(found[-1])
+            if left <= 0:
+                break
+    if left == most:
+        raise ValueError(f"{name} holds no images. A generator that was read before is empty; make a new one.")
+    return [images for images in found if len(images)]
+
+
+def _check_images(name: str, images: Any) -> None:
+    if not (isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4):
+        raise ValueError(
+            f"The images of {name} must be a float tensor (B, C, H, W), normalised as the network reads them, "
+            f"got {_described(images)}."
+        )
 
 
 def _described(value: Any) -> str:

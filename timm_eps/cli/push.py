@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ def run(args: argparse.Namespace) -> int:
     """Load the network and push it."""
     from .. import push_to_hub
     from ..hub.remote_code import CODE_FILES
-    from ..hub.saving import ONNX, PROGRAM
+    from ..hub.saving import ONNX, ONNX_INT8, PROGRAM
 
     directory = Path(args.directory)
     if not directory.is_dir():
         raise ValueError(f"{args.directory[:200]!r} is not a directory.")
+    if (directory / ONNX_INT8).is_file():
+        print(f"{ONNX_INT8} is not pushed: it was calibrated on images that are not here.", file=sys.stderr)
     model = load_saved(args.directory)
     commit = push_to_hub(
         model,

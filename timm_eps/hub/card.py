@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..names import is_cifar_network
 from ..report import comparison_table, outcome, timed
+from .onnx_forms import forms_table
 
 __all__ = ["RESULT_KEYS", "render_card"]
 
@@ -37,6 +38,7 @@ def render_card(
     remote_code: bool = False,
     onnx: str | None = None,
     program: str | None = None,
+    onnx_int8: str | None = None,
     base_model: str | None = None,
 ) -> ModelCard:
     """The model card, from the values of a run.
@@ -53,6 +55,7 @@ def render_card(
         remote_code: Whether the repository has the code to load the model without this package.
         onnx: Path of the ONNX file, if there is one.
         program: Path of the program for plain torch, if there is one.
+        onnx_int8: Path of the ONNX file in eight bits, if there is one.
         base_model: Name on the Hub of the model that a training began with; that of ``results`` wins.
 
     Raises:
@@ -100,6 +103,8 @@ def render_card(
         remote_code=remote_code,
         onnx=onnx,
         program=program,
+        onnx_int8=onnx_int8,
+        forms=forms_table(results.get("onnx_forms", {})) if onnx or onnx_int8 else "",
         base_model=base_model,
         is_twin=not is_cifar_network(architecture),
         results=results,

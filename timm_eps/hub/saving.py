@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,9 @@ _logger = logging.getLogger(__name__)
 PICTURE = "blocks.png"
 RESULTS = "all_results.json"
 ONNX = "onnx/model.onnx"
+ONNX_INT8 = "onnx/model_int8.onnx"  # the name that transformers.js looks for
 PROGRAM = "model.pt2"
-_OPTIONAL = (PICTURE, RESULTS, ONNX, PROGRAM, *CODE_FILES)
+_OPTIONAL = (PICTURE, RESULTS, ONNX, ONNX_INT8, PROGRAM, *CODE_FILES)
 
 
 def save_pretrained(
@@ -58,6 +59,7 @@ def save_pretrained(
     repo_id: str | None = None,
     remote_code: bool = False,
     onnx: bool = False,
+    onnx_int8: Iterable[Any] | None = None,
     exported_program: bool = False,
 ) -> None:
     """Save a model so that timm and transformers load it with equal logits.
@@ -82,6 +84,8 @@ def save_pretrained(
         remote_code: Whether to add code and edits with which transformers loads the model without this package, with
             ``trust_remote_code=True``. A twin also needs timm there.
         onnx: Whether to add ``onnx/model.onnx``, which maps ``pixel_values`` to ``logits``.
+        onnx_int8: Batches of training images, as :func:`timm_eps.export_onnx` takes them. If they are given,
+            ``onnx/model_int8.onnx`` is added, calibrated on them.
         exported_program: Whether to add ``model.pt2``, which plain torch loads; see :func:`timm_eps.export_program`.
 
     Raises:
@@ -89,7 +93,7 @@ def save_pretrained(
             fit the classes, ``results`` lacks a key or contains NaN, ``remote_code`` is set for a network that neither
             timm nor the code of the CIFAR networks builds, or torch cannot trace the network for
             ``exported_program``.
-        ImportError: ``onnx`` is set, but onnx or onnxscript is not installed.
+        ImportError: ``onnx`` or ``onnx_int8`` is set, but onnx, onnxscript or onnxruntime is not installed.
         OSError: The directory cannot be written.
     """
     check_gated(model)
@@ -105,6 +109,8 @@ def save_pretrained(
             add_remote_code(staging, timm_body(collapsed_copy(wrapper)))
         if onnx:
             export_onnx(body, staging / ONNX)
+        if onnx_int8 is not None:
+            export_onnx(body, staging / ONNX_INT8, quantize="static", calibration=onnx_int8)
         if exported_program:
             export_program(body, staging / PROGRAM)
         if find_spec("matplotlib") is not None:
@@ -123,6 +129,7 @@ def save_pretrained(
             picture=PICTURE if (staging / PICTURE).exists() else None,
             remote_code=remote_code,
             onnx=ONNX if onnx else None,
+            onnx_int8=ONNX_INT8 if onnx_int8 is not None else None,
             program=PROGRAM if exported_program else None,
             base_model=wrapper.config.base_model,
         )
@@ -157,7 +164,7 @@ def push_to_hub(
         revision: Git branch to push to; it is created from the main branch if needed.
         commit_message: Title of the commit.
         saving: Arguments of :func:`save_pretrained`: ``label_names``, ``results``, ``history``, ``remote_code``,
-            ``onnx``, ``exported_program``.
+            ``onnx``, ``onnx_int8``, ``exported_program``.
 
     Raises:
         ValueError: See :func:`save_pretrained`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from ..hf.configuration_eps_resnet import EpsResNetConfig
+from ..hub.onnx_int8 import CALIBRATION_IMAGES
 from ..hub.remote_code import check_remote_name
 from ..names import is_cifar_network
 from . import choices, data
@@ -29,8 +30,8 @@ class ImageData:
     """The images of a run, and the input format of its network.
 
     Attributes:
-        splits: Splits ``train``, ``validation`` and maybe ``test``; also ``analysed``, a part of the training images,
-            if they are needed to compare branches.
+        splits: Splits ``train``, ``validation`` and maybe ``test``. Parts of the training images: ``analysed``, if they
+            are needed to compare branches; ``calibration``, if they are needed for eight bits.
         pretrained_cfg: timm's description of the input.
         about: Facts about the images for the results and the card.
         pictures: Function that returns the first validation images as pictures.
@@ -58,7 +59,7 @@ class ImageData:
         columns = data.find_columns(raw["train"].features, args.data.image_column_name, args.data.label_column_name)
         pretrained_cfg = input_of(args.model, args.data, config, raw["train"].features[columns[1]].num_classes)
         splits = prepare_splits(args.data, raw, columns, pretrained_cfg, length)
-        tested = {name: split for name, split in splits.items() if name != "analysed"}
+        tested = {name: split for name, split in splits.items() if name not in ("analysed", "calibration")}
         data.check_classes(**tested, all_trained=args.data.max_train_samples is None)
         pretrained_cfg |= normalization(args.model, splits["train"])
         pictures = partial(data.pictures, raw["validation"], columns[0])
@@ -93,11 +94,14 @@ class ImageData:
 
     def analysed(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Normalised training images with labels for comparing branches; empty if they are not needed."""
-        if "analysed" not in self.splits:
-            return []
+        return list(self.batches_of("analysed", device)) if "analysed" in self.splits else []
+
+    def batches_of(self, split: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images of a split, normalised, with labels."""
         normalize = self.normalize(device)
-        batches = data.evaluation_batches(self.splits["analysed"], 128)
-        return [(normalize(images.to(device)), labels.to(device)) for images, labels, _ in batches if len(labels)]
+        for images, labels, _ in data.evaluation_batches(self.splits[split], 128):
+            if len(labels):
+                yield normalize(images.to(device)), labels.to(device)
 
     def sample(self, count: int, device: torch.device) -> Tensor:
         """The first validation images, normalised, (count, C, H, W)."""
@@ -124,6 +128,8 @@ def load_splits(args: Arguments) -> tuple[dict[str, Any], dict[str, Any], int | 
         splits["train"] = data.sample(splits["train"], given.max_train_samples, seed)
         length = len(splits["train"])
     splits["validation"] = data.sample(splits["validation"], given.max_eval_samples, seed)
+    if args.saving.with_onnx_int8:
+        splits["calibration"] = data.sample(splits["train"], CALIBRATION_IMAGES, seed)
     if choices.needs_analysis(args):
         splits["analysed"] = data.sample(splits["train"], choices.ANALYSED, seed)
     return splits, about, given.max_train_samples if given.streaming and given.max_train_samples else length

@@ -26,6 +26,8 @@ from .. import report
 from ..gate import EpsilonGate
 from ..hub import onnx_export
 from ..hub.failures import NETWORK_ERRORS, one_line
+from ..hub.onnx_forms import measure_forms
+from ..hub.onnx_int8 import check_int8
 from ..hub.saving import push_to_hub, save_pretrained
 from ..report import paired_seconds
 from .arguments import Arguments, ModelArguments, SavingArguments, hub_id, used_arguments
@@ -35,8 +37,8 @@ from .run import Run
 from .run_checkpoints import find_checkpoint
 
 __all__ = [
-    "base_model", "check_reload", "compare", "facts", "hardware", "left_out", "logits_of", "push", "save",
-    "taking_outputs", "versions",
+    "base_model", "calibration", "check_reload", "compare", "facts", "hardware", "left_out", "logits_of", "onnx_forms",
+    "push", "save", "taking_outputs", "versions",
 ]  # fmt: skip
 
 # huggingface_hub raises the last one when an upload fails.
@@ -68,6 +70,30 @@ def compare(args: Arguments, model: Any, images: Tensor) -> dict[str, Any]:
         on_cpu = {size: batch.cpu() for size, batch in batches.items()}
         found |= _latencies(sessions, on_cpu, "onnx_")
     return found
+
+
+def onnx_forms(args: Arguments, model: nn.Module, images: ImageData) -> dict[str, Any]:
+    """What each ONNX file that is written is worth, under ``onnx_forms``.
+
+    Accuracy is that on the images to validate on, in this process, on the CPU. Nothing is found without ONNX Runtime.
+    """
+    exports: dict[str, dict[str, Any]] = {"float32": {}} if args.saving.with_onnx else {}
+    if args.saving.with_onnx_int8:
+        exports["int8"] = {"quantize": "static", "calibration": calibration(args, images)}
+    if not exports or not find_spec("onnxruntime"):
+        return {}
+    with tempfile.TemporaryDirectory() as directory:
+        files = {name: Path(directory) / f"{name}.onnx" for name in exports}
+        for name, options in exports.items():
+            onnx_export.export_onnx(model, files[name], **options)
+        return {"onnx_forms": measure_forms(files, images.batches_of("validation", torch.device("cpu")))}
+
+
+def calibration(args: Arguments, images: ImageData) -> list[Tensor] | None:
+    """Training images to calibrate eight bits on, normalised; None without ``--with_onnx_int8``."""
+    if not args.saving.with_onnx_int8:
+        return None
+    return [batch for batch, _ in images.batches_of("calibration", torch.device("cpu"))]
 
 
 def _latencies(pair: Mapping[str, nn.Module], batches: dict[int, Tensor], runtime: str = "") -> dict[str, Any]:
@@ -140,8 +166,10 @@ def taking_outputs(args: Arguments, accelerator: Accelerator) -> Iterator[str | 
 
 def _check_outputs(args: Arguments) -> str | None:
     tempfile.TemporaryFile(dir=args.output_dir).close()
-    if args.saving.with_onnx:
+    if args.saving.with_onnx or args.saving.with_onnx_int8:
         onnx_export.check_installed()
+    if args.saving.with_onnx_int8:
+        check_int8("static", calibration=())
     if not args.saving.push_to_hub:
         return None
     wanted = args.saving.hub_model_id or Path(args.output_dir).resolve().name

@@ -215,6 +215,7 @@ class SavingArguments:
     title: ClassVar[str] = "saving and the Hub"
     with_remote_code: bool = flag("add code with which transformers loads the model without this package")
     with_onnx: bool = flag("add onnx/model.onnx")
+    with_onnx_int8: bool = flag("add onnx/model_int8.onnx, in eight bits, calibrated on training images")
     with_exported_program: bool = flag("add model.pt2, which plain torch loads")
     license: str = option("of the weights, for the card", default="apache-2.0")
     push_to_hub: bool = flag("push what is in --output_dir, in one commit")

@@ -12,7 +12,7 @@ __all__ = ["binding_arguments", "hub_id", "used_arguments"]
 # Options that do not affect training beyond floating-point rounding.
 _UNRELATED = (
     "cuda_graphs", "num_threads", "dataloader_num_workers", "per_device_eval_batch_size", "with_remote_code",
-    "with_exported_program", "with_onnx",
+    "with_exported_program", "with_onnx", "with_onnx_int8",
 )  # fmt: skip
 # Options that do not affect the results, and local paths.
 _UNSAID = (
