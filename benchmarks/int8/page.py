@@ -46,11 +46,11 @@ def forms(record: dict[str, Any]) -> list[str]:
             cells = [f"{state}, {form}", f"{100 * row['accuracy']:.2f} %", f"{100 * row['agreement']:.2f} %"]
             cells.append(f"{row['bytes'] / 1e6:.2f}")
             for threads, batch in columns:
-                one = timed[f"{state}, {form}", threads, batch]
-                cells.append(f"{1000 * one['seconds']:.2f} ({one['ratio']:.2f}×)")
+                one = timed.get((f"{state}, {form}", threads, batch))
+                cells.append("" if one is None else f"{1000 * one['seconds']:.2f} ({one['ratio']:.2f}×)")
             lines.append(f"| {' | '.join(cells)} |")
     images = next(iter(next(iter(record["forms"].values())).values()))["images"]
-    return [*lines, "", f"{images:,} test images."]
+    return [*lines, "", f"{images:,} test images, of which the dynamic form was given at most 500."]
 
 
 def settings(found: dict[str, Any]) -> list[str]:

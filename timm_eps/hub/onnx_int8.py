@@ -23,6 +23,7 @@ KINDS = ("static", "dynamic")
 # More images change the ranges of the activations little.
 CALIBRATION_IMAGES = 512
 _BATCH = 32
+_WEIGHTED = ("Conv", "Gemm", "MatMul")
 # Batch norm that stands alone is left out: ONNX Runtime computes it in float32 either way.
 _QUANTIZED = (
     "Add", "AveragePool", "Clip", "Concat", "Conv", "Gemm", "GlobalAveragePool", "MatMul", "MaxPool", "Mul",
@@ -99,13 +100,21 @@ def quantize_file(source: Path, path: Path, images: Tensor | None, **changes: An
     # activations: signed ones take twice the time on x86-64.
     chosen: dict[str, Any] = {
         "quant_format": quantization.QuantFormat.QDQ,
-        "op_types_to_quantize": list(_QUANTIZED),
+        "op_types_to_quantize": list(_op_types(prepared)),
         "per_channel": True,
         "activation_type": kinds.QUInt8,
         "weight_type": kinds.QInt8,
         "calibrate_method": quantization.CalibrationMethod.MinMax,
     }
     quantization.quantize_static(prepared, path, _Reader(images), **(chosen | changes))
+
+
+def _op_types(path: Path) -> tuple[str, ...]:
+    """The operations to quantize: sums of a transformer's residual stream hold outliers, so they stay in float32."""
+    import onnx
+
+    found = {node.op_type for node in onnx.load(path).graph.node}
+    return _WEIGHTED if found & {"LayerNormalization", "Softmax"} else _QUANTIZED
 
 
 class _Reader:
