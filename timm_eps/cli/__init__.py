@@ -1,0 +1,1 @@
+"""The console command ``timm-eps``: one file for each verb."""
