@@ -12,10 +12,15 @@ PACKAGE = Path(__file__).parents[1] / "timm_eps"
 # Rooms and files at the root, from the ground up.
 ORDER = [
     "names", "learning_rate", "gate", "files", "surgery", "report", "budget", "schedule", "analysis", "importance",
-    "cost_schedule", "criteria", "thresholds", "pruner", "models", "hf", "hub", "__init__", "training",
+    "cost_schedule", "criteria", "thresholds", "pruner", "models", "hf", "hub", "page", "__init__", "training",
+    "cli",
 ]  # fmt: skip
 # What else is imported, by room: the others get along with torch and timm.
-LIBRARIES = {"transformers": {"hf", "hub", "files", "training"}, "accelerate": {"training"}, "datasets": {"training"}}
+LIBRARIES = {
+    "transformers": {"hf", "hub", "page", "files", "training", "cli"},
+    "accelerate": {"training"},
+    "datasets": {"training"},
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -71,9 +71,9 @@ def _measured(answers: Answers) -> dict[str, Any]:
     )
     other = answers.changed - difference.lost - difference.won
     found["changes"] = (
-        f"The answer changed for {count(answers.changed)} of {count(images)} images: {count(difference.lost)} were "
-        f"right and are wrong now, {count(difference.won)} were wrong and are right now, and {count(other)} are wrong "
-        "in another way."
+        f"The answer changed for {count(answers.changed)} of {count(images)} images. Right before, wrong now: "
+        f"{count(difference.lost)}. Wrong before, right now: {count(difference.won)}. Wrong both times, differently: "
+        f"{count(other)}."
         if answers.changed
         else f"Both networks give the same answer for all {count(images)} images."
     )
@@ -130,7 +130,10 @@ def confusion(names: Sequence[str], answers: Answers | None) -> dict[str, Any] |
                 for true, row in enumerate(cells)
             ]
             maps.append({"title": title if len(given) > 1 else "", "rows": rows})
-        return {"maps": maps, "names": list(names), "pairs": None}
+        longest = max(map(len, names))
+        return {
+            "maps": maps, "names": list(names), "pairs": None, "is_long": longest > 3, "width": min(longest, 15),
+        }  # fmt: skip
     counted = {name: answers.confused(found) for name, found in given.items()}
     every = {pair for pairs in counted.values() for pair in pairs}
     if not every:

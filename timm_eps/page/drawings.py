@@ -1,6 +1,6 @@
 """Drawings of a page as inline SVG: text that can be selected, colours by class, a title on each mark.
 
-A drawing is 440 units wide, so that its text stays readable on a phone. All text is escaped.
+A drawing with text is 440 units wide, so that the text stays readable on a phone. All text is escaped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ __all__ = ["Mark", "draw_blocks", "draw_line", "draw_scatter"]
 
 _WIDTH, _HEIGHT = 440, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 46
-_BLOCKS_IN_A_ROW, _CELL, _GAP = 20, 22, 4
+_BLOCKS_IN_A_ROW, _CELL, _GAP = 20, 30, 4
+_LINE = 12  # height of a label
 
 
 class Mark(NamedTuple):
@@ -55,7 +56,7 @@ def draw_blocks(blocks: Sequence[dict[str, bool]], name: str) -> Markup:
             kind = "kept" if kept else "removed"
             cells.append(
                 f'<rect class="{kind}" x="{x + 2}" y="{y + place * _CELL + 2:g}" width="{_CELL - 4}" '
-                f'height="{_CELL - 4}" rx="4"><title>{escape(slot)}: {kind}</title></rect>'
+                f'height="{_CELL - 4}" rx="6"><title>{escape(slot)}: {kind}</title></rect>'
             )
     width = min(len(blocks), _BLOCKS_IN_A_ROW) * _CELL
     height = rows * row_height - 2 * _GAP
@@ -74,14 +75,9 @@ def draw_scatter(marks: Sequence[Mark], x_name: str, y_name: str, name: str) -> 
     ticks = [value for value in _powers(linear, marks) if low - pad <= _symlog(value, linear) <= high + pad]
     parts = _axes(across, x_name, y_name)
     parts += [_tick(up(_symlog(value, linear)), f"{value:g}".replace("-", "−"), value == 0) for value in ticks]
-    for mark, height in zip(marks, heights, strict=True):
-        x, y = across(mark.x), up(height)
-        parts.append(_circle(x, y, mark))
-        if mark.label:
-            is_right = x > 0.7 * _WIDTH
-            anchor, shift = ("end", -8) if is_right else ("start", 8)
-            parts.append(f'<text class="label" x="{x + shift:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">'
-                         f"{escape(mark.label)}</text>")  # fmt: skip
+    places = [(across(mark.x), up(height), mark) for mark, height in zip(marks, heights, strict=True)]
+    parts += [_circle(x, y, mark) for x, y, mark in places]
+    parts += _labels(places)
     return _svg(_WIDTH, _HEIGHT, name, parts)
 
 
@@ -155,6 +151,20 @@ def _tick(y: float, text: str, is_zero: bool = False) -> str:
         f'<line class="{kind}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
     )
+
+
+def _labels(places: Sequence[tuple[float, float, Mark]]) -> list[str]:
+    """The labels beside the points, from the top down; one that would cover another moves below it."""
+    parts: list[str] = []
+    written: list[tuple[float, float]] = []
+    for x, y, mark in sorted((place for place in places if place[2].label), key=lambda place: place[1]):
+        near = [below for other, below in written if abs(other - x) < 4 * _LINE and below > y - _LINE]
+        y = max([y, *(below + _LINE for below in near)])
+        written.append((x, y))
+        anchor, shift = ("end", -8) if x > 0.7 * _WIDTH else ("start", 8)
+        at = f'x="{x + shift:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}"'
+        parts.append(f'<text class="label" {at}>{escape(mark.label)}</text>')
+    return parts
 
 
 def _circle(x: float, y: float, mark: Mark) -> str:

@@ -41,4 +41,4 @@ def milliseconds(value: float) -> str:
 
 def megabytes(value: int) -> str:
     """Bytes in units of a million."""
-    return f"{value / 1e6:.1f} MB" if value >= 1e5 else f"{value / 1e3:.0f} kB"
+    return f"{value / 1e6:.1f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB"

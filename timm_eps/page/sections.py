@@ -42,7 +42,11 @@ def facts(network: SavedNetwork, found: Mapping[str, Any], timings: Sequence[Tim
     if timed is not None and timed.dense is not None and timed.ratio is not None and network.removed:
         images = "1 image" if timed.batch_size == 1 else f"{timed.batch_size} images"
         detail = f"{milliseconds(timed.now)} instead of {milliseconds(timed.dense)} for {images}, {timed.runtime}."
-        listed.append(fact("Faster" if timed.ratio >= 1 else "Slower", f"{timed.ratio:.2f}×", "as fast", detail))
+        low, high = timed.speedup or (timed.ratio, timed.ratio)
+        if low < 1 < high:  # a busy machine
+            detail += f" The measurement is uncertain: the quartiles are {low:.2f} and {high:.2f}."
+        name = "Faster" if low >= 1 else "Slower" if high <= 1 else "Speed"
+        listed.append(fact(name, f"{timed.ratio:.2f}×", "as fast", detail))
     elif network.removed:
         left = percent(1 - now.macs / dense.macs, 0)
         listed.append(fact("Less to compute", left, "fewer multiply-adds", "No latency was measured."))
@@ -177,7 +181,7 @@ def costs(network: SavedNetwork, analysis: Analysis | None) -> dict[str, Any] | 
                                     "Accuracy while one branch after the other closes")
         if len(curve) > 1 else None,
         "rows": rows, "images": count(analysis.images), "hardware": analysis.hardware if size else "", "what": what,
-        "with_labels": with_labels,
+        "with_labels": with_labels, "is_dense": dense.branches == len(network.slots), "branches": dense.branches,
     }  # fmt: skip
 
 
