@@ -17,6 +17,8 @@ _WIDTH, _HEIGHT = 440, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 46
 _BLOCKS_IN_A_ROW, _CELL, _GAP = 20, 30, 4
 _LINE = 12  # height of a label
+_TICK_DISTANCE = 24
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class Mark(NamedTuple):
@@ -72,7 +74,13 @@ def draw_scatter(marks: Sequence[Mark], x_name: str, y_name: str, name: str) -> 
     pad = 0.08 * (high - low) or 1.0
     across = _Scale.of([0.0, *(mark.x for mark in marks)], _LEFT, _WIDTH - _RIGHT, pad=0.1)
     up = _Scale(low - pad, high + pad, _HEIGHT - _BOTTOM, _TOP)
-    ticks = [value for value in _powers(linear, marks) if low - pad <= _symlog(value, linear) <= high + pad]
+    most = max([linear, *sizes])
+    ticks: list[float] = []
+    for value in _round_values(linear, most):
+        y = up(_symlog(value, linear))
+        is_apart = all(abs(up(_symlog(other, linear)) - y) >= _TICK_DISTANCE for other in ticks)
+        if is_apart and _TOP <= y <= _HEIGHT - _BOTTOM - 6:
+            ticks.append(value)
     parts = _axes(across, x_name, y_name)
     parts += [_tick(up(_symlog(value, linear)), f"{value:g}".replace("-", "−"), value == 0) for value in ticks]
     places = [(across(mark.x), up(height), mark) for mark, height in zip(marks, heights, strict=True)]
@@ -124,11 +132,11 @@ def _symlog(value: float, linear: float) -> float:
     return math.copysign(size if size <= 1 else 1 + math.log10(size), value)
 
 
-def _powers(linear: float, marks: Iterable[Mark]) -> list[float]:
-    """Zero and powers of ten beyond the linear range, of both signs."""
-    most = max([linear, *(abs(mark.y) for mark in marks)])
-    powers = [10.0**exponent for exponent in range(math.ceil(math.log10(linear)), math.floor(math.log10(most)) + 1)]
-    return [-power for power in powers] + [0.0] + powers
+def _round_values(linear: float, most: float) -> list[float]:
+    """Round values of both signs up to a size, the roundest first: zero, powers of ten, then 5, 2 and 3 times them."""
+    exponents = range(math.floor(math.log10(linear)) - 1, math.floor(math.log10(most)) + 1)
+    sizes = [digit * 10.0**exponent for digit in (1, 5, 2, 3) for exponent in reversed(exponents)]
+    return [0.0, *(sign * round(size, 12) for size in sizes for sign in (1, -1))]
 
 
 def _axes(across: _Scale, x_name: str, y_name: str) -> list[str]:
@@ -154,17 +162,25 @@ def _tick(y: float, text: str, is_zero: bool = False) -> str:
 
 
 def _labels(places: Sequence[tuple[float, float, Mark]]) -> list[str]:
-    """The labels beside the points, from the top down; one that would cover another moves below it."""
+    """A label beside each point: right, left, above or below, where it covers no point and no other label."""
     parts: list[str] = []
-    written: list[tuple[float, float]] = []
-    for x, y, mark in sorted((place for place in places if place[2].label), key=lambda place: place[1]):
-        near = [below for other, below in written if abs(other - x) < 4 * _LINE and below > y - _LINE]
-        y = max([y, *(below + _LINE for below in near)])
-        written.append((x, y))
-        anchor, shift = ("end", -8) if x > 0.7 * _WIDTH else ("start", 8)
-        at = f'x="{x + shift:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}"'
-        parts.append(f'<text class="label" {at}>{escape(mark.label)}</text>')
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in places]
+    for x, y, mark in places:
+        if not mark.label:
+            continue
+        width = 7.0 * len(mark.label)
+        starts = [(x + 8, y - 6), (x - 8 - width, y - 6), (x - width / 2, y - 20), (x - width / 2, y + 8)]
+        boxes = [(left, top, left + width, top + _LINE) for left, top in starts]
+        box = next((box for box in boxes if _is_free(box, taken)), boxes[0])
+        taken.append(box)
+        parts.append(f'<text class="label" x="{box[0]:.1f}" y="{box[3] - 2:.1f}">{escape(mark.label)}</text>')
     return parts
+
+
+def _is_free(box: _Box, taken: Iterable[_Box]) -> bool:
+    left, top, right, bottom = box
+    is_inside = left >= _LEFT and right <= _WIDTH and top >= 0
+    return is_inside and not any(left < r and x < right and top < b and t < bottom for x, t, r, b in taken)
 
 
 def _circle(x: float, y: float, mark: Mark) -> str:

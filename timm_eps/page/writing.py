@@ -47,7 +47,7 @@ def write_page(
         timm_eps.save_pretrained(model, "out")
         timm_eps.write_page("out")                                    # out/report.html, from the directory alone
         timm_eps.write_page("out", "page.html", batches=batches, dense=teacher)
-        timm_eps.write_page("out", analysis=report, latency_batch_sizes=(1,))
+        timm_eps.write_page("out", analysis=timm_eps.analyze(teacher, batches))
 
     Args:
         directory: What :func:`timm_eps.save_pretrained` or ``train_hf.py`` wrote.
@@ -77,7 +77,10 @@ def write_page(
     if wrong := [size for size in latency_batch_sizes if not (isinstance(size, int) and size > 0)]:
         raise ValueError(f"latency_batch_sizes must hold whole numbers of at least 1, got {wrong[0]!r}.")
     network = load_network(directory)
-    network.body.to(device)
+    try:
+        network.body.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's answers where it has no such device
+        raise ValueError(f"device {str(device)[:40]!r} cannot be used: {str(error).splitlines()[0][:100]}") from None
     content = _content(network, batches, dense, analysis, latency_batch_sizes, compiled, images_name)
     path = Path(output) if output is not None else network.directory / PAGE
     _write(path, _render(content))
