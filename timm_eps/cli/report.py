@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from ..training.arguments import DataArguments
 
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "write one HTML file that shows what was removed and what that changed"
 
+# What an evaluation reads of the data arguments: the others augment or order training images.
+_READ = (
+    "dataset_name", "dataset_config_name", "train_dir", "validation_dir", "test_dir", "train_split_name",
+    "test_split_name", "train_val_split", "image_column_name", "label_column_name", "max_eval_samples", "streaming",
+    "corrupt_images", "image_size", "fold", "dataloader_num_workers",
+)  # fmt: skip
 _ANALYZED = 1024  # images: they tell a rise of the loss of 0.01 from none
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    from ..training.evaluation_images import add_data_flags
-
     parser.add_argument("directory", help="a directory that train_hf.py or timm_eps.save_pretrained wrote")
     parser.add_argument("--output", help="the file to write; default DIRECTORY/report.html")
     parser.add_argument("--dense", metavar="PATH|ID", help="the dense network to compare with; needs images")
@@ -31,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("images to compare answers on (without them: from the directory alone)")
     images.add_argument("--digits", action="store_true", help="scikit-learn's digits")
     images.add_argument("--seed", type=int, help="of the held-back share of the training images; default the run's")
-    add_data_flags(images)
+    for each in fields(DataArguments):
+        if each.name in _READ:
+            images.add_argument(f"--{each.name}", **each.metadata)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,7 +88,8 @@ def _images(args: argparse.Namespace) -> dict[str, Any]:
 
     of_run = _results(args.directory)
     seed = args.seed if args.seed is not None else of_run.get("seed", 0)
-    arguments = data_arguments(args, args.directory, seed if isinstance(seed, int) else 0)
+    given = {name: getattr(args, name) for name in _READ}
+    arguments = data_arguments(given, args.directory, seed if isinstance(seed, int) else 0)
     images = EvaluationImages.load(arguments)
     ran_on = of_run.get("dataset"), of_run.get("eval_split")
     if ran_on[0] == images.dataset and ran_on[1] != images.name and not (args.test_dir or args.test_split_name):

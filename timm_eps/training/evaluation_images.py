@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from . import data
-from .arguments import Arguments, DataArguments
+from .arguments import Arguments
 from .arguments.checks import check_pairs
 from .arguments.parsing import build_parser
 from .inputs import input_of, load_splits, prepare_splits, starting_config
 
-__all__ = ["EvaluationImages", "add_data_flags", "data_arguments"]
+__all__ = ["EvaluationImages", "data_arguments"]
 
-# What an evaluation reads of the data arguments: the others augment or order training images.
-_READ = (
-    "dataset_name", "dataset_config_name", "train_dir", "validation_dir", "test_dir", "train_split_name",
-    "test_split_name", "train_val_split", "image_column_name", "label_column_name", "max_eval_samples", "streaming",
-    "corrupt_images", "image_size", "fold", "dataloader_num_workers",
-)  # fmt: skip
 _BATCH = 128
 
 
-def add_data_flags(to: Any) -> None:
-    """Add the flags of ``train_hf.py`` that say which images to evaluate on.
-
-    Args:
-        to: A parser, or a group of one.
-    """
-    for each in fields(DataArguments):
-        if each.name in _READ:
-            to.add_argument(f"--{each.name}", **each.metadata)
-
-
-def data_arguments(given: argparse.Namespace, directory: str, seed: int) -> Arguments:
+def data_arguments(given: dict[str, Any], directory: str, seed: int) -> Arguments:
     """The arguments of a run that would begin with a saved network and read these images.
 
     Args:
-        given: Values of :func:`add_data_flags`.
+        given: Data arguments of ``train_hf.py`` by name.
         directory: Where the network is saved.
         seed: Of the share of the training images that is held back, where no split is named: that of the run.
 
@@ -49,9 +31,8 @@ def data_arguments(given: argparse.Namespace, directory: str, seed: int) -> Argu
         ValueError: Two of them exclude each other, or one lacks another.
     """
     args = Arguments.of(vars(build_parser().parse_args([])))
-    chosen = {name: getattr(given, name) for name in _READ}
     # Images are read when they are needed, in the geometry of evaluation.
-    args = args.changed(**chosen, model_name_or_path=directory, seed=seed, augmentation="resized_crop")
+    args = args.changed(**given, model_name_or_path=directory, seed=seed, augmentation="resized_crop")
     check_pairs(args.flat())
     return args
 
