@@ -12,12 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "timm_eps"
 # Rooms and files at the root, from the ground up.
 ORDER = [
     "names", "learning_rate", "gate", "files", "surgery", "report", "budget", "schedule", "analysis", "importance",
-    "cost_schedule", "criteria", "thresholds", "pruner", "models", "hf", "hub", "__init__", "training",
+    "cost_schedule", "criteria", "thresholds", "pruner", "models", "hf", "hub", "page", "__init__", "training",
     "cli", "__main__",
 ]  # fmt: skip
 # What else is imported, by room: the others get along with torch and timm.
 LIBRARIES = {
-    "transformers": {"hf", "hub", "files", "training", "cli"}, "accelerate": {"training"}, "datasets": {"training"},
+    "transformers": {"hf", "hub", "page", "files", "training", "cli"},
+    "accelerate": {"training"},
+    "datasets": {"training"},
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

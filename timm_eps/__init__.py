@@ -22,6 +22,7 @@ from .learning_rate import RestartingLR
 from .models import eps_resnet as _eps_resnet  # noqa: F401  registers the timm models
 from .models import eps_twins as _eps_twins  # noqa: F401
 from .models.mixin import EpsilonMixin
+from .page.writing import write_page
 from .pruner import EpsilonPruner
 from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery.branches import gates
@@ -61,4 +62,5 @@ __all__ = [
     "remove_closed",
     "removed_slots",
     "save_pretrained",
+    "write_page",
 ]

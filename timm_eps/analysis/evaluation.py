@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Loss", "Score", "evaluate", "read_batches", "read_images", "score", "to_network"]
+__all__ = [
+    "Batch", "Loss", "Score", "evaluate", "read_batch", "read_batches", "read_images", "score", "to_network",
+]  # fmt: skip
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -67,13 +69,14 @@ def read_batches(batches: Iterable[Any], classes: int) -> list[Batch]:
             f"got {type(batches).__name__}; put a single batch into a list."
         )
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
-        found = [_read_batch(index, batch, classes) for index, batch in enumerate(batches)]
+        found = [read_batch(index, batch, classes) for index, batch in enumerate(batches)]
     if not any(len(batch.labels) for batch in found):
         raise ValueError("batches contains no images. A generator that was already read is empty; make a new one.")
     return [batch for batch in found if len(batch.labels)]
 
 
-def _read_batch(index: int, batch: Any, classes: int) -> Batch:
+def read_batch(index: int, batch: Any, classes: int) -> Batch:
+    """One batch, checked; the arguments and errors are those of :func:`read_batches`, and ``index`` is for messages."""
     name = f"Batch {index}"
     if isinstance(batch, Mapping):
         if missing := [key for key in ("pixel_values", "labels") if key not in batch]:

@@ -21,7 +21,7 @@ from .output import UsageError
 
 __all__ = ["VERBS", "main"]
 
-VERBS = ("info", "analyze", "prune", "train", "export", "push")
+VERBS = ("info", "analyze", "prune", "train", "export", "push", "report")
 
 _NAME = "timm-eps"
 _TRACEBACK = "TIMM_EPS_TRACEBACK"

@@ -46,7 +46,8 @@ RESULTS = "all_results.json"
 ONNX = "onnx/model.onnx"
 ONNX_INT8 = "onnx/model_int8.onnx"  # the name that transformers.js looks for
 PROGRAM = "model.pt2"
-_OPTIONAL = (PICTURE, RESULTS, ONNX, ONNX_INT8, PROGRAM, *CODE_FILES)
+PAGE = "report.html"  # of write_page; it describes the model that an earlier save wrote
+_OPTIONAL = (PICTURE, RESULTS, ONNX, ONNX_INT8, PROGRAM, PAGE, *CODE_FILES)
 
 
 def save_pretrained(
