@@ -315,7 +315,7 @@ def test_a_dense_network_must_fit(tmp_path):
     batches = [(torch.randn(2, 3, 8, 8), torch.zeros(2).long())]
     with pytest.raises(ValueError, match="10 classes"):
         page.write_page(tmp_path, batches=batches, dense=Known(0))
-    with pytest.raises(ValueError, match="goes with batches"):
+    with pytest.raises(ValueError, match="needs batches"):
         page.write_page(tmp_path, dense=tiny_net())
     with pytest.raises(ValueError, match="device 'abacus'"):
         page.write_page(tmp_path, device="abacus")
@@ -388,9 +388,9 @@ def test_the_verb_compares_on_a_data_set(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--dense", "x"], "--dense goes with images"), (["--digits", "--train_dir", "x"], "excludes"),
-        (["--digits", "--analyze"], "--analyze goes with --dense"), (["--compile"], "--compile goes with --measure"),
-        (["--max_eval_samples", "3"], "goes with images"),
+        (["--dense", "x"], "--dense needs images"), (["--digits", "--train_dir", "x"], "excludes"),
+        (["--digits", "--analyze"], "--analyze needs --dense"), (["--compile"], "--compile goes with --measure"),
+        (["--max_eval_samples", "3"], "needs images"),
     ],
 )  # fmt: skip
 def test_arguments_of_the_verb_that_do_not_go_together(words, message):

@@ -15,9 +15,9 @@ from .networks import model_fields
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Prepared", "add_budgets", "add_images", "arguments_of", "prepare"]
+__all__ = ["SHOWN", "Prepared", "add_budgets", "add_images", "arguments_of", "prepare"]
 
-_SHOWN = {
+SHOWN = {
     "dataset_name": ("NAME", "a data set on the Hub, or a directory that datasets reads"),
     "train_dir": ("DIR", "a directory with one sub-directory of images a class"),
     "image_size": ("N", "side in pixels; default that of the network"),
@@ -34,10 +34,10 @@ _MOST = 1024  # choices.ANALYSED, which is not imported for a parser: it brings 
 def add_images(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which images branches are compared on."""
     described = {each.name: each.metadata for kind in (DataArguments, ModelArguments) for each in fields(kind)}
-    for name in (*_SHOWN, *_HIDDEN):
+    for name in (*SHOWN, *_HIDDEN):
         shown: dict[str, Any] = {"help": argparse.SUPPRESS}
-        if name in _SHOWN:
-            shown = dict(zip(("metavar", "help"), _SHOWN[name], strict=True))
+        if name in SHOWN:
+            shown = dict(zip(("metavar", "help"), SHOWN[name], strict=True))
         parser.add_argument(f"--{name}", **{**described[name], **shown})
     parser.add_argument(
         "--images", type=_number_of_images, default=_MOST, metavar="N", help="training images to read, at most 1024"

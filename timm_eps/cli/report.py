@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..training.arguments import DataArguments
+from .images import SHOWN
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "write one HTML file that shows what was removed and what that changed"
+HELP = "Write one HTML file that shows what was removed and what that changed."
 
 # What an evaluation reads of the data arguments: the others augment or order training images.
 _READ = (
@@ -25,22 +26,31 @@ _ANALYZED = 1024  # images: they tell a rise of the loss of 0.01 from none
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    parser.add_argument("directory", help="a directory that train_hf.py or timm_eps.save_pretrained wrote")
-    parser.add_argument("--output", help="the file to write; default DIRECTORY/report.html")
-    parser.add_argument("--dense", metavar="PATH|ID", help="the dense network to compare with; needs images")
-    parser.add_argument("--analyze", action="store_true", help="measure what each branch of --dense is worth and costs")
+    parser.usage = "timm-eps report DIRECTORY [--digits | --dataset_name NAME | --train_dir DIR] [options]"
+    parser.add_argument("directory", metavar="DIRECTORY", help="directory of a saved network")
+    parser.add_argument("--output", metavar="HTML", help="file to write; default DIRECTORY/report.html")
+    parser.add_argument("--dense", metavar="PATH|ID", help="dense network to compare answers with, on the images below")
+    parser.add_argument(
+        "--analyze", action="store_true", help="measure the worth and the cost of each branch of --dense"
+    )
     parser.add_argument("--measure", action="store_true", help="measure the latency now: eager, and ONNX Runtime")
     parser.add_argument("--compile", action="store_true", help="with --measure: torch.compile as well")
     parser.add_argument(
-        "--latency_batch_size", type=int, nargs="+", default=[1, 32], help="with --measure: images of a pass"
+        "--latency_batch_size", type=int, nargs="+", default=[1, 32], metavar="N", help="with --measure"
     )
-    parser.add_argument("--device", default="cpu", help="where the networks run (default: cpu)")
-    images = parser.add_argument_group("images to compare answers on (without them: from the directory alone)")
-    images.add_argument("--digits", action="store_true", help="scikit-learn's digits")
-    images.add_argument("--seed", type=int, help="of the held-back share of the training images; default the run's")
+    parser.add_argument("--device", default="cpu", help="device of the networks; default cpu")
+    parser.add_argument("--digits", action="store_true", help="images: scikit-learn's digits")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="seed of the held-back training images; default the run's"
+    )
     for each in fields(DataArguments):
         if each.name in _READ:
-            images.add_argument(f"--{each.name}", **each.metadata)
+            shown: dict[str, Any] = {"help": argparse.SUPPRESS}
+            if each.name in SHOWN or each.name == "validation_dir":
+                metavar, text = SHOWN.get(each.name, ("DIR", "directory of the evaluation images"))
+                shown = {"metavar": metavar, "help": f"images: {text}"}
+            parser.add_argument(f"--{each.name}", **{**each.metadata, **shown})
+    parser.epilog = "The other data flags of `timm-eps train` work, too."
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,11 +85,11 @@ def _check(args: argparse.Namespace, has_images: bool) -> None:
         raise ValueError("--digits excludes --dataset_name and --train_dir")
     for name in ("dense", "seed", "max_eval_samples"):
         if getattr(args, name) is not None and not has_images:
-            raise ValueError(f"--{name} goes with images: --dataset_name, --train_dir or --digits")
+            raise ValueError(f"--{name} needs images: --dataset_name, --train_dir or --digits")
     if args.analyze and not args.dense:
-        raise ValueError("--analyze goes with --dense, the network that still has its branches")
+        raise ValueError("--analyze needs --dense, the network that still has its branches")
     if args.compile and not args.measure:
-        raise ValueError("--compile goes with --measure")
+        raise ValueError("--compile needs --measure")
 
 
 def _images(args: argparse.Namespace) -> dict[str, Any]:
