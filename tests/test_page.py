@@ -389,7 +389,7 @@ def test_the_verb_compares_on_a_data_set(tmp_path, capsys):
     ("words", "message"),
     [
         (["--dense", "x"], "--dense needs images"), (["--digits", "--train_dir", "x"], "excludes"),
-        (["--digits", "--analyze"], "--analyze needs --dense"), (["--compile"], "--compile goes with --measure"),
+        (["--digits", "--analyze"], "--analyze needs --dense"), (["--compile"], "--compile needs --measure"),
         (["--max_eval_samples", "3"], "needs images"),
     ],
 )  # fmt: skip

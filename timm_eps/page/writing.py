@@ -71,7 +71,7 @@ def write_page(
         OSError: The file cannot be written.
     """
     if batches is None and dense is not None:
-        raise ValueError("dense goes with batches: without images the two networks cannot be compared.")
+        raise ValueError("dense needs batches: without images the two networks cannot be compared.")
     if compiled and not latency_batch_sizes:
         raise ValueError("compiled goes with latency_batch_sizes, which says what to measure.")
     if wrong := [size for size in latency_batch_sizes if not (isinstance(size, int) and size > 0)]:
