@@ -12,6 +12,7 @@ import shutil
 import socket
 import stat
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ import timm_eps
 from timm_eps import EpsResNetBackbone, EpsResNetConfig, EpsResNetForImageClassification
 from timm_eps.files import standalone
 from timm_eps.files.config_checks import check_label_names, check_model_args, shortened
+from timm_eps.files.weight_checks import check_numbers
 from timm_eps.hf.model_files import staged
 from timm_eps.surgery.branches import gates
 
@@ -605,3 +607,12 @@ def test_a_cifar_network_is_not_taken_for_timms_of_that_depth(tmp_path, depth):
     assert type(loaded) is type(model)
     with pytest.raises(ValueError, match="not an architecture of timm"):
         timm_eps.export_timm(model, tmp_path / "plain")
+
+
+@pytest.mark.parametrize(("name", "value", "fits"), [
+    ("proj.input_min", -math.inf, True), ("proj.input_max", math.inf, True),
+    ("proj.input_max", math.nan, False), ("proj.weight", math.inf, False),
+])  # fmt: skip
+def test_limits_of_a_clamp_may_be_infinite(name, value, fits):
+    with nullcontext() if fits else pytest.raises(ValueError, match="NaN or infinity"):
+        check_numbers({name: torch.tensor([1.0, value])})
