@@ -371,4 +371,4 @@ def test_installed_command_runs(how, saved, tmp_path):
     for path in run(str(python), "-c", where, check=True).stdout.split():
         assert Path(path).is_relative_to(ROOT if how == "editable" else packages)
     assert "--steps_per_epoch" in run(command, "train", "--help", check=True).stdout
-    assert run(str(python), "-m", "timm_eps", "info", "nowhere").returncode == 1
+    assert run(str(python), "-m", "timm_eps.cli", "info", "nowhere").returncode == 1
