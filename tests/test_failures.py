@@ -50,7 +50,7 @@ def test_one_line(said, expected):
             143,
             "script: Stopped by SIGTERM after step 3; use the same arguments",
         ),
-        (InterruptionError(signal.SIGINT, 3, None), 130, "script: Stopped by SIGINT after step 3; no checkpoint"),
+        (InterruptionError(signal.SIGINT, 3, None), 130, "script: Stopped by SIGINT after step 3; there is no"),
     ],
 )
 def test_a_script_ends_in_one_line(error, code, line, capsys):

@@ -50,6 +50,7 @@ def test_hostile_directories(fuzzer):
     assert summary.is_clean(), summary.text()
 
 
+@pytest.mark.slow
 def test_every_planted_fault_is_found(fuzzer):
     base, found, expected = fuzzer.bases["cifar"], {}, {}
     worker = Worker("planted", fuzzer.workdir, seconds=6)

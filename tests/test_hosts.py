@@ -147,7 +147,7 @@ def test_pruned_in_a_host_saved_and_loaded_whole(name, tmp_path):
 @pytest.mark.parametrize("name", mostly_slow(HOSTS, 0))
 def test_the_refusal_names_the_backbone(name):
     host, backbone, _ = host_of(name)
-    with pytest.raises(ValueError, match="not a timm model; pass the one inside it, model") as caught:
+    with pytest.raises(ValueError, match="not a timm model; pass the timm model inside it, model") as caught:
         timm_eps.EpsilonPruner(host, keep=0.5)
     path = str(caught.value).partition("inside it, model.")[2].removesuffix(".")
     assert host.get_submodule(path) is backbone
@@ -370,5 +370,5 @@ def test_features_that_cannot_be_pruned_inside_say_what_can():
     with pytest.raises(ValueError, match=r"EfficientNetFeatures is not a timm model; make the gated twin"):
         timm_eps.add_gates(own_class)
     model = Segmenter("eps_test_resnet")
-    with pytest.raises(ValueError, match=r"pass the one inside it, model\.backbone\."):
+    with pytest.raises(ValueError, match=r"pass the timm model inside it, model\.backbone\."):
         timm_eps.prune(model, [LAST])

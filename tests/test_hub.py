@@ -110,7 +110,7 @@ def test_card(model, tmp_path):
         "| parameters | 100 | 40 | −60.0 % |",
         "| accuracy | not trained | 50.00 % |  |",
         "- `num_train_epochs`: 3",
-        "![Remaining residual branches",
+        "![Which residual branches stayed",
         "yu2018epsilon",
     ):
         assert text in card.content

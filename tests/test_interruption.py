@@ -102,7 +102,7 @@ def test_told_while_it_evaluates(whole, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(train_hf, "evaluate", evaluate_and_be_told)
-        with pytest.raises(InterruptionError, match="after step 8; go on"):
+        with pytest.raises(InterruptionError, match="after step 8; use the same arguments"):
             run(out, *EVERY_3)
     assert names(out) == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
     run(out, *EVERY_3, *LATEST)
@@ -176,6 +176,7 @@ for name, signals, arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_exit_codes_and_one_line(tmp_path):
     """Of the script itself; the second signal ends it at once, and a signal before the training too."""
     term, interrupt = int(signal.SIGTERM), int(signal.SIGINT)

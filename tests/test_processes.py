@@ -172,8 +172,8 @@ def test_told_to_stop_both_do_at_the_same_step_and_go_on_bit_by_bit(both):
 
 def test_another_number_of_processes_does_not_go_on(both, tmp_path):
     for rank in (0, 1):
-        assert "has number of processes 1, this one 2: " in both[rank]["refused"]
-    with pytest.raises(ValueError, match=r"has number of processes 2, this one 1: "):
+        assert "has number of processes 1, but this one 2. " in both[rank]["refused"]
+    with pytest.raises(ValueError, match=r"has number of processes 2, but this one 1. "):
         alone(tmp_path, *PRUNED, *batch(8), "--resume_from_checkpoint", str(both["out"] / "pruned/checkpoint-20"))
 
 

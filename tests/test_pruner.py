@@ -755,7 +755,7 @@ def test_a_stem_made_by_hand_is_found_at_once(name):
     if not name.startswith("eps_"):
         with pytest.raises(ValueError, match="in_chans="):
             timm_eps.add_gates(GREY[name]())
-    with pytest.raises(ValueError, match=r"does not take images of \(3, \d+, \d+\).*in_chans="):
+    with pytest.raises(ValueError, match=r"does not accept images of \(3, \d+, \d+\).*in_chans="):
         EpsilonPruner(GREY[name](), epsilon=1.0)
 
 

@@ -44,7 +44,9 @@ from timm_eps.surgery.branches import probe_batch
 ROOT = Path(__file__).parent.parent
 
 ALWAYS = {".gitattributes", "README.md", "blocks.png", "config.json", "model.safetensors"}
-REMOTE_CODE = {"modeling_eps_resnet.py", "config_checks.py", "value_checks.py", "weight_checks.py"}
+REMOTE_CODE = {
+    "modeling_eps_resnet.py", "config_checks.py", "strict_loading.py", "value_checks.py", "weight_checks.py",
+}  # fmt: skip
 SHORT = ["--max_train_samples", "200", "--epsilon_warmup_epochs", "1", "--ramp_epochs", "2", "--patience", "1"]
 SHORT += ["--num_train_epochs", "4", "--num_threads", "1"]
 SHAPES = ["bar", "column", "diagonal"]
@@ -681,7 +683,7 @@ def test_onnx_takes_any_batch(hub, make):
     net = make()
     repo_id = f"me/onnx-{net.pretrained_cfg['architecture']}"
     timm_eps.push_to_hub(net, repo_id, onnx=True)
-    assert "`onnx/model.onnx` is the same network" in hub.files(repo_id)["README.md"].decode()
+    assert 'InferenceSession("onnx/model.onnx")' in hub.files(repo_id)["README.md"].decode()
     session = onnxruntime.InferenceSession(hub.files(repo_id)["onnx/model.onnx"])
     (entry,), (out,) = session.get_inputs(), session.get_outputs()
     assert (entry.name, out.name) == ("pixel_values", "logits")

@@ -276,7 +276,7 @@ def test_an_earlier_one_than_the_last(whole):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_another_run_does_not_go_on_from_it(whole, tmp_path, arguments, name, before, now):
-    message = rf"The run of .*checkpoint-6 has {name} {before}, this one {now}: "
+    message = rf"The run of .*checkpoint-6 has {name} {before}, but this one {now}. "
     message = message.replace("[2", r"\[2").replace("5]", r"5\]")
     with pytest.raises(ValueError, match=message):
         run(tmp_path, *arguments, "--resume_from_checkpoint", str(whole / "checkpoint-6"))

@@ -619,6 +619,7 @@ def test_goes_with_trainers_options(tmp_path, options):
     assert torch.equal(logits(AutoModelForImageClassification.from_pretrained(tmp_path / "end"), images), live)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """One start of them for all that is to be shown: it takes long."""
     here = Path(__file__).parent

@@ -83,7 +83,7 @@ def _remedy(model: nn.Module) -> str:
         return "pass one that timm.create_model makes"
     # Modules around others come first.
     apart = [path for path in inside if not any(path.startswith(f"{around}.") for around in inside)]
-    return f"pass the one inside it, {' or '.join(f'model.{path}' for path in apart[:3])}"
+    return f"pass the timm model inside it, {' or '.join(f'model.{path}' for path in apart[:3])}"
 
 
 def _is_timm_model(module: nn.Module) -> bool:
