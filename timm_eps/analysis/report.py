@@ -15,7 +15,7 @@ from .live_network import LiveNetwork
 from .picture import draw_analysis
 from .worth import Branch, Step
 
-__all__ = ["Analysis"]
+__all__ = ["Analysis", "finite_values"]
 
 _FORMAT = "timm_eps.Analysis/1"
 
@@ -131,9 +131,12 @@ class Analysis:
         """
         draw_analysis(self.branches, self.curve, f"{self.architecture}, {self.images:,} images", path)
 
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON, without the network and the images. Numbers that are not finite become null."""
-        content = {
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values that JSON can hold, without the network and the images.
+
+        Numbers that are not finite become None.
+        """
+        content: dict[str, Any] = {
             "format": _FORMAT,
             "architecture": self.architecture,
             "hardware": self.hardware,
@@ -142,7 +145,12 @@ class Analysis:
             "branches": [asdict(branch) for branch in self.branches],
             "curve": [asdict(step) for step in self.curve],
         }
-        Path(path).write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        finite: dict[str, Any] = finite_values(content)
+        return finite
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`to_dict` as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Analysis:
@@ -192,11 +200,12 @@ def _lines(report: Analysis) -> Iterator[str]:
         yield row + "".join(f"{step.milliseconds[size]:>11.2f}" for size in sizes)
 
 
-def _finite(tree: Any) -> Any:
+def finite_values(tree: Any) -> Any:
+    """Nested dicts and lists with None for each number that is not finite, which JSON cannot hold."""
     if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
+        return {key: finite_values(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
+        return [finite_values(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 

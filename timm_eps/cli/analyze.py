@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
-import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .images import add_budgets, add_images, arguments_of, prepare
 from .networks import add_model
 from .output import add_json, answer
-
-if TYPE_CHECKING:
-    from .. import Analysis
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -46,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         report.save(args.output)
     if args.plot:
         report.plot(args.plot)
-    found: dict[str, Any] = {"report": _as_json(report), "dataset": prepared.dataset, "is_trained": prepared.is_trained}
+    found: dict[str, Any] = {"report": report.to_dict(), "dataset": prepared.dataset, "is_trained": prepared.is_trained}
     lines = [f"images of {prepared.dataset}", str(report)]
     if not prepared.is_trained:
         lines += ["", "The classifier is new: losses, accuracies and a choice by them say nothing. Sizes and times do."]
@@ -60,10 +54,3 @@ def run(args: argparse.Namespace) -> int:
             lines += ["To remove them:", f"  {shlex.join(command)}"]
     answer(args, found, "\n".join(lines))
     return 0
-
-
-def _as_json(report: Analysis) -> Any:
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "branches.json"
-        report.save(path)
-        return json.loads(path.read_text(encoding="utf-8"))

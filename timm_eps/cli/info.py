@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..hub.saving import PROGRAM, RESULTS
 from .networks import check_name
 from .output import add_json, answer, saved_percent, size_text, table
 from .push import read_results
@@ -17,7 +18,6 @@ HELP = "Say what a saved network is, what was removed, what that saves, and who 
 
 # Larger networks are not built to find out whether export_timm can write them.
 _LARGE = 300_000_000
-_PROGRAM = "model.pt2"
 _RESULTS = (
     "dataset", "eval_split", "eval_accuracy", "eval_images", "dense_eval_accuracy", "test_accuracy", "seed",
 )  # fmt: skip
@@ -85,8 +85,6 @@ def _files(name: str) -> tuple[dict[str, int], Path]:
         return {path.relative_to(root).as_posix(): path.stat().st_size for path in paths}, root
     from huggingface_hub import HfApi, hf_hub_download
 
-    from ..hub.saving import RESULTS
-
     siblings = HfApi().model_info(name, files_metadata=True).siblings or []
     files = {one.rfilename: one.size or 0 for one in siblings}
     if RESULTS in files:
@@ -148,7 +146,7 @@ def _loaders(
         "export_timm": {"possible": reason is None, "reason": reason},
         "remote_code": bool(stored.get("auto_map")),
         "onnx": [path for path in files if path.startswith("onnx/") and path.endswith(".onnx")],
-        "exported_program": [_PROGRAM] if _PROGRAM in files else [],
+        "exported_program": [PROGRAM] if PROGRAM in files else [],
     }
 
 
@@ -228,5 +226,5 @@ def _loader_lines(found: Mapping[str, Any]) -> list[str]:
             )
         )
     rows.append(("ONNX Runtime", ", ".join(loaders["onnx"]) or "no: no file is in onnx/"))
-    rows.append(("plain torch", ", ".join(loaders["exported_program"]) or f"no: no {_PROGRAM} is here"))
+    rows.append(("plain torch", ", ".join(loaders["exported_program"]) or f"no: no {PROGRAM} is here"))
     return ["who can load it", *(f"  {who:<20}{how}" for who, how in rows)]

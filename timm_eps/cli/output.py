@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from ..analysis.report import finite_values
 
 __all__ = ["UsageError", "add_json", "answer", "saved_percent", "size_text", "table"]
 
@@ -28,15 +29,7 @@ def answer(args: argparse.Namespace, found: dict[str, Any], text: str) -> None:
         found: The JSON object. A number that is not finite becomes null.
         text: The text, without a line break at the end.
     """
-    print(json.dumps(_finite(found), allow_nan=False) if args.json else text, file=args.out, flush=True)
-
-
-def _finite(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {str(key): _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+    print(json.dumps(finite_values(found), allow_nan=False) if args.json else text, file=args.out, flush=True)
 
 
 def table(rows: Iterable[Sequence[str]]) -> list[str]:

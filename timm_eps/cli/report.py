@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..training.arguments import DataArguments
 from .images import SHOWN
+from .push import read_results
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -125,7 +125,6 @@ def _analysis(args: argparse.Namespace, images: Any) -> Any:
 def _results(directory: str) -> dict[str, Any]:
     """The results of the run, which ``write_page`` checks; nothing if they cannot be read."""
     try:
-        values = json.loads((Path(directory) / "all_results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_results(Path(directory)) or {}
+    except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}

@@ -29,7 +29,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from .config_checks import check_config, check_model_args
 from .edits import apply_edits, check_edits, edits_as_json, edits_digest, restore_constants
-from .strict_loading import StrictLoading
+from .strict_loading import StrictLoading, align_weights
 from .value_checks import shortened
 
 __all__ = ["EpsResNetConfig", "EpsResNetForImageClassification", "EpsResNetModel", "stock_network"]
@@ -142,11 +142,7 @@ class _Pruned(StrictLoading, TimmWrapperPreTrainedModel):
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         restore_constants(model.timm_model)
-        # transformers leaves weights at unaligned addresses of the memory-mapped file. There, kernels sum in another
-        # order.
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-                tensor.data = tensor.data.clone()
+        align_weights(model)
         return found
 
     def post_init(self) -> None:

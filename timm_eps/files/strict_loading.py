@@ -21,10 +21,26 @@ from transformers.utils import cached_file
 from .config_checks import check_config
 from .weight_checks import WEIGHTS, Layout, check_file, check_precision, layout_of, weight_files
 
-__all__ = ["HUB_KEYWORDS", "StrictLoading"]
+__all__ = ["StrictLoading", "align_weights", "location_in"]
 
 # Keyword arguments of from_pretrained for the location of a repository's files.
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def location_in(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of ``from_pretrained`` for the location of a repository's files."""
+    return {key: kwargs[key] for key in _HUB_KEYWORDS if kwargs.get(key) is not None}
+
+
+def align_weights(model: nn.Module) -> None:
+    """Copy weights at unaligned addresses to aligned ones.
+
+    transformers leaves CPU weights in the memory-mapped file, at unaligned addresses. There, kernels for single images
+    sum in another order, so logits would differ from timm's in the last bits.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 class StrictLoading:
@@ -82,7 +98,7 @@ class StrictLoading:
             name: First argument of ``from_pretrained``.
             kwargs: Keyword arguments of ``from_pretrained``.
         """
-        where = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+        where = location_in(kwargs)
         stored = cls.config_class.get_config_dict(name, **where)[0]
         stored = check_config(stored, is_cifar=lambda _: cls.is_cifar)
         given = kwargs.get("config")

@@ -17,6 +17,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from ..files.config_checks import check_config, check_label_names, check_model_args
 from ..files.value_checks import shortened
+from ..models.stored import network_args
 from ..names import base_name, is_cifar_network, twin_name
 from ..surgery.branches import timm_body
 from ..surgery.removal import structure_of
@@ -168,8 +169,7 @@ class EpsResNetConfig(BackboneConfigMixin, TimmWrapperConfig):
     def note_structure(self, structure: dict[str, list[str]] | None) -> None:
         """Say which branches are removed and which gates are closed; None leaves what is said."""
         if structure is not None:
-            others = {name: v for name, v in (self.model_args or {}).items() if name not in ("removed", "closed")}
-            self.model_args = others | structure
+            self.model_args = network_args(self.model_args) | structure
 
     def describe(self, model: Any) -> None:
         """Follow the structure of a model that was built from this configuration."""
@@ -241,7 +241,7 @@ def _class_names(model: Any, body: Any) -> list[str] | None:
 @lru_cache
 def _features(architecture: str, model_args: str) -> tuple[str, ...]:
     """The modules that timm lists as features of an architecture, found on the meta device."""
-    options = {name: value for name, value in json.loads(model_args).items() if name not in ("removed", "closed")}
+    options = network_args(json.loads(model_args))
     with torch.device("meta"):
         model: Any = timm.create_model(base_name(architecture), pretrained=False, **options)
     return tuple(info["module"] for info in model.feature_info)

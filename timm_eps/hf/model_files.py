@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from ..files.disk import settle, to_disk
+from ..files.strict_loading import location_in
 from ..files.weight_checks import WEIGHTS, Layout, check_file, check_precision, digest, layout_of, weight_files
 from ..models.stored import closed_in, read_config, stored_layout, without_closed
 from ..surgery.branches import evaluating, probe_batch
@@ -27,10 +28,6 @@ __all__ = ["TransformersFiles", "bind_weights", "check_outputs", "check_rebuilt"
 CONFIG = "config.json"
 _SIDE_HEAD = "side_head."
 _WRAPPER = "timm_model."
-# Keyword arguments of from_pretrained for the location of a repository's files.
-_HUB_KEYWORDS = (
-    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-)  # fmt: skip
 
 
 @contextmanager
@@ -163,7 +160,7 @@ class TransformersFiles(NamedTuple):
             config_class: Class of the configuration.
             name: First argument of ``from_pretrained``.
             kwargs: Keyword arguments of ``from_pretrained``."""
-        where = _where(kwargs)
+        where = location_in(kwargs)
         path = cached_file(name, CONFIG, _raise_exceptions_for_missing_entries=False, **where)
         if path is None:
             return None
@@ -202,7 +199,7 @@ class TransformersFiles(NamedTuple):
         kwargs = dict(kwargs)
         config = copy.deepcopy(kwargs.pop("config", None))
         if config is None:
-            where = _where(kwargs)
+            where = location_in(kwargs)
             config, rest = type(self.described).from_pretrained(self.name, return_unused_kwargs=True, **kwargs)
             kwargs = {**rest, **where}
         config.model_args = {key: value for key, value in config.model_args.items() if key != "closed"}
@@ -244,10 +241,6 @@ class TransformersFiles(NamedTuple):
             sha256=self.config.get("weights_sha256"),
         )
         check_precision(self.config.get("dtype") or self.config.get("torch_dtype"), self.weights)
-
-
-def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: kwargs[key] for key in _HUB_KEYWORDS if kwargs.get(key) is not None}
 
 
 def _names(path: Path) -> dict[str, None]:

@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files.edits import restore_constants
+from ..files.strict_loading import align_weights
 from ..files.weight_checks import check_numbers
 from ..models.cifar_blocks import init_weights
 from ..models.stored import set_closed
@@ -99,11 +100,7 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
             set_closed(model, stored.closed)
             model._record_structure()
         restore_constants(model.timm_model)
-        # transformers leaves CPU weights in the memory-mapped file, at unaligned addresses. There, kernels for single
-        # images sum in another order, so logits would differ from timm's in the last bits.
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-                tensor.data = tensor.data.clone()
+        align_weights(model)
         return (model, info) if output_loading_info else model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -83,7 +83,7 @@ def add_remote_code(directory: Path, body: nn.Module) -> None:
 
     Args:
         directory: Directory of the saved model.
-        body: The timm model that was saved, without closed branches.
+        body: The timm model that was saved.
 
     Raises:
         ValueError: What the code builds computes something else.

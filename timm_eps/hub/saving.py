@@ -31,7 +31,7 @@ from ..hf.modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetM
 from ..hf.pretrained_eps_resnet import EpsResNetPreTrainedModel
 from ..report import draw_blocks
 from ..surgery.branches import gates, input_size, timm_body
-from ..surgery.removal import check_gated, closed_slots, collapsed_copy, natural_order, removed_slots
+from ..surgery.removal import check_gated, closed_slots, natural_order, removed_slots
 from .card import render_card
 from .commit import NOTHING, asking, commit_files
 from .onnx_export import export_onnx
@@ -107,7 +107,7 @@ def save_pretrained(
     with staged(directory) as staging:
         wrapper.save_pretrained(staging)
         if remote_code:
-            add_remote_code(staging, timm_body(collapsed_copy(wrapper)))
+            add_remote_code(staging, body)
         if onnx:
             export_onnx(body, staging / ONNX)
         if onnx_int8 is not None:

@@ -31,6 +31,7 @@ __all__ = [
     "closed_in",
     "create_stored",
     "dense_layout",
+    "network_args",
     "read_config",
     "set_closed",
     "stored_layout",
@@ -54,7 +55,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return check_config(config, is_cifar=is_cifar_network)
 
 
-def _of_timm(model_args: Mapping[str, Any] | None) -> dict[str, Any]:
+def network_args(model_args: Mapping[str, Any] | None) -> dict[str, Any]:
     """The arguments of the timm network, without those that this package adds."""
     return {name: value for name, value in (model_args or {}).items() if name not in ("removed", "closed")}
 
@@ -78,7 +79,7 @@ def dense_layout(
                 base_name(architecture),
                 pretrained=False,
                 num_classes=num_classes,
-                **_of_timm(model_args),
+                **network_args(model_args),
             )
     except Exception as error:  # timm's families raise various errors for unknown arguments
         reason = " ".join(str(error).split())[:120]

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification
 from ..analysis.answers import Answers, compare_answers
 from ..analysis.evaluation import to_network
 from ..files.value_checks import shortened
+from ..hf.agreement import are_placeholders, differing_statistics
 from ..surgery.branches import evaluating
 from .saved import SavedNetwork
 
@@ -39,26 +40,19 @@ def load_dense(dense: nn.Module | str | PathLike[str], network: SavedNetwork) ->
     theirs = list((getattr(config, "id2label", None) or {}).values())
     if len(theirs) not in (0, len(names)):
         raise ValueError(f"The dense network has {len(theirs)} classes, the saved network has {len(names)}.")
-    if theirs and theirs != names and not _are_numbers(theirs) and not _are_numbers(names):
+    if theirs and theirs != names and not are_placeholders(theirs) and not are_placeholders(names):
         raise ValueError(
             f"The dense network has the classes {shortened(theirs)}, the saved network has {shortened(names)}. The "
             "comparison needs the same classes in the same order."
         )
     cfg = getattr(config, "pretrained_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
     own = network.body.pretrained_cfg
-    for field in ("mean", "std"):
-        if cfg.get(field) is not None and not torch.allclose(
-            torch.tensor(cfg[field]), torch.tensor(own[field]), atol=1e-3
-        ):
-            raise ValueError(
-                f"The dense network reads images with {field} {shortened(cfg[field])}, the saved network with "
-                f"{shortened(own[field])}. The comparison needs one normalisation."
-            )
+    if field := differing_statistics(cfg, own):
+        raise ValueError(
+            f"The dense network reads images with {field} {shortened(cfg[field])}, the saved network with "
+            f"{shortened(own[field])}. The comparison needs one normalisation."
+        )
     return model
-
-
-def _are_numbers(names: Iterable[str]) -> bool:
-    return all(name == f"LABEL_{number}" for number, name in enumerate(names))
 
 
 def answers_of(network: SavedNetwork, batches: Iterable[Any], dense: nn.Module | None) -> Answers:

@@ -20,15 +20,15 @@ from ..files.value_checks import check_rate, check_text, is_whole, refuse, short
 from ..files.weight_checks import weight_files
 from ..hf.modeling_eps_resnet import EpsResNetForImageClassification, EpsResNetModel
 from ..hf.pretrained_eps_resnet import EpsResNetPreTrainedModel
-from ..models.stored import read_config
+from ..hub.saving import RESULTS
+from ..models.stored import network_args, read_config
 from ..report import count_parameters
 from ..surgery.branches import gates, input_size, slots_by_block, stage_of
 from ..surgery.removal import closed_slots, natural_order, removed_slots
 from .timings import Timing, read_timings
 
-__all__ = ["RESULTS", "RunResults", "SavedNetwork", "Stage", "load_analysis", "load_network", "load_results"]
+__all__ = ["RunResults", "SavedNetwork", "Stage", "load_analysis", "load_network", "load_results"]
 
-RESULTS = "all_results.json"
 ANALYSIS = "branches.json"
 
 
@@ -125,7 +125,7 @@ def load_network(directory: str | os.PathLike[str]) -> SavedNetwork:
     kind: Any = EpsResNetForImageClassification if classes else EpsResNetModel
     model = kind.from_pretrained(directory).eval()
     body = model.timm_model
-    arguments = {name: value for name, value in model.config.model_args.items() if name not in ("removed", "closed")}
+    arguments = network_args(model.config.model_args)
 
     def build_dense() -> nn.Module:
         dense = timm.create_model(model.config.architecture, num_classes=body.num_classes, **arguments)

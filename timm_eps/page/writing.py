@@ -12,14 +12,14 @@ from torch import nn
 
 from .. import report
 from ..analysis.report import Analysis
+from ..hub.saving import PAGE
 from . import answer_sections, sections
 from .comparing import answers_of, load_dense
 from .saved import SavedNetwork, load_analysis, load_network, load_results
 from .timings import measure_timings
 
-__all__ = ["PAGE", "write_page"]
+__all__ = ["write_page"]
 
-PAGE = "report.html"
 _TEMPLATE = Path(__file__).parent / "page.html"
 
 
@@ -73,7 +73,7 @@ def write_page(
     if batches is None and dense is not None:
         raise ValueError("dense needs batches: without images the two networks cannot be compared.")
     if compiled and not latency_batch_sizes:
-        raise ValueError("compiled goes with latency_batch_sizes, which says what to measure.")
+        raise ValueError("compiled needs latency_batch_sizes, which says what to measure.")
     if wrong := [size for size in latency_batch_sizes if not (isinstance(size, int) and size > 0)]:
         raise ValueError(f"latency_batch_sizes must hold whole numbers of at least 1, got {wrong[0]!r}.")
     network = load_network(directory)

@@ -11,14 +11,13 @@ from torch import nn
 
 from ..analysis.cutting import prune
 from ..files.config_checks import check_slots
-from ..hf.configuration_eps_resnet import EpsResNetConfig
 from ..hf.distillation import Distillation
 from ..surgery.branches import gates
 from ..surgery.removal import removed_slots
 from . import build, checkpoints, choices
 from .arguments import Arguments, ModelArguments
 from .evaluation import Evaluation
-from .inputs import ImageData
+from .inputs import ImageData, saved_config
 from .progress import load_state
 from .run_checkpoints import find_checkpoint
 
@@ -34,7 +33,7 @@ def knows_classes(args: ModelArguments, images: ImageData) -> bool:
     """Whether the network has a saved classifier for the classes of the images."""
     if not args.model_name_or_path:
         return False
-    return EpsResNetConfig.from_pretrained(args.model_name_or_path).num_labels == len(images.label_names)
+    return saved_config(args.model_name_or_path).num_labels == len(images.label_names)
 
 
 def dense_epochs(args: Arguments, is_trained: bool) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from transformers import AutoModelForImageClassification
@@ -16,6 +15,7 @@ from ..analysis.measure import gated_copy, open_slots
 from ..analysis.report import Analysis
 from ..budget import BUDGETS, Budget, TargetLatency, check_reachable
 from ..criteria import Criterion, LeaveOneOut, last_first
+from ..hf.agreement import are_placeholders, differing_statistics
 from ..surgery.branches import gates, timm_body
 from ..surgery.removal import removed_slots
 from .arguments import Arguments, PruningArguments
@@ -184,17 +184,14 @@ def load_teacher(name: str, label_names: Sequence[str], pretrained_cfg: dict[str
             "Fine-tune it on this data set first, or use --teacher self."
         )
     theirs = [teacher.config.id2label[number] for number in range(len(label_names))]
-    if theirs != list(label_names) and theirs != [f"LABEL_{number}" for number in range(len(label_names))]:
+    if theirs != list(label_names) and not are_placeholders(theirs):
         raise ValueError(
             f"--teacher {name} has the classes {theirs[:5]}..., but the data set {list(label_names)[:5]}...."
         )
     own = getattr(teacher.config, "pretrained_cfg", None) or {}
-    for field in ("mean", "std"):
-        if own.get(field) is not None and not torch.allclose(
-            torch.tensor(own[field]), torch.tensor(pretrained_cfg[field]), atol=1e-3
-        ):
-            raise ValueError(
-                f"--teacher {name} needs images with {field} {[round(v, 4) for v in own[field]]}, the student "
-                f"{[round(v, 4) for v in pretrained_cfg[field]]}. Use pretrained weights of the same kind for both."
-            )
+    if field := differing_statistics(own, pretrained_cfg):
+        raise ValueError(
+            f"--teacher {name} needs images with {field} {[round(v, 4) for v in own[field]]}, the student "
+            f"{[round(v, 4) for v in pretrained_cfg[field]]}. Use pretrained weights of the same kind for both."
+        )
     return teacher.requires_grad_(False)

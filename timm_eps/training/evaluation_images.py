@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..hf.agreement import are_placeholders
 from . import data
 from .arguments import Arguments
 from .arguments.checks import check_pairs
@@ -69,11 +70,9 @@ class EvaluationImages:
         """
         config: Any = starting_config(args)
         raw, about, _ = load_splits(args)
-        columns = data.find_columns(
-            raw["train"].features, args.data.image_column_name, args.data.label_column_name
-        )  # fmt: skip
+        columns = data.find_columns(raw["train"].features, args.data.image_column_name, args.data.label_column_name)
         names, own = list(raw["train"].features[columns[1]].names), list(config.id2label.values())
-        if len(names) != config.num_labels or (names != own and not _are_numbers(own)):
+        if len(names) != config.num_labels or (names != own and not are_placeholders(own)):
             raise ValueError(
                 f"The data set has the {len(names)} classes {str(names[:5])[:100]}, the saved network has the "
                 f"{config.num_labels} classes {str(own[:5])[:100]}. Name the data set that it was trained on."
@@ -102,7 +101,3 @@ class EvaluationImages:
                 )
             if len(labels):
                 yield normalize(images), labels
-
-
-def _are_numbers(names: list[str]) -> bool:
-    return all(name == f"LABEL_{number}" for number, name in enumerate(names))

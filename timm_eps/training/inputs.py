@@ -22,7 +22,7 @@ from ..names import is_cifar_network
 from . import choices, data
 from .arguments import Arguments, DataArguments, ModelArguments, hub_id
 
-__all__ = ["ImageData"]
+__all__ = ["ImageData", "saved_config"]
 
 
 @dataclass
