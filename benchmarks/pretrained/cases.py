@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 HARD = (2, 4, 6)  # pullover, coat and shirt: the classes of Fashion-MNIST that are taken for each other most
 OTHERS = tuple(label for label in range(10) if label not in HARD)
@@ -104,11 +105,30 @@ CASES = {
         classes=HARD,
         pretraining=(Recipe(4, batch_size=16), OTHERS),
     ),
-    # For two cores: fewer pixels and steps.
-    "quick": replace(
-        _LITE0,
-        title="EfficientNet-Lite0 with ImageNet weights, Fashion-MNIST at 48x48, for two cores",
-        side=48,
-        recipes={600: Recipe(120, batch_size=32, periods=30), 6_000: Recipe(600, batch_size=32)},
+}
+# For two cores: fewer pixels and steps.
+_QUICK_RECIPES = {600: Recipe(120, batch_size=32, periods=30), 6_000: Recipe(600, batch_size=32)}
+
+
+def _quick(case: Case, **changes: Any) -> Case:
+    settings = {"title": case.title.replace("96x96", "48x48"), "side": 48, "recipes": _QUICK_RECIPES, **changes}
+    settings["title"] += ", for two cores"
+    return replace(case, **settings)
+
+
+CASES |= {
+    "quick": _quick(_LITE0),
+    "lite1_quick": _quick(CASES["lite1"], smaller=_quick(_LITE0)),
+    "lite2_quick": _quick(CASES["lite2"]),
+    "resnet56_quick": _quick(
+        CASES["resnet56"],
+        title=CASES["resnet56"].title.replace("32x32", "16x16") + ", for two cores",
+        weights="eps_resnet56_quick",
+        side=16,
+        recipes={
+            600: Recipe(200, batch_size=32, learning_rate=0.02, periods=40),
+            6_000: Recipe(500, batch_size=64, learning_rate=0.02),
+        },
+        pretraining=(Recipe(2_000, batch_size=64, learning_rate=0.1, weight_decay=5e-4), OTHERS),
     ),
 }
