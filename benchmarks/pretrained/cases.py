@@ -122,7 +122,7 @@ CASES |= {
     "lite2_quick": _quick(CASES["lite2"]),
     "resnet56_quick": _quick(
         CASES["resnet56"],
-        title=CASES["resnet56"].title.replace("32x32", "16x16") + ", for two cores",
+        title=CASES["resnet56"].title.replace("32x32", "16x16"),
         weights="eps_resnet56_quick",
         side=16,
         recipes={
