@@ -19,6 +19,10 @@ blocks.png, all_results.json.
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: threads sleep while they wait
+
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -133,9 +137,6 @@ def train(args: Arguments, accelerator: Accelerator, images: ImageData, **begun:
 def train_epoch(run: Run, epoch: int, bar: tqdm) -> None:
     """Train on the remaining batches of an epoch. No step waits for the device."""
     run.network.train()
-    if not run.pruner:  # the dense run ignores responses, so skip measuring them; drop path stays in training mode
-        for gate in timm_eps.gates(run.model).values():
-            gate.training = False
     together = run.args.training.gradient_accumulation_steps
     for index, (images, labels, corrupt) in enumerate(
         run.batches.epoch(epoch, run.progress.batch), start=run.progress.batch

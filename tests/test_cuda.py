@@ -132,7 +132,7 @@ def test_graphs_record_again_what_changed():
     for _ in range(2):
         for size in (*[8] * 6, 3):
             batch = torch.randn(size, 4, device="cuda")
-            with graphs.queue(net.parameters()):
+            with graphs.queue(net):
                 loss = graphs(batch).clone()
             found = [parameter.grad.clone() for parameter in net.parameters()]
             net.zero_grad()

@@ -64,7 +64,7 @@ def test_steps_are_those_without_a_graph(played):
     graphs = make(net)
     for _ in range(2):
         optimizers = [torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9) for one in (net, plain)]
-        with graphs.queue(net.parameters()):
+        with graphs.queue(net):
             for size in (*[8] * (WARMUP + 3), 3):
                 batch = torch.randn(size, 4)
                 loss = graphs(batch)
@@ -85,7 +85,7 @@ def test_what_stays_is_not_recorded_again(played):
     net = nn.Linear(4, 4)
     graphs = make(net)
     for _ in range(3):
-        with graphs.queue(net.parameters()):
+        with graphs.queue(net):
             for _ in range(WARMUP):
                 graphs(torch.randn(2, 4))
                 net.zero_grad()
@@ -96,7 +96,7 @@ def test_parameters_without_gradients_stay_without(played):
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[0].requires_grad_(False)
     graphs = make(net)
-    with graphs.queue(net.parameters()):
+    with graphs.queue(net):
         for _ in range(WARMUP + 1):
             graphs(torch.randn(2, 4))
     assert net[0].weight.grad is None
@@ -110,7 +110,7 @@ def test_what_cannot_be_recorded_says_so(played, monkeypatch):
         return batch.sum()
 
     graphs = GraphedPasses(wait)
-    with graphs.queue([]):
+    with graphs.queue(nn.Identity()):
         for _ in range(WARMUP):
             graphs(torch.ones(1))
         with pytest.raises(ValueError, match=r"\(operation not permitted when stream is capturing\); train without"):

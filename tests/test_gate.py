@@ -365,3 +365,52 @@ def test_data_parallel_replicas_are_refused_in_training(name):
         with pytest.raises(ValueError, match="torchrun"):
             gate._replicate_for_data_parallel()
         assert gate.eval()._replicate_for_data_parallel() is not gate
+
+
+def test_a_gate_that_cannot_close_and_is_not_measured_is_the_identity():
+    gate, x = EpsilonGate().train(), torch.randn(2, 3, requires_grad=True)
+    assert gate(x) is x
+    assert gate.response.item() == -1.0
+    gate.measures_response = True
+    assert gate(x) is x, "on the CPU an open gate reads the branch, and passes it on"
+    assert gate.response == x.abs().max()
+    gate.measures_response = False
+    gate.measure_importance()
+    assert gate(x) is not x, "the gain takes part in the backward pass"
+
+
+class Operations:
+    """A backend of ``torch.compile`` that counts the calls of each compiled graph and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        self.counts.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+        return graph
+
+
+def test_compiled_graphs_follow_the_gates():
+    """No operation for a gate that is the identity, and a new graph when this changes, but not when ε does."""
+    net = nn.Sequential(nn.Linear(3, 3), EpsilonGate(), nn.Linear(3, 3), EpsilonGate()).train()
+    plain = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).train()
+    operations, of_plain = Operations(), Operations()
+    compiled, x = torch.compile(net, backend=operations, fullgraph=True), torch.randn(2, 3)
+    torch.compile(plain, backend=of_plain)(x)
+    assert torch.equal(compiled(x), net(x))
+    assert operations.counts == of_plain.counts
+    for epsilon in (1e-6, 1e-5, 1e9):
+        net[1].epsilon = epsilon
+        torch.testing.assert_close(compiled(x), net(x))
+    assert len(operations.counts) == 2
+    assert operations.counts[1] > operations.counts[0]
+    net[1].epsilon = 0.0
+    compiled(x)
+    assert len(operations.counts) == 2, "the first graph is used again"
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_response_in_any_memory_format(memory_format):
+    x = torch.randn(2, 8, 5, 5).to(memory_format=memory_format)
+    assert max_response(x) == x.abs().max()
+    assert max_response(x[:, ::2, 1:]) == x[:, ::2, 1:].abs().max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 
@@ -863,3 +864,74 @@ def test_a_step_that_overflows_has_no_importance():
     assert steps == 2
     assert all(math.isfinite(value) for value in importances)
     assert 1 <= sum(importances) <= 2 + 1e-4
+
+
+def trained(epochs: int = 9, **arguments) -> tuple[EpsilonPruner, list[set[bool]]]:
+    """A pruner after a short training, and which states of gates each epoch had: active or not."""
+    torch.manual_seed(0)
+    model = tiny_net()
+    optimizer = torch.optim.SGD(timm_eps.param_groups(model, 5e-2), lr=0.05, momentum=0.9)
+    pruner = EpsilonPruner(model, optimizer, **arguments)
+    active = []
+    for _ in range(epochs):
+        active.append({gate.is_active() for gate in gates(model).values()})
+        for _ in range(3):
+            train_step(model, optimizer)
+        pruner.step()
+    return pruner, active
+
+
+def test_gates_work_only_while_branches_must_close():
+    _, active = trained(keep=3, warmup_epochs=3, ramp_epochs=3, patience=1)
+    assert active == [{False}] * 2 + [{True}] * 3 + [{False}] * 4
+    _, active = trained(epsilon=1e-6, warmup_epochs=3, epochs=5)
+    assert active == [{False}] * 3 + [{True}] * 2
+
+
+class Rising:
+    """A schedule of a user, which may read the responses of every epoch."""
+
+    def __call__(self, epoch, responses, total):
+        return dict.fromkeys(responses, 0.01 * epoch)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"schedule": Rising()}, {"keep": 3, "warmup_epochs": 3, "measure_always": True}],
+    ids=["own", "always"],
+)
+def test_all_responses_are_measured_for_who_reads_them(arguments):
+    pruner, active = trained(**arguments, epochs=4)
+    assert active == [{True}] * 4
+    assert [len(record["responses"]) for record in pruner.history[:3]] == [9] * 3
+
+
+BUDGETS = {"keep": {"keep": 3}, "parameters": {"target_params": 0.4}}
+
+
+@pytest.mark.parametrize(
+    ("budget", "criterion", "live_removal"),
+    mostly_slow(itertools.product(BUDGETS, ["response", "importance", "last"], [True, False]), 0, 9),
+)
+def test_decisions_do_not_depend_on_unread_responses(budget, criterion, live_removal):
+    """Measuring in every epoch changes no weight and no decision."""
+    arguments = {**BUDGETS[budget], "criterion": criterion, "live_removal": live_removal}
+    arguments |= {"warmup_epochs": 2, "ramp_epochs": 2, "patience": 1}
+    (lean, _), (full, _) = (trained(**arguments, measure_always=always) for always in (False, True))
+    for name in ("epsilon", "closed", "removed"):
+        assert [record[name] for record in lean.history] == [record[name] for record in full.history], name
+    assert lean.discarded == full.discarded >= 3
+    for ours, theirs in zip(lean.model.parameters(), full.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("budget", mostly_slow(BUDGETS, 0))
+def test_without_live_removal_closed_branches_stay_closed_and_the_others_cost_nothing(budget):
+    arguments = {"warmup_epochs": 1, "ramp_epochs": 2, "patience": 1, "live_removal": False}
+    pruner, active = trained(**BUDGETS[budget], **arguments)
+    closed = {slot for slot, gate in gates(pruner.model).items() if gate.closed}
+    assert len(closed) >= 3
+    assert {slot for slot, gate in gates(pruner.model).items() if gate.is_active()} == closed
+    assert active[-1] == {True, False}
+    removed, _ = trained(**BUDGETS[budget], **{**arguments, "live_removal": True})
+    assert set(removed.model.removed) == closed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -67,11 +67,10 @@ class CostEpsilon(BudgetEpsilon):
         """Maximum number of branches, out of ``total``, that stay. The final number depends on the ranks."""
         return max(total - 1, 1)
 
-    def to_close(self, epoch: int, total: int) -> int:
-        """Minimum number of branches, out of ``total``, that must be closed or removed in ``epoch``."""
+    def is_due(self, epoch: int, total: int, discarded: Collection[str]) -> bool:
+        """Whether the network exceeds in ``epoch`` its allowed size without the discarded branches."""
         assert self.costs is not None, "attached when the pruner was made"
-        removed = self.costs.removed()
-        return removed if self.costs.left([]) <= self._allowed(epoch) else min(removed + 1, total)
+        return self.costs.left(discarded) > self._allowed(epoch)
 
     def divide(self, epoch: int, ranks: Mapping[str, float], total: int) -> tuple[list[str], list[str]]:
         """The branches to close in ``epoch``, and the others, as in :meth:`BudgetEpsilon.divide`."""
@@ -131,9 +130,6 @@ class _Counts:
         self._known: dict[frozenset[str], float] = {}
         self.dense = self.left([])
 
-    def removed(self) -> int:
-        return len(removed_slots(self.body))
-
     def left(self, slots: Iterable[str]) -> float:
         """Size without these branches and the removed ones."""
         key = frozenset((*slots, *removed_slots(self.body)))
@@ -164,9 +160,6 @@ class _Times:
         self.dense, self.none, *saved = agreed([found.dense, found.none, *found.saved.values()], body)
         self.saved = dict(zip(found.saved, saved, strict=True))
         self._known: dict[frozenset[str], float] = {}
-
-    def removed(self) -> int:
-        return len(removed_slots(self.body))
 
     def left(self, slots: Iterable[str]) -> float:
         """Time predicted from the time of each branch at the beginning of the training."""

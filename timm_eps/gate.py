@@ -40,6 +40,8 @@ def max_response(x: Tensor) -> Tensor:
         return x.new_full((), -1.0)  # NOT_SEEN, which TorchScript cannot read
     if x.is_cuda:  # one kernel: its launch takes longer than reading x. On the CPU this is several times slower
         return torch.linalg.vector_norm(x, ord=torch.inf)
+    if x.dim() == 4 and not x.is_contiguous():  # channels_last: the values in the order of memory are read much faster
+        x = x.permute(0, 2, 3, 1)
     low, high = torch.aminmax(x)
     return torch.maximum(-low, high)
 
@@ -70,8 +72,8 @@ class EpsilonGate(nn.Module):
     """:func:`epsilon_gate` as a module at the end of a residual branch, in its stochastic-depth slot.
 
     In training the gate decides on every batch, as in the paper, and ``response`` accumulates the largest response
-    since the last reset. In evaluation ``closed`` alone decides, so the output for one image cannot depend on the other
-    images of its batch.
+    since the last reset. A gate with ε = 0 that is not measured is the identity: it computes nothing. In evaluation
+    ``closed`` alone decides, so the output for one image cannot depend on the other images of its batch.
 
     The gate has no parameters. An open gate has no entry in the state dict. A closed gate has the entry ``closed``, so
     a network without gates rejects the weights because of the unknown name.
@@ -88,8 +90,10 @@ class EpsilonGate(nn.Module):
 
     Attributes:
         epsilon (float): Threshold in activation units. A new value is checked when it is set.
+        measures_response (bool): Whether ``response`` is also updated while ε is 0. The pruner sets this for the epochs
+            whose responses it reads.
         response (Tensor): Largest ``max|F|`` seen in training since :meth:`reset_response`, 0-dimensional float;
-            -1 if the gate has seen no training batch since then.
+            -1 if the gate has seen no training batch since then, or was the identity.
         importance (Tensor): Sum over the batches since :meth:`reset_response` of the squared first-order change in the
             loss if the branch were removed, 0-dimensional float. Only updated while :meth:`measure_importance` is on.
         closed (bool): Whether the branch is zero in evaluation.
@@ -115,6 +119,7 @@ class EpsilonGate(nn.Module):
         self.drop_path = nn.Identity() if drop_path is None else drop_path
         self.single_zero = single_zero
         self.closed = False
+        self.measures_response = False
         # The forward pass reads ε from a buffer, because a compiled graph is specialised on a Python float and would be
         # recompiled at every change of ε. The float restores the buffer after construction on the meta device, where
         # buffers have no values.
@@ -134,7 +139,12 @@ class EpsilonGate(nn.Module):
     @epsilon.setter
     def epsilon(self, value: float) -> None:
         self._epsilon = check_epsilon(value)
+        self._can_close = self._epsilon > 0  # a compiled graph depends on this, but not on the value
         self.threshold.fill_(self._epsilon)
+
+    def is_active(self) -> bool:
+        """Whether the gate looks at its branch in training. Otherwise it is the identity."""
+        return self._can_close or self.measures_response or self.gain is not None
 
     def reset_response(self) -> None:
         """Reset the response and the importance."""
@@ -228,18 +238,25 @@ class EpsilonGate(nn.Module):
                 # The following code depends on values, which torch.fx does not have, so its graph calls this module.
                 return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         if self.training:
-            response = max_response(x)
-            if self.response.device != x.device:
-                self.response = self.response.to(x.device)
-            torch.maximum(self.response, response, out=self.response)
-            weight = _is_open(response, self.threshold)
-            gain = self.gain
-            if gain is not None:
-                weight = weight * gain.to(x.device)
-            x = x * weight  # a product, as in epsilon_gate; a 0-dimensional factor keeps the dtype of x
+            if self.is_active():
+                x = self._decide(x)
         elif self.closed:
             x = x.new_zeros(()) if self.single_zero else torch.zeros_like(x)
         return self.drop_path(x)
+
+    def _decide(self, x: Tensor) -> Tensor:
+        """The output of a training batch: ``x``, or zeros."""
+        response = max_response(x)
+        if self.response.device != x.device:
+            self.response = self.response.to(x.device)
+        torch.maximum(self.response, response, out=self.response)
+        weight = _is_open(response, self.threshold)
+        gain = self.gain
+        if gain is not None:
+            weight = weight * gain.to(x.device)
+        elif _may_read(x) and bool(weight):
+            return x  # one pass over x less, here and in the backward pass
+        return x * weight  # a product, as in epsilon_gate; a 0-dimensional factor keeps the dtype of x
 
     def fuse(self) -> nn.Module:
         """The module that computes the same in evaluation: for an open gate, the previous module of the slot.
@@ -251,6 +268,13 @@ class EpsilonGate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"epsilon={self._epsilon:g}, closed={self.closed}"
+
+
+def _may_read(x: Tensor) -> bool:
+    """Whether Python may branch on values of ``x``: on the CPU nothing waits for them. Graphs hold no values."""
+    if torch.jit.is_scripting() or x.device.type != "cpu":
+        return False
+    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 def check_epsilon(value: float) -> float:

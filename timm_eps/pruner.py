@@ -74,15 +74,17 @@ class EpsilonPruner:
         prune_frozen: Whether to remove branches without trainable parameters. By default they are kept.
         followers: Averages of the model's weights: timm's ``ModelEmaV3``, torch's ``AveragedModel``, or the copy in it.
             After each step they have the same closed and removed branches as the model.
+        measure_always: Whether to measure the responses of all branches in every epoch, for ``history``. By default
+            they are measured only in epochs after which they decide, since a gate that is not measured costs nothing.
 
     Attributes:
         epoch (int): Number of finished epochs.
         epsilon (float): Threshold of the current epoch; with a budget, threshold of the branches due to close.
         total (int): Number of branches of the unpruned network.
         followers (list): Copies that follow the model; more may be appended.
-        history (list[dict]): One record per epoch: ``epoch``, ``epsilon``, ``responses`` (slot to float), ``closed``
-            (list of slots, those closed on every batch) and ``removed`` (those removed after it); also
-            ``importances`` if they were measured.
+        history (list[dict]): One record per epoch: ``epoch``, ``epsilon``, ``responses`` (slot to float, of the
+            measured branches), ``closed`` (list of slots, those closed on every batch) and ``removed`` (those removed
+            after it); also ``importances`` if they were measured.
 
     Raises:
         ValueError: Not exactly one of ``epsilon``, the budgets and ``schedule`` is given, a value is out of range, the
@@ -108,6 +110,7 @@ class EpsilonPruner:
         schedule: Schedule | None = None,
         prune_frozen: bool = False,
         followers: Iterable[Any] = (),
+        measure_always: bool = False,
     ) -> None:
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience must be a whole number of epochs, at least 1, got {patience!r}.")
@@ -119,6 +122,7 @@ class EpsilonPruner:
         self.live_removal = live_removal
         self.criterion = criterion
         self.prune_frozen = prune_frozen
+        self.measure_always = measure_always
         self.followers = list(followers)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
@@ -183,8 +187,11 @@ class EpsilonPruner:
             note_step(gates(self.model).values())
 
     @property
-    def _is_measuring(self) -> bool:
-        return self._thresholds.is_measuring(self.epoch, len(self._streaks))
+    def _done(self) -> list[str]:
+        """Slots of the branches that are closed for good, but not removed before the training ends."""
+        if self.live_removal:
+            return []
+        return [slot for slot, streak in self._streaks.items() if streak >= self.patience]
 
     @property
     def schedule(self) -> Schedule:
@@ -204,8 +211,9 @@ class EpsilonPruner:
     def step(self) -> list[str]:
         """End an epoch: close, remove, and set ε for the next.
 
-        A branch that did not run in training mode in this epoch stays as it is. A warning is logged if no branch ran,
-        and another one if a copy of the model is updated in place but is not among the followers.
+        A branch that did not run in training mode in this epoch, or was not measured, stays as it is. A warning is
+        logged if no branch ran, and another one if a copy of the model is updated in place but is not among the
+        followers.
 
         Under ``torch.distributed`` every process must call this. All processes use the largest response of all
         processes, so they make the same decision.
@@ -215,11 +223,11 @@ class EpsilonPruner:
         """
         found = gates(self.model)
         self._streaks = {slot: streak for slot, streak in self._streaks.items() if slot in found}  # see remove_closed
-        is_ranked = self._thresholds.is_ranking(self.epoch, len(found))  # before any branch is removed
-        is_measured = self._is_measuring
+        is_ranked, is_measured = self._is_ranking, self._is_measuring  # in the finished epoch
         staying = self._staying
         responses = self._collect_responses()
-        if found and not responses and not self._warned_of_evaluation:
+        is_looking = any(gate.is_active() for gate in found.values())
+        if is_looking and not responses and not self._warned_of_evaluation:
             self._warned_of_evaluation = True
             _logger.warning(
                 "No branch saw a batch in training mode before this step(), so no branch can close. Call model.train() "
@@ -246,7 +254,7 @@ class EpsilonPruner:
             record["importances"] = {slot: float(found[slot].importance) for slot in responses}
         self.history.append(record)
         self.epoch += 1
-        self._set_thresholds(self._thresholds.following(record, self._streaks, self._staying, is_ranked))
+        self._set_thresholds(self._thresholds.following(record, self._streaks, self._staying, is_ranked, self._done))
         self._take_along()
         for copied in left_behind(self.model, self.followers):
             _logger.warning(
@@ -319,13 +327,18 @@ class EpsilonPruner:
         return removed
 
     def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
-        found, measuring, staying = gates(self.model), self._is_measuring, self._staying
+        found, staying, when = gates(self.model), self._staying, (self.epoch, self._done)
+        self._is_ranking = self._thresholds.is_ranking(*when)
+        self._is_measuring = measuring = self._thresholds.is_measuring(*when)
+        reading = self.measure_always or self._thresholds.reads_responses(*when)
         if lacking := found.keys() - thresholds.keys():
             raise ValueError(f"The schedule returned no epsilon for {min(lacking)!r}; each branch needs one.")
         self.epsilon = max(thresholds.values(), default=0.0)
         for slot, gate in found.items():
             gate.epsilon = 0.0 if slot in staying else thresholds[slot]
             gate.reset_response()
+            # A closed branch that may open again is measured, too.
+            gate.measures_response = reading or gate.closed
             if measuring and gate.gain is None:
                 self._measure(gate)
             elif not measuring:

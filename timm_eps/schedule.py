@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from .gate import check_epsilon
@@ -27,6 +27,9 @@ class Schedule(Protocol):
                 return dict.fromkeys(responses, 0.1 * epoch)
 
         pruner = timm_eps.EpsilonPruner(model, schedule=Rising())
+
+    A schedule that does not use the responses may set the class attribute ``reads_responses = False``. A branch with ε
+    = 0 is then not measured, and its gate costs nothing.
     """
 
     def __call__(self, epoch: int, responses: Mapping[str, float], total: int) -> dict[str, float]:
@@ -57,6 +60,8 @@ class ConstantEpsilon:
         schedule = timm_eps.ConstantEpsilon(2.5, warmup_epochs=150)
         pruner = timm_eps.EpsilonPruner(model, optimizer, schedule=schedule)
     """
+
+    reads_responses = False
 
     def __init__(self, epsilon: float, warmup_epochs: int = 0) -> None:
         self.epsilon = check_epsilon(epsilon)
@@ -111,6 +116,10 @@ class BudgetEpsilon:
     def to_close(self, epoch: int, total: int) -> int:
         """Number of branches, out of ``total``, that must be closed or removed in ``epoch``."""
         return round((total - self.kept(total)) * self.progress(epoch))
+
+    def is_due(self, epoch: int, total: int, discarded: Collection[str]) -> bool:
+        """Whether more branches, out of ``total``, must close in ``epoch`` than the discarded ones."""
+        return self.to_close(epoch, total) > len(discarded)
 
     def progress(self, epoch: int) -> float:
         """Position on the ramp in ``epoch``, from 0 before it to 1 at its end."""

@@ -53,22 +53,38 @@ class Thresholds:
         """Number of branches that the budget keeps; without a budget, all of them."""
         return self.schedule.kept(self.total) if isinstance(self.schedule, BudgetEpsilon) else self.total
 
-    def is_ranking(self, epoch: int, left: int) -> bool:
-        """Whether branches must be ranked after an epoch at the end of which ``left`` branches remain."""
+    def is_ranking(self, epoch: int, done: Collection[str] = ()) -> bool:
+        """Whether branches must be ranked after an epoch, because more of them must close in the next one.
+
+        Args:
+            epoch: The epoch, counted from 0.
+            done: Slots of closed branches that are removed later, and count as removed.
+        """
         if not isinstance(self.schedule, BudgetEpsilon):
             return False
-        return self.schedule.to_close(epoch + 1, self.total) > self.total - left
+        return self.schedule.is_due(epoch + 1, self.total, {*removed_slots(self.model), *done})
 
-    def is_measuring(self, epoch: int, left: int) -> bool:
+    def is_measuring(self, epoch: int, done: Collection[str] = ()) -> bool:
         """Whether ranking the branches after an epoch needs importances; see :meth:`is_ranking`."""
-        return getattr(self.ranking, "measures_importance", False) and self.is_ranking(epoch, left)
+        return getattr(self.ranking, "measures_importance", False) and self.is_ranking(epoch, done)
+
+    def reads_responses(self, epoch: int, done: Collection[str] = ()) -> bool:
+        """Whether the thresholds after an epoch depend on the responses of all branches; see :meth:`is_ranking`."""
+        if isinstance(self.schedule, BudgetEpsilon):
+            return self.is_ranking(epoch, done)
+        return getattr(self.schedule, "reads_responses", True)
 
     def first(self) -> dict[str, float]:
         """ε of each branch in the first epoch. With a budget all branches stay open, since it needs responses first."""
         return self.schedule(0, dict.fromkeys(gates(self.model), math.inf), self.total)
 
     def following(
-        self, record: Mapping[str, Any], streaks: Mapping[str, int], staying: Collection[str], is_ranked: bool
+        self,
+        record: Mapping[str, Any],
+        streaks: Mapping[str, int],
+        staying: Collection[str],
+        is_ranked: bool,
+        done: Collection[str] = (),
     ) -> dict[str, float]:
         """ε of each branch in the epoch that begins, from the results of the last epoch.
 
@@ -77,17 +93,18 @@ class Thresholds:
             streaks: Number of epochs that each remaining branch has been closed.
             staying: Slots of branches that must not close.
             is_ranked: Result of :meth:`is_ranking` for the last epoch, before branches were removed.
+            done: Slots of closed branches that are removed later. They keep their ε when no more need to close.
         """
         epoch, responses = record["epoch"] + 1, record["responses"]
         remaining = {slot: math.inf if slot in staying else responses.get(slot, math.inf) for slot in streaks}
         found = gates(self.model)
+        if isinstance(self.schedule, BudgetEpsilon) and not is_ranked:
+            return {slot: found[slot].epsilon if slot in done else 0.0 for slot in streaks}
         if isinstance(self.ranking, Response):
             thresholds = self.schedule(epoch, remaining, self.total)
             is_open = [slot for slot, gate in found.items() if not gate.closed]
             # The last open branch must stay open on every batch, although its response may be below a constant ε.
             return {**thresholds, is_open[0]: 0.0} if len(is_open) == 1 else thresholds
-        if not is_ranked:
-            return dict.fromkeys(streaks, 0.0)
         assert isinstance(self.schedule, BudgetEpsilon), "only a budget has another criterion"
         kept = None if isinstance(self.schedule, CostEpsilon) else self.schedule.kept(self.total)
         body = timm_body(self.model)

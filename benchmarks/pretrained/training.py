@@ -16,7 +16,6 @@ import timm_eps
 from benchmarks.pretrained.cases import Recipe
 from benchmarks.pretrained.images import Labelled, Reader, training_batches
 from benchmarks.pretrained.structures import without_gates
-from timm_eps.surgery.branches import gates
 from timm_eps.training.cuda_graphs import GraphedPasses
 
 WARMUP = 0.05  # of the steps
@@ -84,8 +83,7 @@ def fit(
     step = 0
     while step < recipe.steps:
         stop = min(step + period, recipe.steps)
-        gains = [gate.gain for gate in gates(model).values() if gate.gain is not None]
-        with graphs.queue([*model.parameters(), *gains]) if graphs else nullcontext():
+        with graphs.queue(model) if graphs else nullcontext():
             for _ in range(step, stop):
                 images, labels = next(batches)
                 (graphs or passes)(images, labels)

@@ -101,6 +101,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         target_latency: Instead of ``keep``, fraction or milliseconds of a forward pass.
         prune_frozen: Whether to remove branches without trainable parameters.
         schedule: Instead of ``epsilon`` or a budget, an object that returns ε for each epoch.
+        measure_always: Whether to measure the responses of all branches in every epoch, for ``pruner.history``.
 
     Attributes:
         pruner (EpsilonPruner | None): The pruner; None before the training begins.
@@ -129,6 +130,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         target_macs: float | Budget | None = None,
         target_latency: float | Budget | None = None,
         schedule: Schedule | None = None,
+        measure_always: bool = False,
     ) -> None:
         self.arguments: dict[str, Any] = {
             "epsilon": epsilon,
@@ -143,6 +145,7 @@ class EpsilonCallback(TrainerCallback, ExportableState):
             "target_macs": target_macs,
             "target_latency": target_latency,
             "prune_frozen": prune_frozen,
+            "measure_always": measure_always,
         }
         self.followers: list[Any] = []
         self.pruner: EpsilonPruner | None = None

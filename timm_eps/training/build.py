@@ -156,7 +156,7 @@ def pruner(
     return EpsilonPruner(
         model, optimizer, epsilon=args.paper.epsilon, warmup_epochs=pruning.epsilon_warmup_epochs,
         patience=pruning.patience, live_removal=not pruning.no_live_removal,
-        followers=[] if average is None else [average], **ramp,
+        followers=[] if average is None else [average], measure_always=args.checkpoints.with_tracking, **ramp,
     )  # fmt: skip
 
 

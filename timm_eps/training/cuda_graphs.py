@@ -6,11 +6,14 @@ several times longer than their computation. A graph launches all of them at onc
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..gate import EpsilonGate
 
 __all__ = ["GraphedPasses"]
 
@@ -21,9 +24,9 @@ WARMUP = 3
 class GraphedPasses:
     """Forward and backward pass of batches of one shape, captured once and replayed.
 
-    A graph reads and writes fixed memory. It sees parameters and buffers that change in place. For replaced ones,
-    :meth:`queue` gets all tensors with gradients. The first batches after a change, and batches of another shape, run
-    normally. The gradients are those of one batch: they do not accumulate.
+    A graph reads and writes fixed memory. It sees parameters and buffers that change in place. :meth:`queue` gets the
+    model, whose parameters may have been replaced and whose gates may have changed. The first batches after a change,
+    and batches of another shape, run normally. The gradients are those of one batch: they do not accumulate.
 
     Args:
         passes: Function that sets the gradients of a batch, starting from None, and returns its loss, detached,
@@ -40,6 +43,7 @@ class GraphedPasses:
         self.passes = passes
         self.stream = torch.cuda.Stream()  # the default stream cannot be captured
         self.followed: list[Tensor] = []
+        self.active: list[bool] = []
         self.forget()
 
     def forget(self) -> None:
@@ -52,16 +56,20 @@ class GraphedPasses:
         self.warmed = 0
 
     @contextmanager
-    def queue(self, followed: Iterable[Tensor]) -> Iterator[None]:
+    def queue(self, model: nn.Module) -> Iterator[None]:
         """Context for all calls and the related work. Work that was queued before it is finished first.
 
         Args:
-            followed: All tensors with gradients. If they differ from the last time, a batch is captured again.
+            model: Model that is trained. If its parameters or its gates differ from the last time, a batch is captured
+                again.
         """
-        followed = list(followed)
-        if len(followed) != len(self.followed) or any(a is not b for a, b in zip(followed, self.followed, strict=True)):
+        found = [module for module in model.modules() if isinstance(module, EpsilonGate)]
+        followed = [*model.parameters(), *(gate.gain for gate in found if gate.gain is not None)]
+        active = [gate.is_active() for gate in found]
+        is_same = len(followed) == len(self.followed) and all(map(operator.is_, followed, self.followed))
+        if not is_same or active != self.active:
             self.forget()
-            self.followed = followed
+            self.followed, self.active = followed, active
         outside = torch.cuda.current_stream()
         self.stream.wait_stream(outside)
         with torch.cuda.stream(self.stream):

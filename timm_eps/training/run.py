@@ -19,7 +19,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from ..pruner import EpsilonPruner
-from ..surgery.branches import gates
 from . import build, checkpoints, data
 from .arguments import Arguments
 from .cuda_graphs import GraphedPasses
@@ -152,10 +151,7 @@ class Run:
 
     def queue(self) -> AbstractContextManager[None]:
         """Context for the steps of an epoch."""
-        if self.graphs is None:
-            return nullcontext()
-        gains = (gate.gain for gate in gates(self.model).values() if gate.gain is not None)
-        return self.graphs.queue([*self.model.parameters(), *gains])
+        return nullcontext() if self.graphs is None else self.graphs.queue(self.model)
 
     def read(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A batch on the device of the network: uint8 images (B, C, H, W), augmented, normalised and mixed."""

@@ -15,7 +15,6 @@ __all__ = ["check_directories", "check_pairs", "check_together"]
 _EXCLUDED: dict[str, list[str]] = {
     **{name: [other for other in BUDGETS if other != name] for name in BUDGETS},
     "epsilon": [*BUDGETS],
-    "cuda_graphs": ["compile"],
     "no_gates": [*BUDGETS, "epsilon", "compare_dense"],
     "dataset_name": ["train_dir"],
     "per_pixel_mean": ["pretrained", "streaming"],
