@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import curves, glyphs, plan, results
+from benchmarks import curves, fashion, glyphs, plan, results
 from benchmarks.comparisons import COMPARISONS, FEW, ROOT
 from benchmarks.jobs import KEEPS_MEMORY, Job, Runner, Store
 from benchmarks.methods import METHODS
@@ -61,9 +61,12 @@ def write_page(store: Store) -> None:
             curves.draw_blocks(store, data, HERE / results.BLOCKS.format(data))
 
 
-def prepare_glyphs() -> None:
-    if not (ROOT / "outputs/glyphs/README.md").exists():
-        subprocess.run([sys.executable, "-m", glyphs.__name__, "--output", "outputs/glyphs"], cwd=ROOT, check=True)
+def prepare_images(data: str) -> None:
+    """Write the images of a comparison, if they are not there."""
+    for module in (glyphs, fashion):
+        name = module.__name__.rpartition(".")[2]
+        if data.startswith(name) and not (ROOT / f"outputs/{name}/data").exists():
+            subprocess.run([sys.executable, "-m", module.__name__, "--output", f"outputs/{name}"], cwd=ROOT, check=True)
 
 
 def run_again(args: argparse.Namespace) -> None:
@@ -112,8 +115,7 @@ def main() -> None:
     directory.mkdir(parents=True, exist_ok=True)
     runner = Runner(store, directory, args.at_once, args.threads)
     for data in args.data:
-        if data != "digits":
-            prepare_glyphs()
+        prepare_images(data)
         if "table" in args.only:
             for pair in COMPARISONS[data].pairs:
                 runner.run(job for job in plan.table(data, [pair]) if job.method in args.methods)

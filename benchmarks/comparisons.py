@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks import glyphs
+from benchmarks import fashion, glyphs
 from timm_eps.training.arguments import Arguments, parse_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +96,10 @@ _GLYPHS = Comparison(
     },
     mixed_precision="bf16",  # halves the time of a step with these images
 )
+_MAIN = (
+    "dense", "budget", "budget_with_dense_compute", "scratch_with_dense_compute", "shallow",
+    "shallow_with_dense_compute", "torch_pruning_to_size",
+)  # fmt: skip
 # Twice as deep, with the earlier ramp, and the largest budget that removes 80 % of the parameters.
 _GLYPHS110 = replace(
     _GLYPHS,
@@ -103,15 +107,35 @@ _GLYPHS110 = replace(
     config=ROOT / "benchmarks/glyphs110.json",
     early="budget_with_dense_compute",
     changed={},
-    rows=(
-        "dense", "budget", "budget_with_dense_compute", "scratch_with_dense_compute", "shallow",
-        "shallow_with_dense_compute", "torch_pruning_to_size",
-    ),
-)  # fmt: skip
+    rows=_MAIN,
+)
 # As many steps, each of four times as many images: too much for a few cores, but not for an accelerator.
 _GLYPHS110_LARGE = replace(
     _GLYPHS110,
     title="The same synthetic glyphs, at depth 110, in larger batches",
     arguments=("--per_device_train_batch_size", "128"),
 )
-COMPARISONS = {"digits": _DIGITS, "glyphs": _GLYPHS, "glyphs110": _GLYPHS110, "glyphs110_large": _GLYPHS110_LARGE}
+# Real images at the same scale, with the recipes of the glyphs.
+_FASHION = replace(
+    _GLYPHS,
+    title="Fashion-MNIST: 60,000 + 10,000 real images, 28x28 read as 32x32, 10 classes (`benchmarks/fashion.py`)",
+    config=ROOT / "benchmarks/fashion.json",
+    classes=len(fashion.CLASSES),
+    rows=("dense", "budget", "other_criterion", *_MAIN[2:]),
+)
+_FASHION110 = replace(
+    _GLYPHS110,
+    title="Fashion-MNIST at depth 110, in larger batches",
+    config=ROOT / "benchmarks/fashion110.json",
+    classes=len(fashion.CLASSES),
+    arguments=("--per_device_train_batch_size", "128"),
+    pairs=[(seed, 0) for seed in range(5)],
+)
+COMPARISONS = {
+    "digits": _DIGITS,
+    "glyphs": _GLYPHS,
+    "glyphs110": _GLYPHS110,
+    "glyphs110_large": _GLYPHS110_LARGE,
+    "fashion": _FASHION,
+    "fashion110": _FASHION110,
+}

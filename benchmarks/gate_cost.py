@@ -1,11 +1,14 @@
 """The cost of gates: time and peak memory of a training step with gates and without.
 
     python -m benchmarks.gate_cost                        # eps_resnet110, batch 128, 32x32, on the CPU
-    python -m benchmarks.gate_cost --importance           # gates that measure the importance of their branch
-    python -m benchmarks.gate_cost --device cuda
+    python -m benchmarks.gate_cost --states idle work --pairs 20
+    python -m benchmarks.gate_cost --device cuda --compile
 
-Steps of both networks alternate, and the ratio is taken pair by pair, so that a machine whose speed drifts is unfair
-to neither. Memory is the peak of a process of its own for each network (on CUDA, of the allocator).
+Gates are idle while no branch must close: in warm-up, and after the budget is reached. In between they work: they
+compare each response with a threshold. With the importance criterion they also measure importances.
+
+Steps of all networks alternate. The ratio is taken within each round, so a machine whose speed drifts favours none of
+them. Memory is the peak of a separate process for each network (on CUDA, of the allocator).
 """
 
 from __future__ import annotations
@@ -24,18 +27,21 @@ from torch.nn import functional as F
 from timm_eps import report
 from timm_eps.surgery.branches import gates
 
+STATES = ("plain", "idle", "work", "importance")
 
-def build(args: argparse.Namespace, gated: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+
+def build(args: argparse.Namespace, state: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = timm.create_model(args.architecture).to(args.device).train()
     for slot, gate in gates(model).items():
-        if gated:
-            gate.epsilon = 1e-6  # the gate works, but does not close
-            gate.measure_importance(args.importance)
-        else:
+        if state == "plain":
             block, _, name = slot.rpartition(".")
             setattr(model.get_submodule(block), name, gate.drop_path)
-    return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        elif state != "idle":
+            gate.epsilon = 1e-6  # the gate works, but does not close
+            gate.measure_importance(state == "importance")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    return torch.compile(model) if args.compile else model, optimizer
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -46,11 +52,11 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tenso
         torch.cuda.synchronize()
 
 
-def peak_memory(args: argparse.Namespace, gated: bool) -> int:
+def peak_memory(args: argparse.Namespace, state: str) -> int:
     """Peak bytes of a process that only runs three steps."""
-    command = [sys.executable, __file__, "--only", "gated" if gated else "plain", "--architecture", args.architecture]
+    command = [sys.executable, __file__, "--only", state, "--architecture", args.architecture]
     command += ["--batch_size", str(args.batch_size), "--image_size", str(args.image_size), "--device", args.device]
-    command += ["--importance"] * args.importance
+    command += ["--compile"] * args.compile
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -65,37 +71,36 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--importance", action="store_true")
-    parser.add_argument("--only", choices=["gated", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("--states", choices=STATES[1:], nargs="+", default=STATES[1:])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--only", choices=STATES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=args.device)
     labels = torch.randint(10, (args.batch_size,), device=args.device)
 
     if args.only:
-        network = build(args, args.only == "gated")
+        network = build(args, args.only)
         for _ in range(3):
             step(*network, images, labels)
         print(report.peak_memory(args.device))
         return
 
-    networks = {name: build(args, name == "gated") for name in ("gated", "plain")}
-    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    networks = {state: build(args, state) for state in ("plain", *args.states)}
+    seconds: dict[str, list[float]] = {state: [] for state in networks}
     for turn in range(args.pairs + 1):
-        for name, network in networks.items():
+        for state in sorted(networks, reverse=turn % 2 == 1):
             start = time.perf_counter()
-            step(*network, images, labels)
-            if turn:  # the first pair warms up
-                seconds[name].append(time.perf_counter() - start)
-    ratios = [g / p for g, p in zip(seconds["gated"], seconds["plain"], strict=True)]
-    memory = [(peak_memory(args, True), peak_memory(args, False)) for _ in range(3)]
-    memory_ratios = [g / p for g, p in memory]
-    size = f"batch {args.batch_size}, {args.image_size}x{args.image_size}"
-    size += ", importance measured" if args.importance else ""
+            step(*networks[state], images, labels)
+            if turn:  # the first round warms up
+                seconds[state].append(time.perf_counter() - start)
+    plain = [peak_memory(args, "plain") for _ in range(3)]
+    size = f"batch {args.batch_size}, {args.image_size}x{args.image_size}{', compiled' if args.compile else ''}"
     print(f"{args.architecture}, {size}, {report.hardware(images.device)}, torch {torch.__version__}")
-    medians = ", ".join(f"{name} {statistics.median(values):.3f} s" for name, values in seconds.items())
-    print(f"a step, median: {medians}")
-    print(f"time, gated / plain: {spread(ratios)}")
-    print(f"peak memory, gated / plain: {spread(memory_ratios)}; plain {memory[0][1] / 2**20:.0f} MiB")
+    print(f"without gates: a step {statistics.median(seconds['plain']):.3f} s, peak {plain[0] / 2**20:.0f} MiB")
+    for state in args.states:
+        ratios = [g / p for g, p in zip(seconds[state], seconds["plain"], strict=True)]
+        memory = [peak_memory(args, state) / p for p in plain]
+        print(f"{state}: time {spread(ratios)}; peak memory {spread(memory)}")
 
 
 if __name__ == "__main__":

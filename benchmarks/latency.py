@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
 from timm.utils import reparameterize_model
@@ -126,6 +127,48 @@ class InCudaGraph(nn.Module):
         return self.replay(images)
 
 
+class InTensorRT(nn.Module):
+    """A network in TensorRT, through ONNX Runtime. Inputs and outputs stay on the GPU.
+
+    Args:
+        body: The network.
+        images: A batch of the only shape it will be given.
+    """
+
+    PROVIDER = "TensorrtExecutionProvider"
+
+    def __init__(self, body: nn.Module, images: torch.Tensor) -> None:
+        super().__init__()
+        import onnxruntime
+
+        self.images = images.contiguous().clone()
+        with torch.no_grad():
+            self.logits = torch.empty_like(body(images))
+        with tempfile.TemporaryDirectory() as directory:
+            body, path = channels.plain(body).cpu(), f"{directory}/model.onnx"
+            names = {"input_names": ["images"], "output_names": ["logits"]}
+            torch.onnx.export(body, (self.images.cpu(),), path, **names, dynamo=True, verbose=False)
+            self.session = onnxruntime.InferenceSession(path, providers=[self.PROVIDER])
+        self.binding = self.session.io_binding()
+        for bind, name, tensor in (
+            (self.binding.bind_input, "images", self.images), (self.binding.bind_output, "logits", self.logits),
+        ):  # fmt: skip
+            bind(name, "cuda", 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
+
+    @classmethod
+    def is_available(cls) -> bool:
+        try:
+            import onnxruntime
+        except ImportError:
+            return False
+        return cls.PROVIDER in onnxruntime.get_available_providers()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.images.copy_(images)
+        self.session.run_with_iobinding(self.binding)
+        return self.logits
+
+
 def compiled(body: nn.Module, images: torch.Tensor) -> nn.Module:
     """A network as torch.compile carries it out; needs a C++ compiler, on a GPU Triton. Compiled by its first pass."""
     # With fullgraph it would be an error, and not a slow network, that torch compiles no further structure.
@@ -147,7 +190,7 @@ _EVERYWHERE = {
 }
 WAYS: dict[str, dict[str, Way]] = {
     "cpu": {**_EVERYWHERE, ", in ONNX Runtime": Way(runtime=InOnnxRuntime)},
-    "cuda": {**_EVERYWHERE, ", as a CUDA graph": Way(runtime=InCudaGraph)},
+    "cuda": {**_EVERYWHERE, ", as a CUDA graph": Way(runtime=InCudaGraph), ", in TensorRT": Way(runtime=InTensorRT)},
 }
 
 
@@ -188,6 +231,8 @@ def main() -> None:
             if not torch.equal(nets[same](images[:2]), expected):
                 raise RuntimeError(f"The {same} network computes something else.")
         for name, way in WAYS[device.type].items():
+            if way.runtime is InTensorRT and not InTensorRT.is_available():
+                continue
             found[f"seconds at 128, {size}{name}"] = latency_by(way, nets, images, task["repeats"])
         rest = report.count_macs(nets[REST], images[:1])
         found[f"block macs, {size}"] = {

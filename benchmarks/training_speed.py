@@ -1,4 +1,6 @@
-"""How many steps a second train_hf.py takes: gates off, on, and measuring importance; on a GPU also as CUDA graphs.
+"""How many steps a second train_hf.py takes: gates off, idle, at work, and measuring importance.
+
+On a GPU also as CUDA graphs, and compiled as CUDA graphs.
 
     python -m benchmarks.training_speed -- --mixed_precision bf16 --channels_last
     python -m benchmarks.training_speed --rounds 3 --steps 2 -- --architecture eps_resnet20
@@ -27,7 +29,8 @@ from timm_eps.training.run import Run
 
 GATES = {
     "gates off": ["--no_gates"],
-    "gates on": ["--epsilon", "1e-30"],
+    "gates idle": ["--epsilon", "1e-30", "--epsilon_warmup_epochs", "8"],
+    "gates at work": ["--epsilon", "1e-30", "--epsilon_warmup_epochs", "0"],
     "importance measured": ["--keep", "0.5", "--criterion", "importance", "--epsilon_warmup_epochs", "0"],
 }
 
@@ -56,7 +59,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of each training in a round")
     parser.add_argument("arguments", nargs="*", help="further arguments of train_hf.py, after --")
     args = parser.parse_args()
-    ways = {"": []} | ({", as a CUDA graph": ["--cuda_graphs"]} if torch.cuda.is_available() else {})
+    ways = {"": []}
+    if torch.cuda.is_available():
+        ways |= {", as a CUDA graph": ["--cuda_graphs"], ", compiled, as a CUDA graph": ["--compile", "--cuda_graphs"]}
     shared = ["--image_size", "32", "--steps_per_epoch", str(args.steps)]
     with tempfile.TemporaryDirectory() as directory:
         trainings = {
