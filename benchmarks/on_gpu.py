@@ -29,6 +29,7 @@ from benchmarks.jobs import Store
 from benchmarks.plan import table
 from benchmarks.pretrained.prepare import DIRECTORY, IMAGES
 
+DRY_SECONDS = 900.0
 TIMED = "digits"  # the comparison whose structures are timed
 
 
@@ -78,16 +79,9 @@ def parts() -> list[Part]:
     removed = ["stages.0.blocks.1.drop_path"]
     sizes = {"dense": {"params": 269_722, "removed": []}, "budget": {"params": 265_050, "removed": removed}}
     plan = ["lite0:distilled:6000", "lite1:siblings:6000", "lite2:main:6000", "lite0:matter:6000:5"]
-    trained = [
-        "--num_train_epochs",
-        "2",
-        "--epsilon_warmup_epochs",
-        "0",
-        "--ramp_epochs",
-        "1",
-        "--steps_per_epoch",
-        "2",
-    ]
+    trained = {"num_train_epochs": 2, "steps_per_epoch": 2, "num_warmup_steps": 0, "max_eval_samples": 64}
+    trained |= {"epsilon_warmup_epochs": 0, "ramp_epochs": 1}
+    flags = [word for name, value in trained.items() for word in (f"--{name}", str(value))]
     return [
         Part(
             "training_speed", 180,
@@ -112,7 +106,7 @@ def parts() -> list[Part]:
         Part(
             "fashion", 360,
             ["-m", "benchmarks", "--only", "table", "--data", "fashion110", "--at_once", "12"],
-            ["train_hf.py", "--config", "benchmarks/fashion110.json", *small, *trained, "--max_eval_samples", "64",
+            ["train_hf.py", "--config", "benchmarks/fashion110.json", *small, *flags,
              "--output_dir", "outputs/on_gpu/fashion"],
             needs_images=True,
         ),
@@ -127,7 +121,7 @@ def parts() -> list[Part]:
     ]  # fmt: skip
 
 
-def carry_out(part: Part, command: list[str], log: Path) -> dict[str, Any]:
+def carry_out(command: list[str], seconds: float, log: Path) -> dict[str, Any]:
     """Run a part, in a process group of its own, so that a stop ends its processes, too. Returns what happened."""
     start = time.monotonic()
     with log.open("wb") as output:
@@ -135,7 +129,7 @@ def carry_out(part: Part, command: list[str], log: Path) -> dict[str, Any]:
             [sys.executable, *command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            code: int | None = process.wait(part.seconds)
+            code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
         except KeyboardInterrupt:
@@ -163,11 +157,12 @@ def main() -> int:
         parser.error(f"{DIRECTORY / IMAGES} does not exist; run python -m benchmarks.pretrained.prepare first")
     for name in args.only:
         part = known[name]
+        command, seconds = (part.dry, DRY_SECONDS) if args.dry_run else (part.command, part.seconds)
         if done.get(name, {}).get("exit_code") == 0:
             print(f"{name}: done before")
             continue
         log = directory / f"{name}.log"
-        done[name] = carry_out(part, part.dry if args.dry_run else part.command, log)
+        done[name] = carry_out(command, seconds, log)
         state.write_text(json.dumps(done, indent=1) + "\n")
         code = done[name]["exit_code"]
         outcome = {0: "done", None: "out of time; the next run continues"}.get(code, f"failed with {code}")
