@@ -426,10 +426,10 @@ def test_the_page_says_who_is_ahead(store):
     assert "| 32x32, channels_last | 128 | 1.000 ± 0.000 |" in page
     assert "compiled" not in page, "where nothing was measured there is no row"
     assert "| 0.05 | 97.00 ± 0.00 | 14.0 ± 0.0 |" in page
-    for size in (8, 32):  # one of the three sizes measured without ONNX Runtime
+    for size in (8, 32):  # one measurement lacks ONNX Runtime
         del store.results[plan.latency_jobs("digits")[0]][f"seconds at 128, {size}x{size}, in ONNX Runtime"]
     assert results.page(store) == page
-    for job in plan.latency_jobs("digits"):  # the complete set
+    for job in plan.latency_jobs("digits"):  # all measurements lack it
         store.results[job].pop("seconds at 128, 8x8, in ONNX Runtime", None)
     assert results.page(store) == page.replace(in_runtime.format(8), "")
 
@@ -460,7 +460,9 @@ def test_training_times_of_another_machine_do_not_count(store):
     for job in plan.table("digits"):
         if job.method == "budget" and job.seed:
             store.results[job] |= {"train_seconds": 1e6, "hardware": "another"}
-    assert results.page(store) == before.replace("a machine;", "a machine and another;")
+    after = results.page(store)
+    assert after.partition("## Hardware")[0] == before.partition("## Hardware")[0]
+    assert "| another | " in after
 
 
 def test_the_page_says_whether_depth_helps(tmp_path):
