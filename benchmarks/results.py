@@ -139,8 +139,8 @@ def speed_table(store: Store, data: str) -> list[str]:
     ways = WAYS["cpu"] | WAYS["cuda"]
     measured = [(size, 128, name, f"seconds at 128, {size}{name}") for size in sizes for name in ways]
     lines = [
-        "| | batch | native over pruned, as loaded | reparameterized | speed-up, as loaded | reparameterized "
-        "| reduction of the blocks' multiply-adds | share | share, blocks alone |",
+        "| | batch | native over pruned, as loaded | native over pruned, reparameterized | speed-up, as loaded "
+        "| speed-up, reparameterized | reduction of the blocks' multiply-adds | share | share, blocks alone |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
 
@@ -205,9 +205,9 @@ def page(store: Store) -> str:
     """The text of RESULTS.md."""
     results = [result for job, result in store.results.items() if job.method != "latency"]
     if not results:
-        return "# Results\n\nNothing was run yet.\n"
+        return "# Results from scratch\n\nNothing was run yet.\n"
     lines = [
-        "# Results",
+        "# Results from scratch",
         "",
         "Written by `python -m benchmarks`. Do not edit. The last section lists hardware, versions and commits.",
         "",
