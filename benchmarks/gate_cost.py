@@ -4,8 +4,8 @@
     python -m benchmarks.gate_cost --importance           # gates that measure the importance of their branch
     python -m benchmarks.gate_cost --device cuda
 
-Steps of both networks alternate, and the ratio is taken pair by pair, so that a machine whose speed drifts is unfair
-to neither. Memory is the peak of a process of its own for each network (on CUDA, of the allocator).
+Steps of both networks alternate, and the ratio is taken pair by pair, so that changes in the machine's speed affect
+both alike. Memory is the peak of a separate process per network (on CUDA, of the allocator).
 """
 
 from __future__ import annotations
