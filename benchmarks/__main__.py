@@ -4,7 +4,7 @@
     python -m benchmarks                      # all missing results: hours on two cores; resumes
     python -m benchmarks --only table --data glyphs --methods dense budget --at_once 1 --threads 2
 
-Figures are kept in benchmarks/results.json; RESULTS.md, curves.png and blocks_*.png are made of them.
+benchmarks/results.json holds the figures. RESULTS.md, curves.png and blocks_*.png are made from it.
 """
 
 from __future__ import annotations

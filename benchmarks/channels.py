@@ -1,7 +1,7 @@
-"""Torch-Pruning (https://github.com/VainF/Torch-Pruning, Fang et al., CVPR 2023): channels, not blocks, are removed.
+"""Torch-Pruning (https://github.com/VainF/Torch-Pruning, Fang et al., CVPR 2023) removes channels, not blocks.
 
-It cannot trace the zero channels that the CIFAR networks pad their shortcuts with. So the shortcuts are first written
-as 1x1 convolutions that compute the same; it may prune and train these as well.
+Torch-Pruning cannot trace the zero channels in the shortcuts of the CIFAR networks. So the shortcuts are first written
+as 1x1 convolutions with equal outputs. Torch-Pruning may prune and train these as well.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ LARGEST = 0.9
 def prune(model: nn.Module, images: Tensor, is_enough: Callable[[nn.Module], bool]) -> dict[str, Any]:
     """Remove only as many channels as necessary.
 
-    Every layer but the classifier loses the same share of its channels, those whose groups have the smallest norms.
+    Every layer but the classifier loses the same share of its channels: those whose groups have the smallest norms.
 
     Args:
         model: A transformers model around a CIFAR network; changed in place.
         images: A batch (B, C, H, W).
-        is_enough: Of a pruned network, whether it is small or fast enough.
+        is_enough: Whether a pruned network is small or fast enough.
 
     Returns:
-        ``ratio``, the share of each layer's channels that is gone, and ``reached``, whether it is enough; if not even
-        the largest share was, that one is taken.
+        ``ratio``, the removed share of each layer's channels, and ``reached``, whether it is enough. If no share is
+        enough, the largest share is used.
     """
     body = plain(model.timm_model)
     low, high = 0.0, LARGEST
@@ -45,7 +45,7 @@ def prune(model: nn.Module, images: Tensor, is_enough: Callable[[nn.Module], boo
         else:
             low = middle
     model.timm_model = best
-    model.side_head = None  # it reads removed channels
+    model.side_head = None  # the side head reads removed channels
     return {"ratio": high, "reached": reached}
 
 
@@ -65,7 +65,7 @@ def without(body: nn.Module, ratio: float, images: Tensor) -> nn.Module:
 
 
 def plain(body: nn.Module) -> nn.Module:
-    """A copy of a CIFAR network with convolutions as shortcuts, which computes the same."""
+    """A copy of a CIFAR network with convolutions as shortcuts and equal outputs."""
     body = copy.deepcopy(body)
     make_shortcuts_convolutions(body)
     return body

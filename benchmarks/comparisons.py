@@ -22,17 +22,16 @@ class Comparison:
     """One table of RESULTS.md.
 
     Args:
-        title: Its heading.
+        title: Heading.
         config: The recipe, a file of arguments of train_hf.py.
-        arguments: Of train_hf.py, which all runs have besides.
+        arguments: Further arguments of train_hf.py for all runs.
         classes: Number of classes.
-        sides: Of the images that latency is measured with, in pixels; the first is that of the data.
+        sides: Image sides for the latency, in pixels. The first is the side of the data.
         pairs: Seeds and folds.
-        early: The method whose budget is reached early and which has the dense network's compute; its difference to
-            each row is a column, beside that of the recipe.
-        changed: Arguments of train_hf.py that methods have besides the recipe's.
+        early: The method with an early budget and the dense network's compute. One column shows its lead over each row.
+        changed: Arguments of train_hf.py by method, in addition to the recipe's.
         rows: The methods of the table; None for all.
-        mixed_precision: Accelerate's; it reads it from the environment.
+        mixed_precision: Accelerate's setting, passed by the environment.
     """
 
     title: str
@@ -70,8 +69,8 @@ _DIGITS = Comparison(
     pairs=[*FEW, *((seed, fold) for seed in range(3) for fold in range(5) if seed != fold)],
     early="budget_with_dense_compute",
     changed={
-        # The smallest tested ε that removes 80 % of the parameters. It closes blocks as early as possible, not one
-        # after the other, so it has a longer warm-up.
+        # The smallest tested ε that removes 80 % of the parameters. It closes blocks at once, not one after the other,
+        # so it gets a longer warm-up.
         "fixed": ("--epsilon_warmup_epochs", "8", "--epsilon", "2.5"),
         "other_criterion": ("--criterion", "importance"),
         "other_pace": _LATER,
@@ -109,7 +108,7 @@ _GLYPHS110 = replace(
     changed={},
     rows=_MAIN,
 )
-# As many steps, each of four times as many images: too much for a few cores, but not for an accelerator.
+# The same number of steps with four times as many images each. It needs an accelerator.
 _GLYPHS110_LARGE = replace(
     _GLYPHS110,
     title="The same synthetic glyphs, at depth 110, in larger batches",

@@ -3,8 +3,8 @@
     python -m benchmarks.depth                         # eps_resnet110, 200, 500, 752; batch 128, 32x32, on the CPU
     python -m benchmarks.depth --batch_size 32 --rounds 1
 
-Each network trains in a process of its own, so that its peak memory is its own; the processes alternate over the
-rounds. Seconds are medians. Removal takes half of the blocks at once, with the proof.
+Each network trains in a separate process, so that the peak memory belongs to one network. The processes alternate over
+the rounds. Seconds are medians. Removal takes half of the blocks at once, with the proof.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m benchmarks.digits_folds                     # writes benchmarks/digits_folds.json and .md
     python -m benchmarks.digits_folds --seeds 0 --folds 0 1 -- --keep 0.2
 
-With each seed every image is tested once. The pruned and the dense run of a fold follow each other in one process.
-Arguments after ``--`` go to train_hf.py. A run that is stored under the same arguments and versions is not repeated.
+With each seed every image is tested once. The pruned and the dense run of a fold run one after the other in one
+process. Arguments after ``--`` go to train_hf.py. A stored run with the same arguments and versions is not repeated.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def swing(values: list[float]) -> float:
 
 
 def row(name: str, runs: list[dict]) -> str:
-    """Mean and standard deviation of each column over some runs; of times, which a busy machine distorts, a median."""
+    """Mean and standard deviation of each column over some runs. Times are medians, against outliers."""
     cells = []
     for heading, (value, form, unit) in COLUMNS.items():
         values = [value(run) for run in runs]
@@ -49,7 +49,7 @@ def row(name: str, runs: list[dict]) -> str:
 
 
 def tables(runs: list[dict]) -> str:
-    """By seed, over all, and run by run, in Markdown."""
+    """Markdown tables by seed, over all runs, and run by run."""
     seeds = sorted({run["seed"] for run in runs})
     head = [f"| | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
     summary = [row(f"seed {seed}", [run for run in runs if run["seed"] == seed]) for seed in seeds]

@@ -1,11 +1,11 @@
-"""A synthetic data set at the scale of CIFAR: characters of real fonts, distorted, on textured grounds.
+"""A synthetic data set at the scale of CIFAR: distorted characters of real fonts on textured backgrounds.
 
     python -m benchmarks.glyphs --output outputs/glyphs        # fetches Debian's fonts; about two minutes
     python -m benchmarks.glyphs --output outputs/glyphs --font_dir /usr/share/fonts
 
 50,000 training and 10,000 test images, RGB, 32x32, 34 classes (A to Z, 2 to 9; 0 and 1 look like O and I), written as
-a directory of parquet files that ``datasets.load_dataset`` reads. The families of the test fonts are not among those of
-the training fonts. The same seed and fonts give the same images; the card lists the fonts.
+a directory of parquet files for ``datasets.load_dataset``. Training and test fonts are of different families. The same
+seed and fonts give the same images. The card lists the fonts.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Typeface:
 def read_fonts(directory: Path) -> list[Typeface]:
     """Every font of a directory that draws all classes legibly, in an order that does not depend on paths.
 
-    A font is legible if most of its characters are nearer to the mean of their own class over all fonts than to that of
-    any other class: symbols, ornaments and fonts without the characters are not.
+    A font is legible if most of its characters are nearer to the mean of their class over all fonts than to the mean of
+    any other class. Symbols, ornaments and fonts without the characters are not legible.
     """
     found = {}
     for path in sorted(path for ending in ("ttf", "otf") for path in directory.rglob(f"*.{ending}")):
@@ -87,7 +87,7 @@ def read_fonts(directory: Path) -> list[Typeface]:
 
 
 def draw(path: Path) -> np.ndarray | None:
-    """Masks of all classes, each filling the template; None if a character is not there."""
+    """Masks of all classes, each filling the template. None if a character is missing."""
     masks = []
     try:
         font = ImageFont.truetype(path, TEMPLATE)
@@ -153,18 +153,18 @@ def compose(characters: Tensor, others: list[Tensor], generator: torch.Generator
         return low + (high - low) * torch.rand((batch, *shape), generator=generator)
 
     ground, ink = texture(uniform), texture(uniform)
-    # Slightly lighter or darker than the background at least, so that it can be read.
+    # At least slightly lighter or darker than the background, so that the character is legible.
     contrast = uniform(0.6, 0.9, 1, 1, 1) * torch.where(uniform(0, 1, 1, 1, 1) < 0.5, -1.0, 1.0)
     level = uniform(0.25, 0.75, 1, 1, 1)
     ground = ground + level - contrast / 2
     ink = ink + level + contrast / 2
     picture = ground
-    for other in others:  # before the character: it is never covered by them
+    for other in others:  # drawn before the character, so they never cover it
         angle = uniform(0, 2 * torch.pi, 1)
         away = 1.3 * torch.cat([angle.cos(), angle.sin()], 1) * uniform(0.85, 1.2, 1)
         picture = torch.lerp(picture, ink, distort(other, away, uniform))
     picture = torch.lerp(picture, ink, distort(characters, uniform(-0.15, 0.15, 2), uniform))
-    # A line across, of the ground's kind: strokes are interrupted.
+    # A line in the style of the background interrupts strokes.
     picture = torch.lerp(picture, ground, line(uniform))
     picture = torch.lerp(picture, F.avg_pool2d(picture, 3, 1, 1, count_include_pad=False), uniform(0, 1, 1, 1, 1))
     picture = picture + uniform(0.0, 0.06, 1, 1, 1) * torch.randn(picture.shape, generator=generator)
@@ -186,7 +186,7 @@ def texture(uniform) -> Tensor:
 def distort(masks: Tensor, centre: Tensor, uniform) -> Tensor:
     """Masks (B, 1, H, W) turned, sheared, scaled, bent, and moved to a centre (B, 2) in units of half the image's side.
 
-    Drawn at twice the resolution and averaged: (B, 1, 32, 32).
+    The masks are drawn at twice the resolution and averaged: (B, 1, 32, 32).
     """
     angle, shear = uniform(-0.2, 0.2, 1), uniform(-0.15, 0.15, 1)
     wide, high = uniform(0.8, 1, 1), uniform(0.8, 1, 1)

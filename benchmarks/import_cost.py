@@ -2,8 +2,8 @@
 
     python -m benchmarks.import_cost
 
-The classes of transformers that this package builds on are imported first, because transformers loads them, and torch's
-compiler with them, only when they are asked for; what that takes is printed beside it.
+The classes of transformers that this package uses are imported first, because transformers loads them, and torch's
+compiler, on first use. The output shows the time for this import too.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python -m benchmarks.input_path                 # 50,000 random 32x32 images; then the default run of train_hf.py
     python -m benchmarks.input_path --device cuda
 
-The first figure is of the input path alone, with nothing else to do. The share is of steps as train_hf.py takes them,
-each divided into reading a batch, and forward, backward and optimizer; medians of the dense network's steps, and of the
-network with a quarter of its blocks, whose steps are the shortest.
+The first figure is for the input path alone. The share comes from steps of train_hf.py, each divided into reading a
+batch, and forward, backward and optimizer. Figures are medians over the dense network's steps, and over steps of the
+network with a quarter of its blocks, which are the shortest.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def images_a_second(augment: Callable[[Tensor], Tensor], device: torch.device, r
             normalize(augment(batch.to(device, non_blocking=True)))
         synchronize(device)
         found.append(len(images) / (time.perf_counter() - start))
-    return found[1:]  # the first one warms up
+    return found[1:]  # the first pass warms up
 
 
 def synchronize(device: torch.device) -> None:

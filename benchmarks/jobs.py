@@ -1,7 +1,7 @@
 """Runs of methods: each in a separate process, several in parallel, each only once.
 
-What a run found is kept in a JSON file under what it depended on, so that a benchmark that was stopped goes on. The
-networks stay in ``outputs/``; where those of a finished run are gone and another run needs them, it is made again.
+A JSON file stores the results of each run with the run's settings, so a stopped benchmark resumes. The networks stay in
+``outputs/``. If another run needs the missing networks of a finished run, that run is repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_"
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a method by further arguments of train_hf.py, with a seed and a part of the data.
+    """One run: a method with further arguments of train_hf.py, a seed and a fold.
 
     ``data`` is the name of its comparison.
     """
@@ -77,10 +77,10 @@ class Runner:
     """Runs jobs and, before them, the jobs that they need.
 
     Args:
-        store: Where results are kept; what is there is not run again.
-        directory: Where runs write.
+        store: Store of the results. A job with a result is not run again.
+        directory: Directory for the files of the runs.
         at_once: Number of processes.
-        threads: Of each process on the CPU. One that measures speed runs alone, with those of all.
+        threads: CPU threads per process. A job that measures speed runs alone, with the threads of all processes.
     """
 
     def __init__(self, store: Store, directory: Path, at_once: int, threads: int) -> None:

@@ -1,7 +1,7 @@
 """Latency of the networks of one seed and fold, measured in turn in one process, without parallel jobs.
 
-Speed follows from the structure, which ``results.json`` holds, and not from the weights: the networks are built anew,
-untrained. ``__main__.py`` starts it; the answer is printed as JSON, in seconds, medians.
+Speed depends on the structure, which ``results.json`` holds, not on the weights. So the networks are built without
+training. ``__main__.py`` starts this file. The output is JSON with median seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from timm_eps.surgery.branches import gates
 NATIVE = "native"
 REPARAMETERIZED = "reparameterized"
 WHOLE = "dense, reparameterized"
-REST = "no blocks"  # stem, shortcuts and head, which block pruning cannot make faster
+REST = "no blocks"  # stem, shortcuts and head, which block pruning does not make faster
 COPIES = 7  # of the pruned network and its forms, at batch 1
 
 
@@ -36,9 +36,9 @@ def build(architecture: str, classes: int, found: dict[str, Any]) -> nn.Module:
     """An untrained network with the structure from a run.
 
     Raises:
-        RuntimeError: It has other parameters than the run's, so its structure is another one.
+        RuntimeError: The number of parameters differs from the run's, so the structure differs.
     """
-    if "ratio" in found:  # of Torch-Pruning: each layer loses this share of its channels, whatever the weights are
+    if "ratio" in found:  # Torch-Pruning: each layer loses this share of its channels, and the weights do not matter
         whole = channels.plain(timm.create_model(architecture, num_classes=classes))
         body = reparameterize_model(channels.without(whole, found["ratio"], torch.zeros(2, 3, 32, 32)))
     else:
@@ -63,17 +63,17 @@ def native(body: nn.Module) -> nn.Module:
 
 
 def forms(pruned: nn.Module) -> dict[str, nn.Module]:
-    """A pruned network, as loaded, and what the same structure may be otherwise."""
+    """A pruned network as loaded, and other forms of the same structure."""
     return {"budget": pruned, NATIVE: native(pruned), REPARAMETERIZED: reparameterize_model(pruned)}
 
 
 def latency_over_copies(
     nets: dict[str, nn.Module], copies: list[dict[str, nn.Module]], batch: torch.Tensor, repeats: int
 ) -> dict[str, float]:
-    """Latency of networks, some of them the median over copies, all measured in turn.
+    """Latency of networks, measured in turn. For some networks it is the median over copies.
 
-    Where the weights and modules of a small network happen to lie makes up to 3 % of its latency at batch 1: two copies
-    of one network differ by that, again and again.
+    The addresses of weights and modules change the latency of a small network at batch 1 by up to 3 %. Two copies of
+    one network differ by this amount repeatedly.
     """
     single = {name: net for name, net in nets.items() if name not in copies[0]}
     several = {f"{name} {index}": net for index, copied in enumerate(copies) for name, net in copied.items()}
@@ -89,7 +89,7 @@ class InOnnxRuntime(nn.Module):
 
     Args:
         body: The network.
-        images: A batch of the only shape it will be given.
+        images: A batch. All batches must have its shape.
     """
 
     def __init__(self, body: nn.Module, images: torch.Tensor) -> None:
@@ -98,7 +98,7 @@ class InOnnxRuntime(nn.Module):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # Otherwise the threads of one session wait in a loop while another one is measured.
+        # Otherwise the threads of one session wait in a loop while another session is measured.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         with tempfile.TemporaryDirectory() as directory:
             body, path = channels.plain(body), f"{directory}/model.onnx"  # as timm_eps writes ONNX files
@@ -114,13 +114,13 @@ class InCudaGraph(nn.Module):
 
     Args:
         body: The network.
-        images: A batch of the only shape it will be given.
+        images: A batch. All batches must have its shape.
     """
 
     def __init__(self, body: nn.Module, images: torch.Tensor) -> None:
         super().__init__()
         with torch.no_grad():
-            # A function, as a module would be changed.
+            # A function, because make_graphed_callables would change a module.
             self.replay = torch.cuda.make_graphed_callables(lambda batch: body(batch), (images.clone(),))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -170,13 +170,13 @@ class InTensorRT(nn.Module):
 
 
 def compiled(body: nn.Module, images: torch.Tensor) -> nn.Module:
-    """A network as torch.compile carries it out; needs a C++ compiler, on a GPU Triton. Compiled by its first pass."""
-    # With fullgraph it would be an error, and not a slow network, that torch compiles no further structure.
+    """A network compiled by torch.compile on its first pass. Needs a C++ compiler; on a GPU, Triton."""
+    # fullgraph and no dynamic shapes: if torch stops compiling further structures, it raises instead of being slow.
     return torch.compile(body, fullgraph=True, dynamic=False)
 
 
 class Way(NamedTuple):
-    """A way of carrying out a network: a memory format, and what makes of a network and a batch what is measured."""
+    """A way to run a network: a memory format, and a function that prepares the network for a batch."""
 
     memory_format: torch.memory_format = torch.contiguous_format
     runtime: Callable[[nn.Module, torch.Tensor], nn.Module] | None = None
@@ -195,12 +195,12 @@ WAYS: dict[str, dict[str, Way]] = {
 
 
 def latency_by(way: Way, nets: dict[str, nn.Module], images: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Latency of the networks as they are, or of those alone that a runtime is measured with."""
+    """Latency of the networks, or only of those that are measured in this runtime."""
     batch = images.contiguous(memory_format=way.memory_format)
     names = nets if way.runtime is None else (WHOLE, REPARAMETERIZED, REST)
     laid_out = {name: copy.deepcopy(nets[name]).to(memory_format=way.memory_format) for name in names}
     if way.runtime is not None:
-        torch.compiler.reset()  # otherwise torch stops compiling after a number of structures
+        torch.compiler.reset()  # torch stops compiling after a number of structures
         laid_out = {name: way.runtime(net, batch) for name, net in laid_out.items()}
     return report.paired_latency(laid_out, batch, repeats)
 

@@ -57,7 +57,7 @@ class Bench:
         return parse_arguments([*self.flags, *flags, "--output_dir", str(self.directory)])
 
     def fit(self, *flags: str, model: nn.Module | None = None) -> nn.Module:
-        """Train by the recipe, from a network on if one is given. Returns what is left of it."""
+        """Train with the recipe, starting from a network if one is given. Returns the pruned network."""
         args = self.arguments(*flags)
         run, results = train(args, self.accelerator, self.data, model=model)
         self.epochs += args.training.num_train_epochs
@@ -86,7 +86,7 @@ class Bench:
         return self.result("dense")["macs"] / self.result(method)["macs"]
 
     def longer(self) -> tuple[str, str]:
-        """As many epochs as cost the dense training's multiply-adds, if the recipe's blocks go when the ramp ends."""
+        """Epochs that cost the dense training's multiply-adds, if the recipe removes its blocks when the ramp ends."""
         whole = self.args.pruning.epsilon_warmup_epochs + self.args.pruning.ramp_epochs
         return "--num_train_epochs", str(
             whole + round((self.args.training.num_train_epochs - whole) * self.macs_ratio())
@@ -106,7 +106,7 @@ def dense_without_side(bench: Bench) -> nn.Module:
 
 
 def dense_with_as_many_epochs(bench: Bench) -> nn.Module:
-    """As many as ε-ResNet has for the compute of the shorter dense training."""
+    """Dense training for as many epochs as ε-ResNet gets for the compute of the shorter dense training."""
     return bench.fit("--no_gates", *bench.longer())
 
 
@@ -127,7 +127,7 @@ def scratch(bench: Bench) -> nn.Module:
 
 
 def with_dense_compute(bench: Bench, method: str) -> nn.Module:
-    """A method's structure from scratch, in as many epochs as cost the multiply-adds of the dense training."""
+    """A method's structure from scratch, for as many epochs as cost the dense training's multiply-adds."""
     epochs = round(bench.args.training.num_train_epochs * bench.macs_ratio(method))
     return from_scratch(bench, bench.result(method)["removed"], "--num_train_epochs", str(epochs))
 
@@ -152,7 +152,7 @@ def random_blocks(bench: Bench) -> nn.Module:
 
 
 def stochastic_depth(bench: Bench) -> nn.Module:
-    """Stochastic depth: branches are dropped at random, the last one with probability 0.5 (Huang et al., ECCV 2016)."""
+    """Stochastic depth: branches are dropped at random, the last with probability 0.5 (Huang et al., ECCV 2016)."""
     model = bench.fit("--no_gates", "--model_args", json.dumps({"drop_path_rate": 0.5}))
     for gate in gates(model).values():
         gate.drop_path = nn.Identity()
@@ -162,7 +162,7 @@ def stochastic_depth(bench: Bench) -> nn.Module:
 
 
 def finetuned(bench: Bench) -> nn.Module:
-    """What Torch-Pruning gets too: a trained network, and as many epochs again. It hardly needs to warm up."""
+    """The fine-tuning that Torch-Pruning gets too: a trained network, the same number of epochs, almost no warm-up."""
     few = bench.args.training.num_train_epochs // 15
     return bench.fit("--epsilon_warmup_epochs", str(few), model=bench.load("dense"))
 
@@ -188,13 +188,13 @@ def torch_pruning_to_latency(bench: Bench) -> nn.Module:
 
 @dataclass(frozen=True)
 class Method:
-    """How a network is made.
+    """A compared method.
 
     Args:
-        name: Its name in tables.
-        make: Trains it.
-        needs: The methods whose runs it builds on.
-        alone: Whether it measures speed, so that nothing may run beside it.
+        name: Name in tables.
+        make: Function that trains the network.
+        needs: Methods whose runs this method builds on.
+        alone: Whether the method measures speed, so that no other process may run.
     """
 
     name: str
@@ -246,9 +246,9 @@ METHODS = {
 
 
 def saved(model: nn.Module, directory: Path, images: Tensor) -> dict[str, Any]:
-    """Save a network; how large the file is, and whether timm and transformers load it with the same logits.
+    """Save a network. Returns the file size, and whether timm and transformers load the file with the same logits.
 
-    What they cannot load is kept as a pickled object, as Torch-Pruning's documentation says.
+    A network that timm and transformers cannot load is pickled, as Torch-Pruning's documentation recommends.
     """
     model.eval()
     with torch.no_grad():
@@ -265,7 +265,7 @@ def saved(model: nn.Module, directory: Path, images: Tensor) -> dict[str, Any]:
         try:
             answer = load().to(images.device).eval()(images)
             found[name] = torch.equal(getattr(answer, "logits", answer), expected)
-        except Exception as error:  # whatever it says: it is not loaded
+        except Exception as error:  # any error means that the file cannot be loaded
             found[name] = False
             found[f"{name} says"] = f"{type(error).__name__}: {error}"[:300]
     if found["timm"] and found["transformers"]:
@@ -277,7 +277,7 @@ def saved(model: nn.Module, directory: Path, images: Tensor) -> dict[str, Any]:
 
 
 def measured(bench: Bench, model: nn.Module) -> dict[str, Any]:
-    """What a run found: accuracy, structure and size."""
+    """Accuracy, structure and size of a trained network."""
     images = bench.images(32)
     body = model.timm_model
     removed = list(model.config.model_args.get("removed", []))

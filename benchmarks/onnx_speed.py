@@ -1,4 +1,4 @@
-"""How much faster ONNX Runtime is than torch's eager mode, on one thread: the figures in README.md and docs/ship.md.
+"""Speed-up of ONNX Runtime over torch's eager mode, on one thread: the figures in README.md and docs/ship.md.
 
 python -m benchmarks.onnx_speed
 """

@@ -1,4 +1,4 @@
-"""Which runs each comparison consists of."""
+"""The runs of each comparison."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from benchmarks.jobs import Job
 from benchmarks.methods import METHODS
 from timm_eps.training.arguments import used_arguments
 
-# What the quick mode leaves out of the table takes more than two thirds of its time.
+# The methods without which the quick mode takes less than a third of the time.
 SLOW = (
     "dense_without_side", "dense_with_as_many_epochs", "other_criterion", "budget_with_dense_compute", "other_pace",
     "other_pace_with_dense_compute", "smaller_budget", "scratch_with_dense_compute", "shallow_with_dense_compute",
     "finetuned", "stochastic_depth", "torch_pruning_to_latency",
 )  # fmt: skip
 
-# What is changed, to which values; all else is the recipe of the digits. Restarts: the paper's, scaled to 60 epochs.
+# Changed settings with their values; all other settings follow the recipe of the digits. The restarts are the paper's,
+# scaled to 60 epochs.
 _FIXED = COMPARISONS["digits"].changed["fixed"]
 _STEPS = ("--lr_milestones", "20", "35", "50", "--lr_restart_milestones", "10", "18", "25")
 SWEEPS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -24,7 +25,7 @@ SWEEPS: dict[str, dict[str, tuple[str, ...]]] = {
     "epsilon_warmup_epochs": {value: ("--epsilon_warmup_epochs", value) for value in ("0", "4", "8", "16")},
     "ramp_epochs": {value: ("--ramp_epochs", value) for value in ("0", "8", "25", "40")},
     "patience": {value: ("--patience", value) for value in ("1", "3", "6")},
-    # 0.1 is what these networks have when nothing is said.
+    # 0.1 is the default of these networks.
     "side_loss_weight": {"0": ("--side_loss_weight", "0"), "0.1": (), "0.3": ("--side_loss_weight", "0.3")},
     "learning rate, ε fixed": {
         "cosine": _FIXED,
@@ -33,7 +34,7 @@ SWEEPS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# Are the glyphs hard enough to tell networks apart? Dense ones of three depths, and the small one trained for long.
+# Dense networks of three depths, and a small one with a long training. They show whether depth helps on the glyphs.
 DEPTHS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ResNet-20": ("glyphs", ("--architecture", "eps_resnet20")),
     "ResNet-56": ("glyphs", ()),
@@ -43,7 +44,7 @@ DEPTHS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def table(data: str, pairs: list[tuple[int, int]] | None = None) -> list[Job]:
-    """Every method of the table for each seed and fold, all of the comparison's or those given."""
+    """Every method of the table for each seed and fold: all of the comparison, or the given pairs."""
     compared = COMPARISONS[data]
     return [
         Job(data, method, *pair, compared.changed.get(method, ()))
@@ -53,12 +54,12 @@ def table(data: str, pairs: list[tuple[int, int]] | None = None) -> list[Job]:
 
 
 def small_table() -> list[Job]:
-    """Of a few runs on the digits, without the slow methods."""
+    """A few runs on the digits, without the slow methods."""
     return [job for job in table("digits", FEW) if job.method not in SLOW]
 
 
 def latency_jobs(data: str) -> list[Job]:
-    """The measurements of speed: of the first few seeds and folds."""
+    """The latency measurements, on the first few seeds and folds."""
     return [Job(data, "latency", *pair) for pair in COMPARISONS[data].pairs[: len(FEW)]]
 
 
@@ -68,7 +69,7 @@ def sweep(values: dict[str, tuple[str, ...]]) -> dict[str, list[Job]]:
 
 
 def depths() -> dict[str, list[Job]]:
-    """The dense networks on the glyphs; those of the recipes' depths are those of the tables."""
+    """The dense networks on the glyphs. The depths of the recipes share their runs with the tables."""
     return {
         name: [Job(data, "dense", *pair, flags) for pair in COMPARISONS[data].pairs]
         for name, (data, flags) in DEPTHS.items()
@@ -76,7 +77,7 @@ def depths() -> dict[str, list[Job]]:
 
 
 def swept(data: str) -> list[Job]:
-    """All runs besides the table's: the settings on the digits, the depths on the glyphs."""
+    """All runs outside the tables: settings on the digits, depths on the glyphs."""
     if data == "digits":
         settings = [sweep(values) for values in SWEEPS.values()]
     else:
@@ -85,7 +86,7 @@ def swept(data: str) -> list[Job]:
 
 
 def setting(flags: tuple[str, ...], seed: int, fold: int) -> Job:
-    """A run on the digits; those of the table are not repeated under another name."""
+    """A run on the digits. A run of the table is not repeated under another name."""
     recipe = COMPARISONS["digits"].recipe
     changed = recipe(*flags)
     is_default = used_arguments(changed) == used_arguments(recipe())

@@ -1,4 +1,4 @@
-"""RESULTS.md: tables of what ``results.json`` holds. Nothing in it is written by hand."""
+"""Write RESULTS.md: tables of ``results.json``. The page has no other source."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def found(store: Store, jobs: Iterable[Job]) -> list[dict[str, Any]]:
 
 
 def pruned_runs(store: Store, data: str) -> list[dict[str, Any]]:
-    """Those of the table, by budget."""
+    """Runs of the table's budget method."""
     return found(store, by_method(table(data))[OURS])
 
 
@@ -43,7 +43,7 @@ def by_method(jobs: Iterable[Job]) -> dict[str, list[Job]]:
 
 
 def difference(store: Store, jobs: list[Job], others: list[Job]) -> Values:
-    """Points of accuracy that the others are ahead, run by run."""
+    """Lead of the other runs in accuracy, in percentage points, run by run."""
     pairs = zip(jobs, others, strict=True)
     return [
         100 * (store.results[other]["accuracy"] - store.results[job]["accuracy"])
@@ -53,9 +53,9 @@ def difference(store: Store, jobs: list[Job], others: list[Job]) -> Values:
 
 
 def verdict(values: Values) -> str:
-    """Whether ε-ResNet is ahead: by more than twice the standard error of the mean difference, or not to be told.
+    """Whether ε-ResNet is ahead: by more than twice the standard error of the mean difference, or not significantly.
 
-    Of a few runs that happen to agree, the standard error means nothing.
+    With few runs the standard error is unreliable, so no verdict is given.
     """
     if len(values) < 2:
         return ""
@@ -67,7 +67,7 @@ def verdict(values: Values) -> str:
 
 
 def latencies(store: Store, data: str, name: str) -> dict[str, Values]:
-    """Latency over the dense network's by method, one value a seed and fold measured."""
+    """Latency relative to the dense network by method, one value per measured seed and fold."""
     ratios: dict[str, Values] = {}
     for result in found(store, latency_jobs(data)):
         for method, seconds in result[name].items():
@@ -133,19 +133,19 @@ def methods_table(store: Store, data: str, pairs: list[tuple[int, int]] | None =
 
 
 def speed_table(store: Store, data: str) -> list[str]:
-    """What the structure promises against what it gives, by every way of carrying it out that was measured."""
+    """Speed-up and reduction of the multiply-adds, for every measured way to run the networks."""
     results = found(store, latency_jobs(data))
     sizes = [f"{side}x{side}" for side in COMPARISONS[data].sides]
     ways = WAYS["cpu"] | WAYS["cuda"]
     measured = [(size, 128, name, f"seconds at 128, {size}{name}") for size in sizes for name in ways]
     lines = [
-        "| | batch | native over pruned, as loaded | reparameterized | speed-up, as loaded | reparameterized "
-        "| reduction of the blocks' multiply-adds | share | share, blocks alone |",
+        "| | batch | native over pruned, as loaded | native over pruned, reparameterized | speed-up, as loaded "
+        "| speed-up, reparameterized | reduction of the blocks' multiply-adds | share | share, blocks alone |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
 
     def quotient(runs: list[dict[str, float]], above: str, below: str) -> Values:
-        """Of two networks' figures, of the runs that have both: a runtime is not measured with all networks."""
+        """Ratio of two networks' figures, over the runs with both. Not every runtime measures all networks."""
         return [seconds[above] / seconds[below] for seconds in runs if {above, below} <= seconds.keys()]
 
     for size, batch, name, key in [*measured, (sizes[0], 1, "", "seconds at 1")]:
@@ -192,7 +192,7 @@ def sweep_table(store: Store, name: str) -> list[str]:
 
 
 def depth_table(store: Store) -> list[str]:
-    """Whether depth helps on the glyphs, and what the small network comes to."""
+    """Accuracy by depth on the glyphs, and accuracy of a small network with a long training."""
     lines = ["| dense network | epochs | runs | accuracy, % | parameters, thousands |", "|---|---:|---:|---:|---:|"]
     for name, jobs in depths().items():
         if runs := found(store, jobs):
@@ -202,17 +202,14 @@ def depth_table(store: Store) -> list[str]:
 
 
 def page(store: Store) -> str:
-    """All of RESULTS.md."""
+    """The text of RESULTS.md."""
     results = [result for job, result in store.results.items() if job.method != "latency"]
     if not results:
-        return "# Results\n\nNothing was run yet.\n"
-    versions = sorted({f"{name} {version}" for run in results for name, version in run["versions"].items()})
+        return "# Results from scratch\n\nNothing was run yet.\n"
     lines = [
-        "# Results",
+        "# Results from scratch",
         "",
-        "Written by `python -m benchmarks`. Do not edit. "
-        f"{len(results)} runs on {' and '.join(sorted({run['hardware'] for run in results}))}; {', '.join(versions)}; "
-        f"commits {', '.join(sorted({run['commit'] for run in results}))}.",
+        "Written by `python -m benchmarks`. Do not edit. The last section lists hardware, versions and commits.",
         "",
         "Values are mean ± standard deviation over the runs. All methods train with the same recipe. If a method "
         "starts from a trained dense network, its epochs and training time include those of that network. A lead is "
@@ -247,11 +244,29 @@ def page(store: Store) -> str:
         lines += ["![Accuracy over the number of remaining blocks](curves.png)"]
     for name in swept:
         lines += ["", *sweep_table(store, name)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *provenance(results)]) + "\n"
+
+
+def provenance(runs: list[dict[str, Any]]) -> list[str]:
+    """Hardware, versions and commits of the runs."""
+    hardware = collections.Counter(run["hardware"].replace("1 threads", "1 thread") for run in runs)
+    versions = sorted({f"{name} {version}" for run in runs for name, version in run["versions"].items()})
+    return [
+        "## Hardware, versions and commits",
+        "",
+        "| hardware | runs |",
+        "|---|---:|",
+        *(f"| {name} | {count} |" for name, count in sorted(hardware.items())),
+        "",
+        f"Versions: {', '.join(versions)}.",
+        "",
+        "Commits, where `-dirty` means with uncommitted changes: "
+        f"{', '.join(sorted({run['commit'] for run in runs}))}.",
+    ]
 
 
 def compared(fresh: Store, stored: Store, jobs: list[Job]) -> str:
-    """Each figure of new runs beside the stored one; says which differ by more than the stored runs' spread."""
+    """Each figure of new runs beside the stored one. Marks differences larger than the stored runs' spread."""
     figures: dict[str, tuple[Callable[[dict], float], str]] = {
         "accuracy, %": (lambda run: 100 * run["accuracy"], "{:.2f}"),
         "blocks": (lambda run: run["blocks"], "{:.1f}"),

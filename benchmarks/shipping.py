@@ -1,8 +1,8 @@
-"""How a pruned network loads where this package is not installed: by the code beside it, and by plain torch.
+"""Loading of pruned networks without this package: by the code beside the weights, and by plain torch.
 
 Two states of one architecture are saved with ``remote_code`` and ``exported_program``. Another process, which cannot
 import timm_eps, loads both forms and compares outputs. Run as a script, this file is that process: it reads the paths
-of directories and writes what it found.
+of directories and writes its findings.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Elsewhere:
         self._process.communicate()
 
     def load(self, directory: Path) -> dict[str, str | None]:
-        """For each form, why it does not load there, or that it computes something else."""
+        """For each form, the reason why it does not load in that process or gives other outputs."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(directory, file=self._process.stdin, flush=True)
@@ -81,7 +81,7 @@ def try_shipping(name: str, arguments: dict[str, Any], elsewhere: Elsewhere) -> 
 
 
 def load_here(directory: Path) -> dict[str, str | None]:
-    """Load both forms and compare them with what the network computed; the obstacles."""
+    """Load both forms and compare their outputs with the stored outputs. Returns the obstacles."""
     import torch
     from torch.utils._pytree import tree_leaves
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
@@ -107,13 +107,13 @@ def load_here(directory: Path) -> dict[str, str | None]:
                 pairs = zip(tree_leaves(expected), tree_leaves(load()), strict=True)
                 same = all(torch.equal(one, other) for one, other in pairs)
             answers[form] = None if same else "it computes something else"
-        except Exception as error:  # whatever a loader raises
+        except Exception as error:  # loaders raise any kind of error
             answers[form] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
     return answers
 
 
 if __name__ == "__main__":
-    sys.modules["timm_eps"] = None  # type: ignore[assignment]  no import finds it
+    sys.modules["timm_eps"] = None  # type: ignore[assignment]  blocks the import
     warnings.simplefilter("ignore")
     for line in sys.stdin:
         print(json.dumps(load_here(Path(line.strip()))), flush=True)

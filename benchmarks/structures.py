@@ -1,4 +1,4 @@
-"""Which branches simple rules keep."""
+"""Simple rules that choose branches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from collections.abc import Sequence
 
 
 def evenly(slots: Sequence[str], keep: int) -> list[str]:
-    """What to remove so that ``keep`` of the slots stay, at equal distances."""
+    """The slots to remove so that ``keep`` slots stay, at equal distances."""
     kept = {round((index + 0.5) * len(slots) / keep - 0.5) for index in range(keep)}
     return [slot for index, slot in enumerate(slots) if index not in kept]

@@ -1,7 +1,7 @@
-"""What TorchScript and torch.fx make of a network: as it is, with gates, and without some of its branches.
+"""TorchScript and torch.fx on a network: plain, with gates, and without some of its branches.
 
-Five states of one architecture are handed to four tools. What a tool makes of the plain network, it should make of the
-others, and that should compute the same.
+Four tools get five states of one architecture. A tool that accepts the plain network should accept all states and give
+equal outputs.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ Tool = Callable[[nn.Module, Tensor], Any]
 
 
 def scripted(model: nn.Module, images: Tensor) -> Any:
-    """Output in evaluation, by TorchScript."""
+    """Output in evaluation mode, by TorchScript."""
     return torch.jit.script(model)(images)
 
 
 def traced(model: nn.Module, images: Tensor) -> Any:
-    """Output in evaluation, by a graph of torch.fx."""
+    """Output in evaluation mode, by a graph of torch.fx."""
     return torch.fx.symbolic_trace(model)(images)
 
 
 def traced_in_training(model: nn.Module, images: Tensor) -> Any:
-    """Output in training, by a graph of torch.fx."""
+    """Output in training mode, by a graph of torch.fx."""
     graph = torch.fx.symbolic_trace(model.train())
     torch.manual_seed(1)
     return graph(images)
 
 
 def extracted(model: nn.Module, images: Tensor) -> Any:
-    """The last node of timm's feature extraction, in evaluation."""
+    """The last node of timm's feature extraction, in evaluation mode."""
     last = get_graph_node_names(model)[1][-1]
     return create_feature_extractor(model, return_nodes=[last]).eval()(images)[last]
 
@@ -57,7 +57,7 @@ TOOLS: dict[str, Tool] = {
 
 
 def in_states(name: str, arguments: dict[str, Any]) -> dict[str, nn.Module]:
-    """The architecture in each of the states, in a form that can be scripted if timm has one.
+    """The architecture in each state, in a form that can be scripted if timm has one.
 
     The last branch of every second block is closed, then removed; or all branches of every second block are removed.
     """
@@ -65,7 +65,7 @@ def in_states(name: str, arguments: dict[str, Any]) -> dict[str, nn.Module]:
     with set_scriptable(True):
         plain = timm.create_model(name, **arguments).eval()
     for parameter in plain.parameters():
-        if parameter.ndim <= 1:  # a branch whose last scale begins at zero would be the same removed or not
+        if parameter.ndim <= 1:  # a branch whose last scale is zero would hide its removal
             nn.init.uniform_(parameter, 0.5, 1.5)
     gated = copy.deepcopy(plain)
     timm_eps.add_gates(gated)
@@ -85,7 +85,7 @@ def in_states(name: str, arguments: dict[str, Any]) -> dict[str, nn.Module]:
 
 
 def obstacle(tool: Tool, model: nn.Module, images: Tensor, *, training: bool) -> str | None:
-    """Why a tool cannot take a network, or that it makes something else of it; None if neither."""
+    """Why a tool rejects a network or gives other outputs. None if outputs are equal."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
@@ -93,9 +93,9 @@ def obstacle(tool: Tool, model: nn.Module, images: Tensor, *, training: bool) ->
         try:
             with set_scriptable(True):
                 found = tool(copy.deepcopy(model), images)
-        except Exception as error:  # whatever a compiler raises
+        except Exception as error:  # compilers raise any kind of error
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]
-    if tool is extracted:  # the last node of a network that returns several tensors is one of them
+    if tool is extracted:  # if a network returns several tensors, the last node is one of them
         expected = tree_leaves(expected)[-1]
     pairs = zip(tree_leaves(expected), tree_leaves(found), strict=True)
     same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True) for a, b in pairs)
@@ -103,7 +103,7 @@ def obstacle(tool: Tool, model: nn.Module, images: Tensor, *, training: bool) ->
 
 
 def try_tools(name: str, arguments: dict[str, Any]) -> dict[str, dict[str, str | None]]:
-    """For each tool that takes the plain architecture, the obstacle in each of the states."""
+    """For each tool that accepts the plain architecture, the obstacle in each of the states."""
     models = in_states(name, arguments)
     images = probe_batch(models["plain"])
     found: dict[str, dict[str, str | None]] = {}

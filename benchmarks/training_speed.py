@@ -5,9 +5,9 @@ On a GPU also as CUDA graphs, and compiled as CUDA graphs.
     python -m benchmarks.training_speed -- --mixed_precision bf16 --channels_last
     python -m benchmarks.training_speed --rounds 3 --steps 2 -- --architecture eps_resnet20
 
-eps_resnet110, batch 128, the digits at 32x32; arguments after ``--`` go to train_hf.py. No gate closes. The trainings
-take turns, some steps each, so that a machine whose speed drifts is unfair to none; medians over the rounds, and of
-their ratios to the first.
+Network eps_resnet110, batch 128, the digits at 32x32. Arguments after ``--`` go to train_hf.py. No gate closes. The
+trainings take turns of a few steps, so that changes in the machine's speed affect all of them alike. Results are
+medians over the rounds, and medians of the ratios to the first training.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def begin(directory: str, *flags: str) -> Run:
 
 
 def seconds_of_epoch(training: Run, number: int) -> float:
-    """Of reading and training, without what ends an epoch."""
+    """Time for reading and training, without the work at the end of an epoch."""
     training.progress.batch = 0
     training.loss.item()  # waits for the device
     start = time.perf_counter()

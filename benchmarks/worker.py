@@ -1,4 +1,4 @@
-"""One run of one method, in this process alone, so that its peak of memory is its own: ``jobs.py`` starts it."""
+"""One run of one method. ``jobs.py`` starts it in a separate process, so that the peak memory belongs to this run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main() -> None:
     directory = Path(task["directory"])
     bench = Bench(task["flags"], directory, {method: Path(place) for method, place in task["earlier"].items()})
     device = bench.accelerator.device
-    report.reset_peak_memory(device)  # reading the images may have taken more than training will
+    report.reset_peak_memory(device)  # reading the images may have taken more memory than training
     before = report.peak_memory(device)
     model = METHODS[task["method"]].make(bench)
     result = {"train_bytes": report.peak_memory(device) - before, **measured(bench, model), **conditions()}

@@ -35,7 +35,7 @@ from timm_eps.surgery.branches import gates  # noqa: E402
 
 @pytest.fixture
 def hub():
-    """The local Hub for the real client in all tests and their child processes. It also has models of other users."""
+    """A local Hub for the real client, in all tests and their child processes. It also has models of other users."""
     yield _HUB
     _HUB.fail_on = _HUB.fault = None
 
@@ -43,7 +43,7 @@ def hub():
 def pytest_configure(config):
     wanted = config.option.markexpr
     if "cuda" not in wanted or "not cuda" in wanted:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same results on every machine
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal results on every machine
 
 
 def pytest_unconfigure():
@@ -52,9 +52,9 @@ def pytest_unconfigure():
 
 
 def mostly_slow(values: Iterable[Any], *default: int) -> list[Any]:
-    """Parameters of a test, of which all are for ``-m slow`` but those at the positions ``default``.
+    """Parameters of a test. All are marked ``slow`` except those at the positions ``default``.
 
-    Every one is a member of the kind that the test is about; a few of them would find almost every mistake.
+    All parameters belong to the tested kind. A few of them find almost every mistake.
     """
     slow = pytest.mark.slow
     return [
@@ -91,7 +91,7 @@ def tiny_net(**kwargs) -> torch.nn.Module:
 
 
 def close(model: torch.nn.Module, *slots: str) -> None:
-    """Close the gates of these slots, or every second one."""
+    """Close the gates of these slots. By default, close every second gate."""
     found = gates(model)
     for slot in slots or list(found)[::2]:
         found[slot].closed = True
@@ -107,7 +107,7 @@ def make_dataset(count=12, size=(8, 8), image="img", label="fine_label", mode="R
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> dict[str, Any]:
-    """A table cell for a picture without a name: the content of its file."""
+    """A table cell for a picture without a file name: the content of its file."""
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return {"bytes": file.getvalue(), "path": None}

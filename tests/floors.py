@@ -1,6 +1,6 @@
-"""The oldest versions that pyproject.toml admits: of Python, of every dependency, and of those of the extras.
+"""The oldest versions that pyproject.toml admits: Python, every dependency, and the dependencies of the extras.
 
-As a script it prints them for pip, one a line: ``python tests/floors.py > floors.txt && pip install -r floors.txt``.
+As a script it prints them for pip, one per line: ``python tests/floors.py > floors.txt && pip install -r floors.txt``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def floor(specifiers: SpecifierSet) -> Version:
     """The version that ``>=`` names.
 
     Raises:
-        ValueError: There is no such bound, or more than one.
+        ValueError: The specifier has no such bound, or several.
     """
     bounds = [Version(specifier.version) for specifier in specifiers if specifier.operator == ">="]
     if len(bounds) != 1:
@@ -36,7 +36,7 @@ def floor(specifiers: SpecifierSet) -> Version:
 
 
 def requirements(without: Collection[str] = ()) -> Iterator[Requirement]:
-    """Everything that pip may install for this package, without some extras and those that it names of itself."""
+    """All dependencies of this package and its extras, without the named extras and without the package itself."""
     project = pyproject()["project"]
     extras = (lines for extra, lines in project["optional-dependencies"].items() if extra not in without)
     for line in chain(pyproject()["build-system"]["requires"], project["dependencies"], *extras):
@@ -46,7 +46,7 @@ def requirements(without: Collection[str] = ()) -> Iterator[Requirement]:
 
 
 def main() -> None:
-    # Who builds the documentation needs a younger jinja2 than who runs a model.
+    # Building the documentation needs a newer jinja2 than running a model.
     for requirement in requirements(without=("docs",)):
         print(f"{requirement.name}=={floor(requirement.specifier)}")
 

@@ -1,28 +1,28 @@
-"""Load saved models that someone has tampered with, through every loader, and report what must not happen.
+"""Load saved models with tampered files through every loader, and report faults.
 
     python tests/fuzz_checkpoints.py --cases 10000 --seed 0 --jobs 2 --report fuzz.json
     python tests/fuzz_checkpoints.py --seed 0 --only 1234            # one case again, with all loaders
 
 A case is a small saved network (CIFAR, ConvNeXt, ResNet, ViT; whole, pruned, in training) with one to three changes to
-its config.json, its weights or its directory. Its seed and number decide it. Three or four loaders read it in a process
-with an audit hook. These are faults:
+its config.json, its weights or its directory. Seed and number determine a case. Three or four loaders read it in a
+process with an audit hook. These are faults:
 
 ================================  ======================================================================================
-executed, requested, written      code ran, a server was asked, a file was changed outside the caches of the process
+executed, requested, written      code ran, a server was contacted, a file outside the caches of the process changed
 read outside                      a file was opened that only the hostile configuration names
 random, other numbers, rounded,   a loaded network has other weights than the file, of another kind, or leaves some of
-other kind, left out,             the file out; or there is no file that can be read. The classifier is free where the
-without a file                    caller asked for a new one.
-not finite, negative variance     a loaded network has such weights, or a sound one such an output
-meta, forward, structure          a loaded network has no numbers, cannot be used, or has other branches closed or
-                                  removed than config.json says
+other kind, left out,             the file out; or no file can be read. The classifier is exempt if the caller asked for
+without a file                    a new one.
+not finite, negative variance     a loaded network has such weights, or a valid network has such an output
+meta, forward, structure          a loaded network has no numbers, cannot run, or has other branches closed or removed
+                                  than config.json states
 disagree                          two loaders give other outputs for the same images
-unbound                           weights were loaded whose digest is not the one in config.json
+unbound                           the digest of the loaded weights differs from the digest in config.json
 memory, time, died                more than 1.5 GB, more than 20 s, a dead process
-traceback                         an error happened in a frame of this package that does not raise it for the user
-message                           such an error is raised, but it is not one line under 300 characters that names a
-                                  field or a file; up to 1 % may be so
-judge                             the comparison itself failed on what was loaded
+traceback                         an unintended error in a frame of this package
+message                           an intended error is not one line under 300 characters that names a field or a file;
+                                  up to 1 % may be so
+judge                             the comparison itself failed on the loaded network
 exit                              the load ended the process
 ================================  ======================================================================================
 
@@ -84,7 +84,7 @@ def _many(fuzzer: Fuzzer, options: argparse.Namespace) -> int:
                 break
     except KeyboardInterrupt:
         print("Interrupted; this is the report so far.", file=sys.stderr)
-    finally:  # an error in the fuzzer itself does not take the report with it
+    finally:  # the report is written even if the fuzzer fails
         print(summary.text())
         print(f"\nseed {options.seed}, {time.monotonic() - began:.0f} s with {options.jobs} jobs")
         if options.report is not None:

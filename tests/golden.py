@@ -1,9 +1,9 @@
-"""Hashes of what four short runs write, to see that a change of the code's form changes no number.
+"""Hashes of the files that four short runs write, to show that a refactoring changes no number.
 
     python tests/golden.py > before.txt    # then move code
     python tests/golden.py | diff before.txt -
 
-The hashes are those of one machine and one set of versions: other processors round differently.
+The hashes hold for one machine and one set of versions: other processors round differently.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ IMPORTANCE = [
 
 
 def main() -> None:
-    """Print a line for each run: its name, and the hash of the file."""
+    """Print a line for each run: the name and the hash of the file."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)
         run(out / "default")
         run(out / "importance", *IMPORTANCE)
         run(out / "resumed", *SHORT, "--checkpointing_steps", "epoch")
-        for checkpoint in ("checkpoint-6", "checkpoint-8"):  # it goes on from the second epoch
+        for checkpoint in ("checkpoint-6", "checkpoint-8"):  # the run resumes after the first epoch
             os.rename(out / "resumed" / checkpoint, out / checkpoint)
         run(out / "resumed", *SHORT, "--checkpointing_steps", "epoch", "--resume_from_checkpoint")
         run(out / "onnx", *SHORT, "--num_train_epochs", "2", "--with_onnx")
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def run(out: Path, *arguments: str) -> None:
-    """One run of the script, whose messages go to the error output."""
+    """Run the script once. Its messages go to stderr."""
     said, sys.stdout = sys.stdout, sys.stderr
     try:
         train_hf.main(["--num_threads", "1", "--output_dir", str(out), *arguments])

@@ -1,8 +1,8 @@
 """A Hugging Face Hub on the loopback interface, for the tests that push and pull.
 
-huggingface_hub, timm, transformers and datasets talk HTTP to it as they are, in a process of their own: they read
-``HF_ENDPOINT`` when they are imported. Everything is kept in memory. Paths, headers, codes and messages are the
-Hub's as far as the client looks at them; pull requests, spaces, gated repos and Xet are left out.
+The clients huggingface_hub, timm, transformers and datasets run unchanged in a process of their own, because they read
+``HF_ENDPOINT`` when they are imported. The server keeps everything in memory. Paths, headers, codes and messages equal
+the Hub's as far as the client reads them. Pull requests, spaces, gated repos and Xet are left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Blob:
 
     @cached_property
     def oid(self) -> str:
-        """What the client compares with a hash of its own file: SHA-256 of an LFS object, else git's hash."""
+        """The hash that the client compares with its own file: SHA-256 for an LFS object, git's hash otherwise."""
         hashed = sha256(self.content) if self.lfs else sha1(b"blob %d\0" % self.size + self.content)
         return hashed.hexdigest()
 
@@ -56,11 +56,11 @@ class Commit:
         return sha1(repr((self.title, self.date, self.parent and self.parent.oid, tree)).encode()).hexdigest()
 
     def history(self) -> list[Commit]:
-        """This commit and those before it, newest first."""
+        """The commit and its ancestors, newest first."""
         return [self, *(self.parent.history() if self.parent else [])]
 
     def entries(self) -> dict[str, Json]:
-        """Every folder and file by its path, as the client reads them."""
+        """Every folder and file by its path, in the form that the client reads."""
         found: dict[str, Json] = {}
         for path, blob in sorted(self.files.items()):
             for folder in map(str, list(PurePosixPath(path).parents)[:-1]):
@@ -77,27 +77,28 @@ class Repo:
     refs: dict[str, dict[str, Commit]]  # {"branch": {"main": ...}, "tag": {}}
 
     def find(self, revision: str) -> Commit | None:
-        """The commit that a branch, a tag or a commit's own hash stands for."""
+        """The commit that a branch, a tag or a commit hash names."""
         named = self.refs["tag"] | self.refs["branch"]
         return {at.oid: at for tip in named.values() for at in tip.history()}.get(revision) or named.get(revision)
 
 
 class LoopbackHub:
-    """The server, from ``with`` to the end of the block; what it holds can still be read afterwards.
+    """The server runs inside the ``with`` block. Its contents can still be read afterwards.
 
-    As on the Hub, a repo begins with an "initial commit" that adds .gitattributes. Any namespace can be written to.
+    As on the Hub, a repo begins with an "initial commit" that adds .gitattributes. Every namespace is writable.
     """
 
     token = "hf_loopback"
 
     def __init__(self) -> None:
-        self.repos: dict[tuple[str, str], Repo] = {}  # by ("models", "me/net")
+        self.repos: dict[tuple[str, str], Repo] = {}  # keys are pairs such as ("models", "me/net")
         self.objects: dict[str, bytes] = {}  # the LFS store, shared by all repos
-        self.requests: list[str] = []  # "METHOD /path" of all that was asked, for tests of what is not sent again
-        # A request with this in its "METHOD /path" is refused with 507; an LFS upload is "PUT /lfs/HASH". Not with
-        # 500: the client would try that, and a closed connection too, six times, 23 seconds in all.
+        self.requests: list[str] = []  # "METHOD /path" of each request; tests check that files are not sent again
+        # A request whose "METHOD /path" contains this string is refused with 507. An LFS upload is "PUT /lfs/HASH". The
+        # status is not 500, because the client retries after 500, and after a closed connection, six times in 23
+        # seconds.
         self.fail_on: str | None = None
-        # What goes wrong, and with which requests. It is asked of each "METHOD /path"; see FAULTS.
+        # The faults, and the requests that they hit. Each "METHOD /path" is checked; see FAULTS.
         self.fault: Callable[[str], str | None] | None = None
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Connection, self))
@@ -112,7 +113,7 @@ class LoopbackHub:
         self._server.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """The environment of a process that is logged in to this Hub and knows of no other, caches under home."""
+        """Environment for a process that is logged in to this Hub and knows no other. Its caches lie under `home`."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
         switches = {f"HF_HUB_DISABLE_{name}": "1" for name in ("PROGRESS_BARS", "TELEMETRY", "XET")}
         login = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_TOKEN": self.token}
@@ -123,7 +124,7 @@ class LoopbackHub:
         return {path: blob.content for path, blob in commit.files.items()} if commit else {}
 
     def commits(self, repo_id: str, repo_type: str = "model") -> list[str]:
-        """The titles of main's commits, oldest first."""
+        """Titles of the commits on main, oldest first."""
         main = self.repos[f"{repo_type}s", repo_id].refs["branch"]["main"]
         return [commit.title for commit in main.history()][::-1]
 
@@ -131,8 +132,8 @@ class LoopbackHub:
         return self.repos[f"{repo_type}s", repo_id].private
 
 
-# How a request can fail: by a status before it is done or after it; by a connection that is closed; by an answer that
-# is cut off, whose header says how long it was to be or does not; by no answer until the client gives up.
+# The ways in which a request can fail: an error status before or after the work is done; a closed connection; a reply
+# cut short, with or without a content length; no reply until the client gives up.
 FAULTS = (
     "401", "403", "404", "409", "429", "500", "503", "500 after", "504 after", "drop", "drop after", "cut after",
     "short after", "hang", "hang after",
@@ -140,7 +141,7 @@ FAULTS = (
 
 
 class RefusedError(Exception):
-    """An answer other than 200. The client picks its exception by the status and the code."""
+    """A reply with an error status. The client chooses its exception by the status and the code."""
 
     def __init__(self, status: int, message: str, code: str = "", **details: Any) -> None:
         super().__init__(message)
@@ -150,13 +151,13 @@ class RefusedError(Exception):
 
 
 Handler = Callable[["Connection"], Any]
-ROUTES: list[tuple[str, re.Pattern[str], bool, Handler]] = []  # the first that matches answers
-# What a path may name. A repo may lack its namespace ("gpt2"), so that it is a repo that is not found.
+ROUTES: list[tuple[str, re.Pattern[str], bool, Handler]] = []  # the first match answers
+# The patterns of a path. A repo may lack its namespace ("gpt2"); such a repo is not found.
 PARTS = {"kind": "models|datasets", "repo": "[^/]+(?:/[^/]+)?", "ref": "branch|tag", "revision": "[^/]+", "path": ".+"}
 
 
 def on(method: str, path: str, write: bool = False) -> Callable[[Handler], Handler]:
-    """Make a method answer these requests, those that write only with the token."""
+    """Make a method answer these requests. Requests that write need the token."""
     pattern = re.compile(re.sub(r"\{(\w+)\}", lambda part: f"(?P<{part[1]}>{PARTS[part[1]]})", path))
 
     def register(handler: Handler) -> Handler:
@@ -189,17 +190,17 @@ def apply(files: dict[str, Blob], objects: dict[str, bytes], key: str, value: Js
 
 
 class Connection(BaseHTTPRequestHandler):
-    """A client's connection: the attributes are those of the request that is being answered."""
+    """A client's connection. Its attributes describe the request that is being answered."""
 
-    protocol_version = "HTTP/1.1"  # the client keeps its connections
-    wbufsize = -1  # head and content in one write: in two, the client's delayed acknowledgement costs 40 ms a reply
+    protocol_version = "HTTP/1.1"  # the client keeps its connections open
+    wbufsize = -1  # header and content in one write; with two, delayed acknowledgement costs 40 ms per reply
 
     def __init__(self, hub: LoopbackHub, *connection: Any) -> None:
         self.hub = hub
-        super().__init__(*connection)  # which serves until the client leaves
+        super().__init__(*connection)  # serves until the client leaves
 
     def serve(self) -> None:
-        """Answer a request, one at a time for the whole Hub, so that a commit is atomic."""
+        """Answer requests one at a time for the whole Hub, so that a commit is atomic."""
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.status = 200
         self.reply: dict[str, str] = {}
@@ -210,7 +211,7 @@ class Connection(BaseHTTPRequestHandler):
                 with self.hub.lock:
                     content = self.answer()
             if kind.isdecimal():
-                # A server may repeat what it was sent, and how often it is to be asked again is up to it.
+                # A server may echo the request in its reply, and it decides how often the client retries.
                 raise RefusedError(int(kind), f"Told to fail on {self.headers.get('Authorization')}\n\nby the test")
         except RefusedError as refusal:
             self.status, content = refusal.status, refusal.body
@@ -219,7 +220,7 @@ class Connection(BaseHTTPRequestHandler):
         if kind in ("drop", "hang"):
             if kind == "hang":
                 self.connection.settimeout(10)
-                self.connection.recv(1)  # until the client closes it
+                self.connection.recv(1)  # until the client closes the connection
             self.close_connection = True
             return
         encoded = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -238,7 +239,7 @@ class Connection(BaseHTTPRequestHandler):
     do_DELETE = do_GET = do_HEAD = do_POST = do_PUT = serve  # noqa: N815
 
     def log_message(self, *args: Any) -> None:
-        """Keep the tests' output clean; LoopbackHub.requests has them all."""
+        """Keep the tests' output clean. LoopbackHub.requests lists all requests."""
 
     def answer(self) -> Any:
         url = urlsplit(self.path)
@@ -259,7 +260,7 @@ class Connection(BaseHTTPRequestHandler):
 
     @property
     def member(self) -> bool:
-        """Whether the request carries the token; a wrong one has been refused before this is asked."""
+        """Whether the request carries the token. Requests with a wrong token were refused before."""
         return "Authorization" in self.headers
 
     @property
@@ -268,7 +269,7 @@ class Connection(BaseHTTPRequestHandler):
 
     @property
     def key(self) -> tuple[str, str]:
-        """The repo that the path names, or the body where it is created or deleted."""
+        """The repo named by the path, or by the body of a request that creates or deletes a repo."""
         if "repo" in self.parts:
             return self.parts.get("kind", "models"), self.parts["repo"]
         return f"{self.json.get('type') or 'model'}s", f"{self.json['organization'] or USER}/{self.json['name']}"
@@ -280,7 +281,7 @@ class Connection(BaseHTTPRequestHandler):
 
     @property
     def repo(self) -> Repo:
-        """The repo. Without the token, a private one cannot be told from one that is not there, as on the Hub."""
+        """The repo. Without the token, a private repo looks like a missing one, as on the Hub."""
         repo = self.hub.repos.get(self.key)
         if repo is None or (repo.private and not self.member):
             refusal = (404, "Repository not found") if self.member else (401, "Invalid username or password.")
@@ -289,7 +290,7 @@ class Connection(BaseHTTPRequestHandler):
 
     @property
     def commit(self) -> Commit:
-        """The commit asked for, which the reply then names: the client's cache keeps a missing file under it too."""
+        """The requested commit. The reply names the commit, because the client also caches missing files per commit."""
         commit = self.repo.find(self.parts.get("revision", "main"))
         if commit is None:
             raise RefusedError(404, "Invalid rev id", "RevisionNotFound")
@@ -302,7 +303,7 @@ class Connection(BaseHTTPRequestHandler):
 
     @on("POST", "/api/validate-yaml")
     def validate_yaml(self) -> Json:
-        """Refuse what is plainly no YAML mapping, and warn of no metadata; the Hub's own rules are not known here."""
+        """Refuse text that is no YAML mapping, and warn of missing metadata. The Hub's own rules are not public."""
         front = front_matter(self.json["content"])
         wrong = [line for line in front.splitlines() if not re.match(r"[\w-]+:(\s|$)|[-#\s]|$", line)]
         if wrong:
@@ -320,13 +321,13 @@ class Connection(BaseHTTPRequestHandler):
 
     @on("DELETE", "/api/repos/delete", write=True)
     def delete_repo(self) -> Json:
-        _ = self.repo  # refused where it is not found
+        _ = self.repo  # raises if the repo is not found
         del self.hub.repos[self.key]
         return {}
 
     @on("POST", "/api/{kind}/{repo}/preupload/{revision}", write=True)
     def preupload(self) -> Json:
-        """What is binary or large goes to LFS. The hash of a file that is there already spares sending it again."""
+        """Send binary and large files to LFS. A known hash saves the client from sending the file again."""
         there = {path: {"oid": blob.oid} for path, blob in self.commit.files.items()}
 
         def mode(file: Json) -> str:
@@ -337,8 +338,8 @@ class Connection(BaseHTTPRequestHandler):
 
     @on("POST", r"/(?:{kind}/)?{repo}\.git/info/lfs/objects/batch", write=True)
     def lfs_batch(self) -> Json:
-        """Where to upload each object; none for one that is stored, so that a second try goes on from the first."""
-        _ = self.repo  # refused where it is not found
+        """Upload address of each object. A stored object gets no address, so a second push continues the first."""
+        _ = self.repo  # raises if the repo is not found
 
         def actions(oid: str) -> Json:
             target = {"href": f"{self.hub.endpoint}/lfs/{oid}"}
@@ -348,7 +349,7 @@ class Connection(BaseHTTPRequestHandler):
 
     @on("PUT", "/lfs/{path}")
     def lfs_upload(self) -> bytes:
-        """Store an object, without asking for the token, which the client does not send: the Hub signs the address."""
+        """Store an object without a token. The client sends none, because the Hub signs the address."""
         if sha256(self.body).hexdigest() != self.parts["path"]:
             raise RefusedError(400, "The content does not have the hash it was announced with")
         self.hub.objects[self.parts["path"]] = self.body
@@ -362,7 +363,7 @@ class Connection(BaseHTTPRequestHandler):
 
     @on("POST", "/api/{kind}/{repo}/commit/{revision}", write=True)
     def create_commit(self) -> Json:
-        """All operations or none: the branch moves at the very end."""
+        """Apply all operations or none: the branch moves at the very end."""
         branches, branch, parent = self.repo.refs["branch"], self.parts["revision"], self.commit
         header, *operations = (json.loads(line) for line in self.body.splitlines())
         if "create_pr" in self.query or branch not in branches:
@@ -386,7 +387,7 @@ class Connection(BaseHTTPRequestHandler):
 
     @on("POST", "/api/{kind}/{repo}/paths-info/{revision}")
     def paths_info(self) -> list[Json]:
-        """Asked with a form, not JSON. What does not exist is left out of the answer."""
+        """The request is a form, not JSON. Missing paths are left out of the reply."""
         entries = self.commit.entries()
         return [entries[path] for path in parse_qs(self.body.decode())["paths"] if path in entries]
 
@@ -412,7 +413,7 @@ class Connection(BaseHTTPRequestHandler):
 
     @on("POST", "/api/{kind}/{repo}/{ref}/{revision}", write=True)
     def create_ref(self) -> Json:
-        """A branch has its name in the path and its start in the body, a tag the other way round."""
+        """A branch has its name in the path and its start in the body; a tag has them the other way round."""
         name, named = self.json.get("tag") or self.parts["revision"], self.repo.refs[self.parts["ref"]]
         if name in named:
             raise RefusedError(409, "Reference already exists")
@@ -423,7 +424,7 @@ class Connection(BaseHTTPRequestHandler):
 
     @on("GET", "/api/{kind}/{repo}(?:/revision/{revision})?")
     def info(self) -> Json:
-        """The repo at a revision, with what transformers.pipeline() wants to know from the front matter of the card."""
+        """The repo at a revision, with the fields that transformers.pipeline() reads from the card's front matter."""
         commit, repo_id = self.commit, self.key[1]
         card = front_matter(commit.files.get("README.md", Blob(b"")).content.decode())
         return {
@@ -438,7 +439,7 @@ class Connection(BaseHTTPRequestHandler):
 
     @on("GET", "/(?:{kind}/)?{repo}/resolve/{revision}/{path}")
     def resolve(self) -> bytes:
-        """A file, or the part of it that a stream asks for."""
+        """A file, or the byte range that a stream asks for."""
         blob = self.commit.files.get(self.parts["path"])
         if blob is None:
             raise RefusedError(404, "Entry not found", "EntryNotFound")

@@ -1,4 +1,4 @@
-"""What a branch is worth and costs, against the network that has really lost it; and choices that keep to budgets."""
+"""Effects and costs of branches, compared with a network without the branch; and choices that keep to budgets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FAMILIES = {
     "eps_mixer_s32_224": {"img_size": 64},
 }
 
-QUICK = ("eps_vit_tiny_patch16_224",)  # two slots a block
+QUICK = ("eps_vit_tiny_patch16_224",)  # two slots per block
 
 
 def small_net(**arguments) -> torch.nn.Module:
@@ -64,7 +64,7 @@ def quick(model, batches, **options) -> Analysis:
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
 def test_a_rise_is_what_the_pruned_network_loses(name):
-    """Of one branch alone, and of what the curve closes; parameters and multiply-adds likewise. To the last bit."""
+    """One branch alone, and the branches closed along the curve: loss, parameters and multiply-adds agree exactly."""
     model = network(name)
     batches = batches_for(model)
     report = quick(model, batches, rerank=2)
@@ -209,7 +209,7 @@ def analyzed() -> tuple[torch.nn.Module, Analysis]:
 @pytest.mark.parametrize("target", [1.0, 0.8, 0.45])
 @pytest.mark.parametrize("unit", ["macs", "params"])
 def test_targets_are_kept(analyzed, unit, target):
-    """Never above, and no branch too many: none could be put back."""
+    """The result is never above the target, and no removed branch could be put back."""
     model, report = analyzed
 
     def left(slots):
@@ -232,7 +232,7 @@ def test_a_number_of_branches(analyzed, keep, left):
 
 
 def test_latency_is_corrected_by_what_is_measured(analyzed, monkeypatch):
-    """On a machine where every removed branch saves a tenth, whatever was predicted."""
+    """On a machine where every removed branch saves a tenth, whatever the prediction was."""
     _model, report = analyzed
     asked = []
 
@@ -394,7 +394,7 @@ def test_prune_says_what_it_does_not_know():
 
 
 def test_prune_leaves_closed_what_it_cannot_remove(monkeypatch, caplog, images):
-    """Where the proof fails, the branch is zero all the same, and the return says so."""
+    """A branch whose removal cannot be proven stays closed, and the returned report says so."""
     model = tiny_net()
     close(expected := copy.deepcopy(model), SLOTS[1])
     before = expected(images)
@@ -405,7 +405,7 @@ def test_prune_leaves_closed_what_it_cannot_remove(monkeypatch, caplog, images):
     assert torch.equal(model(images), before)
 
 
-# One of each kind that the twins have; small images, or a network cut short, so that all take minutes.
+# One twin of each kind, with small images or fewer blocks, so that the whole test takes minutes.
 TWINS = {
     "eps_resnet20": {},
     "eps_resnet50": {"pretrained_cfg_overlay": {"input_size": (3, 96, 96)}},
@@ -423,7 +423,7 @@ TWINS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TWINS)
 def test_targets_are_reached_on_every_kind_of_network(name):
-    """Halfway to what depth can reach: counts never above, and by less than a branch below; latency within 5 %."""
+    """Targets halfway to the smallest depth: counts stay below by less than one branch, latency within 5 %."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, **TWINS[name]).eval()
     batches = batches_for(model)

@@ -1,4 +1,4 @@
-"""The backbone, alone and in transformers' segmentation and detection models, and what loading leaves behind."""
+"""The backbone: alone, in transformers' segmentation and detection models, and after loading."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def config_of(architecture: str = "eps_resnet20", **fields) -> EpsResNetConfig:
 
 
 def trained(model: nn.Module, size: int = 16) -> nn.Module:
-    """In evaluation, with BatchNorm statistics that are not the initial ones."""
+    """A network in evaluation mode with BatchNorm statistics that are not the initial ones."""
     body = model.timm_model.train()
     for _ in range(2):
         body(torch.randn(4, 3, size, size))
@@ -51,7 +51,7 @@ def trained(model: nn.Module, size: int = 16) -> nn.Module:
 
 @pytest.fixture
 def quiet(caplog):
-    """Fails the test that uses it if transformers warned of anything."""
+    """Fail a test if transformers logs a warning."""
     hf_logging.enable_propagation()
     with caplog.at_level(logging.WARNING):
         yield
@@ -61,14 +61,14 @@ def quiet(caplog):
 
 @pytest.mark.parametrize("name", mostly_slow(NETWORKS, 0, 1))
 def test_feature_maps_are_timms(name, tmp_path, quiet):
-    """From one file: timm's features_only, the backbone of all stages, and the hidden states of one of the last."""
+    """One file gives timm's features_only, the backbone of all stages, and the hidden states of the last stages."""
     architecture, removed, size = NETWORKS[name]
     classifier = EpsResNetForImageClassification(config_of(architecture, model_args={"removed": removed}))
     trained(classifier, size).save_pretrained(tmp_path)
     images = torch.randn(2, 3, size, size)
     features = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()
     every = list(range(len(EpsResNetConfig.from_pretrained(tmp_path).stage_names)))
-    if architecture == "eps_test_vit":  # timm's default are the last of the blocks
+    if architecture == "eps_test_vit":  # timm returns the last blocks by default
         features = timm.create_model(
             f"local-dir:{tmp_path}", pretrained=True, features_only=True, out_indices=every
         ).eval()
@@ -132,7 +132,7 @@ def test_architecture_that_cannot_be_a_backbone(monkeypatch):
 
 
 def test_asking_a_configuration_changes_nothing(tmp_path):
-    """config.json of a classifier is for timm too, and has no fields that mean nothing to it."""
+    """The config.json of a classifier is also read by timm, and holds no fields that mean nothing to timm."""
     model = EpsResNetForImageClassification(config_of())
     assert model.config.out_indices == [3]
     model.save_pretrained(tmp_path)
@@ -190,7 +190,7 @@ def test_in_a_segmentation_model(name, tmp_path, quiet):
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
-    """Bit for bit; of outputs only the ends of the last bits differ, as transformers leaves weights where they lie."""
+    """Bit for bit. Outputs may differ in the last bits, because transformers leaves weights at unaligned addresses."""
     some, others = one.state_dict(), other.state_dict()
     assert some.keys() == others.keys()
     assert all(torch.equal(tensor, others[key]) for key, tensor in some.items())
@@ -233,7 +233,7 @@ def test_where_and_in_what_precision(load, tmp_path, quiet):
     images = torch.randn(2, 3, 16, 16)
     for auto in (AutoModelForImageClassification, EpsResNetBackbone, EpsResNetModel):
         loaded = auto.from_pretrained(tmp_path, **options).eval()
-        # A gate keeps its threshold in float32, where a small ε is not 0.
+        # A gate keeps its threshold in float32, because a small ε is 0 in half precision.
         buffers = [b for name, b in loaded.named_buffers() if b.is_floating_point() and not name.endswith("threshold")]
         floats = {tensor.dtype for tensor in (*loaded.parameters(), *buffers)}
         assert floats == ({torch.bfloat16} if load == "bfloat16" else {torch.float32})
@@ -283,7 +283,7 @@ def test_classifier_of_another_size_in_a_twin(tmp_path):
 
 
 def test_weights_that_transformers_makes_are_as_timms():
-    """With an empty state dictionary all modules go the way of those that a file lacks."""
+    """An empty state dictionary makes transformers initialise every module."""
     made = EpsResNetForImageClassification.from_pretrained(None, config=config_of(), state_dict={})
     timms = timm.create_model("eps_resnet20", num_classes=5)
     for (name, one), other in zip(made.timm_model.named_parameters(), timms.parameters(), strict=True):
@@ -296,7 +296,7 @@ def test_weights_that_transformers_makes_are_as_timms():
 
 
 def test_saved_for_timm_whatever_it_was_loaded_from(tmp_path):
-    """Weights given under the wrapper's keys must not decide what keys are written."""
+    """Weights passed under the wrapper's keys do not change the keys that are written."""
     model = EpsResNetForImageClassification(config_of())
     given = EpsResNetForImageClassification.from_pretrained(None, config=model.config, state_dict=model.state_dict())
     given.save_pretrained(tmp_path)

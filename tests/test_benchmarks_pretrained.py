@@ -1,4 +1,4 @@
-"""The comparison on pretrained weights: data, structures, the running of jobs, and the tables."""
+"""The comparison on pretrained weights: data, structures, job runner, and tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def write_images(directory: Path, train: int = 400, test: int = 60) -> Path:
-    """Noise in the form of Fashion-MNIST; the class is the brightness, so that there is something to learn."""
+    """Noise in the format of Fashion-MNIST. Brightness encodes the class, so that training can learn."""
     rng = np.random.default_rng(0)
     arrays = {}
     for split, count in (("train", train), ("test", test)):
@@ -165,7 +165,7 @@ def test_jobs_come_after_what_they_need_and_none_twice():
 
 @pytest.fixture(scope="module")
 def in_this_process():
-    """Jobs run in threads of this process, which need not import anything."""
+    """Run jobs in threads of this process, which saves the imports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_pool", lambda at_once, threads: ThreadPoolExecutor(at_once))
         yield
@@ -173,7 +173,7 @@ def in_this_process():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, in_this_process):
-    """The records of a few steps of the most different methods, as two calls that follow each other."""
+    """Records of a few steps of the most different methods, from two calls in a row."""
     place = tmp_path_factory.mktemp("pretrained")
     data, output = write_images(place / "data"), place / "records.jsonl"
     keep = cases.CASES["smoke"].keeps[0]

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not used: whatever a killed process, a full disk or a broken copy leaves behind."""
+"""A checkpoint is intact or not used: after a killed process, a full disk or a broken copy."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def flip(path: Path) -> None:
 
 
 def used_instead(directory: Path, torn: Path, caplog) -> tuple[Path | None, str]:
-    """What is used, and what was said of the torn one."""
+    """The checkpoint used instead, and the warning about the torn one."""
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         found = newest_whole(directory)
@@ -161,7 +161,7 @@ def test_needed_files_must_be_listed(tmp_path):
 
 
 def test_a_shortened_manifest_is_torn(tmp_path):
-    """Cut anywhere; but for the last line break, which says nothing."""
+    """Cut at any place, except before the final line break."""
     torn = write(tmp_path, 6)
     whole = (torn / MANIFEST).read_bytes()
     for end in range(len(whole) - 1):
@@ -201,7 +201,7 @@ def test_a_file_of_such_a_name_stops_nothing(tmp_path, name):
 
 
 def test_a_staging_directory_is_no_checkpoint(tmp_path):
-    """Not even with all files, which a process has that is killed right before the rename."""
+    """A process that is killed right before the rename leaves a staging directory with all files."""
     write(tmp_path, 3)
     os.rename(write(tmp_path, 6), staging_of(tmp_path, 6))
     assert why_torn(staging_of(tmp_path, 6)) is None
@@ -224,7 +224,7 @@ def test_unfinished_ones_are_cleared(tmp_path):
 
 @pytest.mark.parametrize("harm", [None, flip])
 def test_commit_takes_the_place_of_one_before(tmp_path, harm):
-    """A torn one, of which nothing may stay, or the run comes by here again."""
+    """The replaced checkpoint is torn. Nothing of it may stay."""
     before = write(tmp_path, 6, {**FILES, "of before": b"1"})
     if harm:
         harm(before / "model.safetensors")
@@ -246,7 +246,7 @@ def test_the_last_ones_stay(tmp_path, limit, left):
 
 
 def test_a_torn_one_takes_no_place_among_the_last(tmp_path):
-    """Else the whole ones before it would be deleted for it, and nothing be left to go on from."""
+    """A torn checkpoint must not cause the deletion of an intact one."""
     for step in (3, 6, 9):
         write(tmp_path, step)
     flip(tmp_path / "checkpoint-9/model.safetensors")

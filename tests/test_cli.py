@@ -1,4 +1,4 @@
-"""``timm-eps``: each verb in this process, its help, its errors, and the command that a wheel brings."""
+"""``timm-eps``: each verb in this process, its help, its errors, and the command that a wheel installs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def saved(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory) -> str:
-    """A twin in a directory, of which export_timm can make a stock architecture."""
+    """A saved twin from which export_timm can make a stock architecture."""
     net = timm.create_model("eps_test_resnet", num_classes=10, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
     directory = tmp_path_factory.mktemp("cli") / "twin"
     timm_eps.save_pretrained(net, directory)
@@ -58,7 +58,7 @@ def _one_thread(monkeypatch):
 
 
 def answered(capsys, *words: str) -> dict:
-    """The JSON object that is all of stdout after ``--json``."""
+    """The JSON object on stdout of a verb with ``--json``. stdout holds nothing else."""
     capsys.readouterr()
     assert main([*words, "--json"]) == 0, capsys.readouterr().err
     return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
@@ -71,7 +71,7 @@ def printed(capsys, *words: str) -> str:
 
 
 def refused(capsys, *words: str, code: int = 1) -> str:
-    """The last line on stderr of a verb that ends with this exit code; the only one unless the use was wrong."""
+    """The last line on stderr of a verb that ends with this exit code. Only usage errors print more lines."""
     capsys.readouterr()
     assert main(list(words)) == code
     out, err = capsys.readouterr()

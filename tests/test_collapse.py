@@ -1,4 +1,4 @@
-"""Removal in timm's families: exact, the same in whatever order, rebuilt from names alone, and nothing else breaks."""
+"""Removal in timm's families is exact, independent of the order, and repeatable from the list of slots."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from timm_eps.surgery.branches import gates, probe_batch
 from timm_eps.surgery.removal import replay_removed, same_outputs
 from timm_eps.surgery.tracing import meta_copy, trace
 
-# One each of what makes removal hard: post- and pre-activation, a learned shortcut, several branches a block, layer
+# One network for each difficulty: post- and pre-activation, a learned shortcut, several branches per block, layer
 # scales, windows folded into the batch, one slot for two branches, slots in a sequence or inside a branch, channels
-# that a branch adds, blocks that take or return more than one tensor, code between modules that reads shapes.
+# added by a branch, blocks that take or return several tensors, code between modules that reads shapes.
 FAMILIES = {
     "test_resnet": {},
     "test_byobnet": {},
@@ -49,7 +49,7 @@ FAMILIES = {
     "xcit_nano_12_p16_224": {"depth": 3},
     "efficientvim_m1": {},
 }
-# Its blocks return a second tensor of a shape that nothing else has, so what makes that one stays.
+# Its blocks return a second tensor with a unique shape, so the module that makes this tensor stays.
 PARTLY_FREED = ["efficientvim_m1"]
 # The others are slow tests.
 COVER = ["test_resnet", "test_byobnet", "test_convnext", "test_vit", "test_coatnet"]
@@ -57,7 +57,7 @@ CASES = [pytest.param(name, marks=[] if name in COVER else [pytest.mark.slow]) f
 
 
 def gated(name: str, **kwargs) -> nn.Module:
-    """A small network none of whose branches is zero by its initialisation."""
+    """A small network in which no branch is zero at initialisation."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3, **kwargs).eval()
     for parameter in model.parameters():
@@ -79,7 +79,7 @@ def kinds(model: nn.Module) -> dict[str, str]:
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
 def test_removed_equals_shut(name):
-    """Open gates change no bit and no key; removed branches change no bit either, and take all their weights along."""
+    """Open gates change no bit and no key. Removed branches change no bit either, and all their weights are removed."""
     torch.manual_seed(0)
     plain = timm.create_model(name, num_classes=3, **FAMILIES[name]).eval()
     batch = probe_batch(plain)
@@ -110,7 +110,7 @@ def test_removed_equals_shut(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
 def test_order_does_not_matter(name):
-    """One by one, all at once, from the list alone, on the meta device: the same network."""
+    """One by one, all at once, from the list alone, on the meta device: the network is the same."""
     model = gated(name, **FAMILIES[name])
     chosen = half_of(model, 2)
     at_once, one_by_one = copy.deepcopy(model), copy.deepcopy(model)
@@ -147,7 +147,7 @@ def test_a_branch_goes_and_its_neighbour_stays():
 
 
 def test_post_activation_blocks():
-    """A ReLU after a ReLU is nothing; a learned shortcut stays under its name, with the activation after it."""
+    """A ReLU after a ReLU has no effect. A learned shortcut keeps its name and the activation after it."""
     model = gated("test_resnet")
     model.act1 = nn.ReLU()
     close(model, "layer1.0.drop_path", "layer2.0.drop_path")
@@ -157,7 +157,7 @@ def test_post_activation_blocks():
 
 
 def test_gates_inside_a_removed_branch_go_with_it():
-    """Such a gate is no longer there, so it counts as removed; a list that lacks it cannot be replayed."""
+    """A gate inside a removed branch counts as removed. A list without this gate cannot be applied."""
     model = timm.create_model("test_vit", num_classes=3).eval()
     model.blocks[1].mlp = timm.models.vision_transformer.Block(model.embed_dim, num_heads=2)
     timm_eps.add_gates(model)
@@ -176,7 +176,7 @@ def test_gates_inside_a_removed_branch_go_with_it():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["test_resnet", "test_byobnet", "resnetv2_18", "rexnetr_100", "test_convnext"])
 def test_other_resolutions(name):
-    """What was planned at one size of images holds at others."""
+    """A removal planned at one image size holds at other sizes."""
     model = gated(name, **FAMILIES[name])
     close(model, *half_of(model, 0))
     images = [torch.randn(1, 3, size, size + 32) for size in (96, 224)]
@@ -253,7 +253,7 @@ def test_zero_branch_takes_the_sizes_it_was_given():
 
 
 class Picky(timm.models.vision_transformer.Block):
-    """A block that adds nothing but what has the shape of its input, and says so in its own way."""
+    """A block that adds only a tensor with the shape of its input, and raises its own error otherwise."""
 
     error: type[Exception]
 
@@ -266,7 +266,7 @@ class Picky(timm.models.vision_transformer.Block):
 
 @pytest.mark.parametrize("error", [AssertionError, AttributeError, KeyError, NotImplementedError, ValueError])
 def test_a_block_refuses_a_single_zero_by_any_error(error):
-    """torch.stack raises an AssertionError for it on the meta device, before torch 2.10."""
+    """Before torch 2.10, torch.stack raises an AssertionError on the meta device."""
     model = timm.create_model("test_vit", num_classes=3).eval()
     model.blocks[1] = Picky(model.embed_dim, num_heads=2).eval()
     model.blocks[1].error = error
@@ -279,7 +279,7 @@ def test_a_block_refuses_a_single_zero_by_any_error(error):
 
 @pytest.mark.parametrize(("name", "slot"), [("resnet18", "layer1.0.drop_path"), ("test_resnet", "layer1.0.drop_path")])
 def test_what_is_left_works_on_nobody_elses_tensor(name, slot):
-    """An activation that worked in place on the sum now gets what the stem or the last block put out."""
+    """An in-place activation on the sum would otherwise overwrite the output of the stem or of the last block."""
     torch.manual_seed(0)
     model = timm.create_model(f"eps_{name}", num_classes=3, act_layer="leaky_relu").eval()
     close(model, slot)
@@ -291,7 +291,7 @@ def test_what_is_left_works_on_nobody_elses_tensor(name, slot):
 
 
 def test_blocks_that_are_called_in_other_ways_stay():
-    """Aligned Xception asks its blocks for an activation inside of them; they lose their branches only."""
+    """Aligned Xception reads an activation inside its blocks, so these blocks lose only their branches."""
     model = gated("xception41p")
     slot = list(gates(model))[3]
     close(model, slot)
@@ -321,7 +321,7 @@ def test_hooks_of_the_user_do_not_run():
 
 
 class Asking(nn.Module):
-    """A block that is called with more than its input, in every way that Python has."""
+    """A block that is called with further arguments, in every way that Python offers."""
 
     def forward(
         self,
@@ -356,7 +356,7 @@ def chain_of(like: type[nn.Module]) -> Chain:
 
 
 def parameters_of(forward) -> list[tuple]:
-    """Names, kinds and defaults of what a method is called with."""
+    """Names, kinds and defaults of a method's parameters."""
     return [(p.name, p.kind, p.default) for p in inspect.signature(forward).parameters.values() if p.name != "self"]
 
 
@@ -406,7 +406,7 @@ def test_zeros_script_and_trace(shape):
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_nfnet"])
 def test_torchvisions_feature_extraction(name):
-    """It traces in training and in evaluation; in both the gates do what they do in the model."""
+    """The tracer runs in training and in evaluation mode. In both, the gates behave as in the model."""
     model = pruned_twin(name)
     batch = probe_batch(model)
     last = torchvision.models.feature_extraction.get_graph_node_names(model)[1][-1]
@@ -423,7 +423,7 @@ def test_torchvisions_feature_extraction(name):
 
 @pytest.mark.parametrize("name", ["eps_resnet20", "eps_test_vit"])
 def test_nothing_is_removed_on_the_meta_device(name):
-    """There are no numbers to prove it by; the list of slots needs none."""
+    """A proof needs numbers, which the meta device lacks. A list of slots needs no proof."""
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=3)
     close(model)
@@ -437,7 +437,7 @@ def test_nothing_is_removed_on_the_meta_device(name):
 
 @pytest.mark.parametrize("name", mostly_slow(["eps_resnet20", "eps_test_vit"], 0))
 def test_a_plan_is_remembered_for_one_structure_alone(name):
-    """Who loads a network builds it more than once; other arguments are another network."""
+    """Loading builds a network more than once. Other arguments make another network."""
     slots = list(gates(timm.create_model(name)))[1:-1]
     collapse._PLANS.clear()
     first, again = (timm.create_model(name, num_classes=3, removed=slots) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Budgets in the user's units, and criteria as objects, on a ramp."""
+"""Budgets in the user's units, and criterion objects, on a ramp."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def epoch(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def pruned(epochs: int = 6, **budget) -> tuple[nn.Module, EpsilonPruner]:
-    """A network after some epochs, in which branches close that are small enough or due."""
+    """Train a network for some epochs. Small or scheduled branches close."""
     model = tiny_net(num_classes=5)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     pruner = EpsilonPruner(model, optimizer, patience=1, **budget)
@@ -46,7 +46,7 @@ def pruned(epochs: int = 6, **budget) -> tuple[nn.Module, EpsilonPruner]:
 
 
 class SmallestFirst:
-    """A user's own: the branches with the fewest weights close first."""
+    """A user's criterion: the branches with the fewest weights close first."""
 
     def __call__(self, seen):
         blocks = {slot: seen.model.get_submodule(slot.rpartition(".")[0]) for slot in seen.responses}
@@ -73,7 +73,7 @@ def test_names_stand_for_objects(name, criterion):
 @pytest.mark.parametrize("criterion", mostly_slow(["response", "importance", SmallestFirst()], 0))
 @pytest.mark.parametrize("unit", mostly_slow(["macs", "params"], 0))
 def test_a_target_on_the_ramp(unit, criterion):
-    """It is kept at the end, with one branch more it would not be, and it falls on the way."""
+    """The target is met at the end, one more branch would exceed it, and the cost falls on the way."""
     dense = tiny_net(num_classes=5)
 
     def count(model: nn.Module) -> int:
@@ -97,7 +97,7 @@ def test_absolute_targets_and_fractions_agree():
 
 
 def test_a_latency_is_corrected_by_what_is_left(monkeypatch):
-    """Every branch was predicted to take a tenth, but takes a twentieth."""
+    """Every branch was predicted to save a tenth, but saves a twentieth."""
 
     def times(body, batch, repeats=0):
         assert len(batch) == 3
@@ -139,7 +139,7 @@ def test_leave_one_out_on_a_ramp_removes_what_hurts_least():
 
 
 def test_importances_of_a_target_close_stage_by_stage():
-    """Under a number of multiply-adds no stage keeps a share of its own, but they shrink side by side."""
+    """With a target in multiply-adds no stage has a fixed share, but all stages shrink side by side."""
     importances = {slot: float(index) for index, slot in enumerate(SLOTS)}
     seen = Seen(nn.Identity(), dict.fromkeys(SLOTS, 1.0), importances, [], {SLOTS[8]}, None)
     ranks = ranked_by(Importance(), seen)
@@ -181,7 +181,7 @@ def test_a_criterion_that_returns_something_else(ranks, told):
 
 
 def test_a_run_with_a_target_resumes():
-    """The fraction is that of the dense network, also where the model has lost branches by then."""
+    """The fraction refers to the dense network, even if the model has already lost branches."""
     torch.manual_seed(0)
     settings = dict(target_params=0.3, ramp_epochs=4, criterion=SmallestFirst())
     model, pruner = pruned(epochs=3, **settings)
@@ -202,7 +202,7 @@ def test_a_run_with_a_target_resumes():
 
 
 def test_trainer_takes_a_target_and_a_criterion(tmp_path):
-    """A checkpoint tells a criterion by its name; the network keeps to the target."""
+    """A checkpoint stores the criterion's name, and the network meets the target."""
     model = fresh_model()
     dense = count_parameters(model.timm_model)
     budget = dict(target_params=0.6, patience=1, criterion=SmallestFirst())
@@ -216,11 +216,11 @@ def test_trainer_takes_a_target_and_a_criterion(tmp_path):
     assert saved["attributes"]["saved"]["budget"] == {"dense": dense}
 
 
-# What a user adds without touching the package.
+# Extensions that a user writes without changing the package.
 
 
 class Bytes(timm_eps.Budget):
-    """A budget of one's own: the size of the state dict."""
+    """A user's budget: the size of the state dict."""
 
     argument, unit = "bytes", "bytes"
 
@@ -249,7 +249,7 @@ def test_a_budget_of_ones_own_chooses():
 
 
 class EverySecondEpoch:
-    """A schedule of one's own: one more branch each second epoch."""
+    """A user's schedule: one more branch every second epoch."""
 
     def __call__(self, epoch, responses, total):
         weakest = sorted(responses, key=responses.__getitem__)[: (epoch + 1) // 2 - (total - len(responses))]

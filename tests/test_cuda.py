@@ -1,4 +1,4 @@
-"""What only an NVIDIA GPU can show: ``pytest -m cuda``. It is hidden from other tests, which ask for equal bytes."""
+"""Tests that need an NVIDIA GPU: ``pytest -m cuda``. Other tests see no GPU, because they compare bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EQUAL = "timm equal, AutoModelForImageClassification equal, pipeline equal."
 
 
 def launch(out, *arguments: str, mixed_precision: str = "no") -> tuple[dict, str]:
-    """The script as a user runs it; its results and what it printed."""
+    """Run the script as a user does. Returns its results and its output."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     command += ["--mixed_precision", mixed_precision, str(ROOT / "train_hf.py"), *SHORT, "--output_dir", str(out)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=out.parent)
@@ -36,13 +36,13 @@ def launch(out, *arguments: str, mixed_precision: str = "no") -> tuple[dict, str
 
 @pytest.fixture
 def exact():
-    """Without TensorFloat-32, which rounds the factors of a product to ten bits."""
+    """Switch TensorFloat-32 off, which rounds factors to ten bits."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
 def test_gates_decide_as_on_the_cpu(images, exact):
-    """Half of the branches are under ε: the same ones are zero, and the gradients are those of the CPU."""
+    """Half of the branches respond below ε. The same branches are zero, and the gradients equal the CPU's."""
     net, found = tiny_net(), {}
     for device in ("cpu", "cuda"):
         model, batch = copy.deepcopy(net).to(device).train(), images.to(device)
@@ -76,14 +76,14 @@ def test_removal_changes_no_logit(images, memory_format):
 
 
 def test_no_step_waits_for_the_gpu(tmp_path):
-    """Augmentation, gates, the measurement of importance, optimizer and schedule only queue work."""
+    """Augmentation, gates, importance, optimizer and schedule only queue work."""
     arguments = [*SHORT, "--keep", "3", "--criterion", "importance", "--epsilon_warmup_epochs", "0"]
     args = train_hf.parse_arguments([*arguments, "--channels_last", "--flip", "--output_dir", str(tmp_path)])
     accelerator = train_hf.start_accelerator(args)
     training = train_hf.prepare(args, accelerator, ImageData.load(args, accelerator))
     training.network.train()
     for number, (images, labels, _) in enumerate(training.batches.epoch(0)):
-        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one makes what the others use
+        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first step allocates buffers
         try:
             training.loss += train_hf.forward_backward(training, *training.read(images, labels))
             train_hf.take_step(training)
@@ -102,7 +102,7 @@ def test_trained_saved_and_loaded(tmp_path, mixed_precision):
 
 
 def test_taken_up_from_a_checkpoint(tmp_path):
-    """Kernels that add in any order leave no equal bytes here, but the structure and the way on are the same."""
+    """GPU kernels add in any order, so bytes differ, but the structure and the schedule are the same."""
     out = tmp_path / "out"
     whole, _ = launch(out, "--keep", "3", "--checkpointing_steps", "epoch")
     last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
@@ -113,7 +113,7 @@ def test_taken_up_from_a_checkpoint(tmp_path):
 
 
 def test_one_graph_trains_as_kernel_by_kernel(tmp_path):
-    """Through removals, which change what is recorded, and through a smaller last batch, which is not."""
+    """Across removals, which force a new recording, and a smaller last batch, which runs without a graph."""
     arguments = ["--keep", "3", "--criterion", "importance", "--max_train_samples", "840", "--channels_last"]
     results = {}
     for flags in ((), ("--cuda_graphs",)):
@@ -125,7 +125,7 @@ def test_one_graph_trains_as_kernel_by_kernel(tmp_path):
 
 
 def test_graphs_record_again_what_changed():
-    """The way from inputs to gradients is that of the network at hand, also after a layer was taken out."""
+    """The gradients belong to the current network, also after a layer was removed."""
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).cuda()
 
     graphs = make(net)

@@ -1,4 +1,4 @@
-"""Which batches are recorded, and what is handed on; the graph itself, which needs a GPU, is played: test_cuda.py."""
+"""Which batches are recorded, and which results are returned. The graph is a fake; test_cuda.py has a real one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from timm_eps.training.cuda_graphs import WARMUP, GraphedPasses
 
 
 class Played:
-    """A graph that computes where the recorded one would write: into the tensors of the recording."""
+    """A fake graph: it computes into the tensors of the recording."""
 
     recorded: list[Played] = []  # noqa: RUF012
     graphs: GraphedPasses
@@ -58,7 +58,7 @@ def make(net: nn.Module) -> GraphedPasses:
 
 
 def test_steps_are_those_without_a_graph(played):
-    """Over two epochs with a smaller last batch, between which a layer goes."""
+    """Over two epochs with a smaller last batch. A layer is removed between the epochs."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     plain = copy.deepcopy(net)
     graphs = make(net)

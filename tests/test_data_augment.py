@@ -1,4 +1,4 @@
-"""Augmentation by the batch, by one process or by parts, and the last step into the network."""
+"""Augmentation per batch, by one process or by several, and normalisation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def crops(image: torch.Tensor, padding: int, flip: bool) -> list[bytes]:
-    """All results that the augmentation may have for one image."""
+    """All results that the augmentation may produce for one image."""
     padded = torch.nn.functional.pad(image, (padding,) * 4)
     height, width = image.shape[1:]
     windows = [padded[:, i : i + height, j : j + width] for i in range(2 * padding + 1) for j in range(2 * padding + 1)]
@@ -61,7 +61,7 @@ def test_drawn_from_the_global_generator_unless_one_is_given(augment):
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_processes_augment_together_as_one_would(augment, processes, channels):
-    """Over several batches, of which the last one is smaller."""
+    """Over several batches, the last of which is smaller."""
     alone = Draws(torch.Generator().manual_seed(5))
     parts = [Draws(torch.Generator().manual_seed(5), rank, processes) for rank in range(processes)]
     for size in (12, 12, 6):
@@ -107,7 +107,7 @@ def test_integers_are_from_zero_to_the_end():
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_crops_lie_with_the_channels_last(flip):
-    """As accelerators prefer it, and normalisation keeps it."""
+    """Accelerators prefer channels-last tensors, and normalisation keeps the layout."""
     cropped = PadCropFlip(2, flip)(noise(4, 3, 8, 8))
     assert cropped.is_contiguous(memory_format=torch.channels_last)
     cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}

@@ -1,4 +1,4 @@
-"""Who sees which images, in which order: a function of seed, epoch and rank, for tensors, tables and streams."""
+"""Which process sees which images in which order: a function of seed, epoch and rank, for every kind of split."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALL = (ImageTensors, ImageFiles, ImageStream)
 
 
 def numbered(count: int, broken: Iterable[int] = (), size: tuple[int, int] = (12, 9)) -> datasets.Dataset:
-    """Pictures of as many classes: a label is the number of its image. Some cannot be read."""
+    """Images with unique labels: a label is the number of its image. Some images are corrupt."""
     whole = make_dataset(count, size, "image", "label", classes=tuple(map(str, range(count))))
     cells = [encoded(picture) for picture in whole["image"]]
     for i in broken:
@@ -45,7 +45,7 @@ def made(kind: type, rows: datasets.Dataset, read=EVALUATION, length: int | None
 
 
 def plain(count: int) -> ImageTensors:
-    """Images without pixels: their labels are their numbers."""
+    """Images without pixels. The label of an image is its number."""
     return ImageTensors(torch.zeros(count, 1, 1, 1, dtype=torch.uint8), torch.arange(count), [])
 
 
@@ -58,7 +58,7 @@ def flat(lists: Iterable[Iterable[int]]) -> list[int]:
 
 
 def assert_same(some: Iterable, others: Iterable) -> None:
-    """The same batches: bit by bit the images, labels, and names of what cannot be read."""
+    """Images, labels and names of corrupt images are equal bit for bit."""
     for (images, labels, names), (images2, labels2, names2) in zip(list(some), list(others), strict=True):
         assert torch.equal(images, images2)
         assert torch.equal(labels, labels2)
@@ -71,7 +71,7 @@ COUNTS = list(itertools.product([*range(1, 14), 16, 17, 24, 25, 31], [1, 2, 3, 4
 
 
 def test_every_image_at_most_once_and_all_processes_alike():
-    """No more images are left out than one a process that is over, and a last batch of one a process."""
+    """At most one image per process is left out, and a last batch of one image per process."""
     for count, size, processes in COUNTS:
         if count < processes:
             continue
@@ -92,7 +92,7 @@ def test_every_image_at_most_once_and_all_processes_alike():
 
 
 def test_one_process_leaves_out_only_a_last_batch_of_one():
-    """Batch norm cannot take it, but where it is all there is."""
+    """Batch norm cannot use a batch of one image. A data set of one image keeps it."""
     for count, size, _ in COUNTS:
         sizes = [len(chunk) for chunk in torch.arange(count).split(size)]
         if count > size and count % size == 1:
@@ -102,7 +102,7 @@ def test_one_process_leaves_out_only_a_last_batch_of_one():
 
 @pytest.mark.parametrize("kind", [ImageTensors, ImageFiles])
 def test_more_processes_continue_the_batches_of_one(kind):
-    """Image by image the same, at random crops too, as long as the batches are whole."""
+    """Equal image by image, also with random crops, as long as the batches are full."""
     split = made(kind, numbered(26), TRAINING)
     for processes in (2, 3):
         alone = list(TrainingBatches(split, 4 * processes, 3).epoch(1))
@@ -164,7 +164,7 @@ def test_pairs_are_kept_and_the_order_is_the_seeds(kind):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ALL)
 def test_an_epoch_goes_on_at_any_batch(kind, workers):
-    """Bit by bit as if it had not stopped, crops and mirror images too, and in other processes than this one."""
+    """Equal bit for bit to an uninterrupted epoch, with crops and mirror images, and in another process."""
     split = made(kind, numbered(15, broken=() if kind is ImageTensors else [3]), TRAINING, length=15, shards=2)
     for rank, processes in ((0, 1), (1, 2)):
         whole = list(TrainingBatches(split, 3, 5, rank, processes).epoch(4))
@@ -209,7 +209,7 @@ def test_processes_crop_a_stream_each_in_its_own_way():
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ALL)
 def test_iterating_leaves_random_numbers_alone(kind, workers):
-    """What a model draws does not depend on how its images are read."""
+    """The random numbers of a model do not depend on how its images are read."""
     split, tested = made(kind, numbered(8), TRAINING, length=8), made(kind, numbered(8))
     before = torch.get_rng_state().tolist(), random.getstate()
     assert len(list(TrainingBatches(split, 4, num_workers=workers).epoch(0))) == 2
@@ -257,7 +257,7 @@ def test_a_batch_of_which_nothing_can_be_read(kind, workers):
 
 @pytest.mark.parametrize("kind", [ImageFiles, ImageStream])
 def test_an_image_has_one_name_in_all_epochs_and_turns(kind):
-    """So that what cannot be read is counted once."""
+    """A corrupt image is counted once."""
     batches = TrainingBatches(made(kind, numbered(6, broken=[1]), length=12), 6)
     names = flat(names for epoch in range(4) for _, _, names in batches.epoch(epoch))
     assert len(names) >= 4
@@ -283,7 +283,7 @@ def test_no_two_images_have_one_name_though_two_processes_read_them(kind):
     ("kind", "shards"), [(ImageTensors, 1), (ImageFiles, 1), *((ImageStream, shards) for shards in (1, 2, 3))]
 )
 def test_each_image_is_tested_on_once(kind, shards):
-    """By all processes together, in any number, but for what cannot be read."""
+    """By any number of processes. Corrupt images are left out."""
     rows = numbered(11, broken=[4])
     split, held = made(kind, rows, shards=shards), made(ImageTensors, rows)
     place = {label: number for number, label in enumerate(held.labels.tolist())}
@@ -347,7 +347,7 @@ def test_images_to_test_on_may_be_iterated_again(kind):
 
 @pytest.mark.parametrize("sizes", [(20,), (3, 17), (17, 3), (1, 1, 18)])
 def test_the_beginning_of_a_stream_is_the_same_for_any_number_of_processes(sizes, tmp_path):
-    """--max_eval_samples takes the first images, in however many files they come."""
+    """--max_eval_samples takes the first images, in any number of files."""
     rows, files, start = numbered(20), [], 0
     for number, size in enumerate(sizes):
         files.append(str(tmp_path / f"{number}.parquet"))
@@ -367,7 +367,7 @@ def test_the_beginning_of_a_stream_is_the_same_for_any_number_of_processes(sizes
 
 @pytest.mark.parametrize(("shards", "processes"), [(1, 2), (1, 3), (2, 2), (4, 2), (3, 2), (2, 4)])
 def test_processes_share_a_stream(shards, processes):
-    """Each image is in one of them, in every epoch, in however many files they come."""
+    """Each image reaches one process in every epoch, in any number of files."""
     split = made(ImageStream, numbered(12), length=12, shards=shards)
     for epoch in range(4):
         ranks = [TrainingBatches(split, 12 // processes, 0, rank, processes) for rank in range(processes)]
@@ -376,7 +376,7 @@ def test_processes_share_a_stream(shards, processes):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_short_stream_goes_round_again(processes):
-    """Each turn of all processes is the whole stream, in another order."""
+    """Each turn of all processes covers the whole stream in a new order."""
     split = made(ImageStream, numbered(10), length=40)
     own = 10 // processes
     ranks = [TrainingBatches(split, 4, 3, rank, processes) for rank in range(processes)]
@@ -405,7 +405,7 @@ def test_a_small_buffer_keeps_what_comes_late_late():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_process_without_images_of_a_stream(workers):
-    """It says so instead of looking for ever, though the stream was said to be long enough."""
+    """The process raises an error instead of waiting forever, although the stream's stated length suffices."""
     split = made(ImageStream, numbered(2), length=40)
     batches = TrainingBatches(split, 4, 0, rank=2, processes=3, num_workers=workers)
     with pytest.raises(ValueError, match="The stream has no images for process 2 of 3"):
@@ -413,7 +413,7 @@ def test_a_process_without_images_of_a_stream(workers):
 
 
 def test_a_process_with_an_empty_part_of_a_stream():
-    """Parts are given out anew in each epoch; whoever gets the empty one says so, the other has its images."""
+    """Parts are assigned anew in each epoch. The process with the empty part raises an error."""
 
     def rows_of(parts: list[list[int]]) -> Iterable[dict]:
         for part in parts:

@@ -1,4 +1,4 @@
-"""Pictures of any kind into tensors, the same from memory, from a table and from a stream; and what cannot be read."""
+"""Pictures of any kind become tensors, equal from memory, from a table and from a stream; and corrupt pictures."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def table(*cells: dict | str | None) -> datasets.Dataset:
 
 
 def made(kind: type, rows: datasets.Dataset, cfg: dict | None = None) -> ImageTensors | ImageFiles | ImageStream:
-    """A split of one of the three kinds, for evaluation."""
+    """An evaluation split of one of the three kinds."""
     if kind is ImageTensors:
         return ImageTensors.decode(rows, cfg or SIZE)
     return kind.of(rows if kind is ImageFiles else rows.to_iterable_dataset(), ImageReader.of(cfg or SIZE))
 
 
 def evaluated(picture: Image.Image, cfg: dict) -> Tensor:
-    """What timm, and with it an image processor or a pipeline, makes of the picture."""
+    """The picture as preprocessed by timm, and so by an image processor or a pipeline."""
     config = timm.data.resolve_data_config(pretrained_cfg=cfg)
     return timm.data.create_transform(**config, normalize=False)(picture.convert("RGB"))
 
@@ -60,7 +60,7 @@ def transparent_palette() -> tuple[dict, np.ndarray]:
 
 
 def rotated(orientation: int) -> tuple[dict, np.ndarray]:
-    """A camera held in another way, which the file says beside its pixels."""
+    """A picture from a rotated camera: the file's metadata stores the rotation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     cell = encoded(Image.fromarray(noise(8, 6, 3)), exif=exif)
@@ -73,7 +73,7 @@ def of_16_bits(values: np.ndarray, kind: str = "PNG") -> dict:
 
 GREY, RGB, ALPHA = noise(8, 6), noise(8, 6, 3), noise(6, 8)[:, :6].repeat(2, 0)[:8]
 WIDE = noise(8, 6, most=65535, dtype=np.uint16)
-# A cell, and the RGB pixels that it holds.
+# A value of the table, and the RGB pixels that it stands for.
 KINDS = {
     "grey": (encoded(Image.fromarray(GREY)), rgb(GREY)),
     "grey with alpha": (encoded(Image.merge("LA", [Image.fromarray(x) for x in (GREY, ALPHA)])), rgb(GREY)),
@@ -109,7 +109,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_of_every_kind_of_picture(kind):
-    """Exactly; and into the network as timm makes them of the RGB picture, at any input size, from any source."""
+    """Equal to the pixels of the RGB picture and to timm's preprocessing, at any input size, from any source."""
     cell, pixels = KINDS[kind]
     opened = open_image(cell, "RGB")
     assert opened.mode == "RGB"
@@ -138,7 +138,7 @@ def test_rotation_is_that_of_the_camera():
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
 @pytest.mark.parametrize("size", [(8, 8), (13, 21), (1, 1)])
 def test_decoded_as_timm_evaluates(mode, size):
-    """The same pixels that an image processor or a pipeline will make of the picture."""
+    """Equal to the pixels of an image processor or a pipeline."""
     dataset = make_dataset(3, size, mode=mode)
     split = ImageTensors.decode(dataset, SIZE)
     assert split.images.dtype == torch.uint8
@@ -228,7 +228,7 @@ def test_nothing_that_can_be_read(tmp_path):
 
 
 def test_names_tell_images_apart():
-    """Folders in a table leave of each path only the file's name, which every class has."""
+    """A table of folders keeps only the file name of each path, and file names repeat across classes."""
     rows = table(*({"bytes": b"", "path": "0.jpg"} for _ in range(3)), encoded(Image.fromarray(RGB)))
     assert len(set(ImageTensors.decode(rows, SIZE).unreadable)) == 3
 
@@ -243,7 +243,7 @@ def test_a_file_is_named_by_its_path(tmp_path):
 
 
 def test_images_that_memory_cannot_hold(monkeypatch):
-    """A fifth of it is left for the rest."""
+    """A fifth of the memory stays free."""
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 5, "SC_PAGE_SIZE": 3 * 8 * 8}.__getitem__)
     assert len(ImageTensors.decode(make_dataset(4), SIZE)) == 4
     with pytest.raises(
@@ -317,7 +317,7 @@ def test_training_files_are_random_crops():
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("count", [1, 3, 9])
 def test_pictures_are_those_of_first(kind, count, tmp_path):
-    """With what cannot be read left out of both; fewer where there are no more."""
+    """Corrupt pictures are left out of both. The result is shorter if there are too few pictures."""
     cells = [encoded(Image.fromarray(noise(9, 7 + i, 3))) for i in range(5)]
     cells[1:1] = [corrupt("half a png", tmp_path), None]
     rows = table(*cells, corrupt("text", tmp_path))
@@ -328,7 +328,7 @@ def test_pictures_are_those_of_first(kind, count, tmp_path):
 
 
 def test_items_are_image_label_and_name():
-    """A table is asked by number, a stream with the row itself; both read alike."""
+    """A table is indexed by number, a stream is given the row. Both return the same items."""
     rows = make_dataset(6, size=(12, 9))
     held, files, stream = (made(kind, rows) for kind in ALL)
     assert (len(held), len(files)) == (6, 6)

@@ -1,4 +1,4 @@
-"""Where images come from, in which columns they are, of which classes, and clear words for what cannot be used."""
+"""Sources, columns and classes of images, and clear errors for unusable data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IMAGE, LABEL, NUMBER = datasets.Image(), datasets.ClassLabel(2), datasets.Value(
 
 
 def with_labels(values: list, kind: str | None = None) -> datasets.Dataset:
-    """A table of pictures whose classes are plain values, in the column ``breed``."""
+    """A table of pictures whose classes are plain values in the column ``breed``."""
     rows = make_dataset(len(values)).remove_columns("fine_label")
     return rows.add_column("breed", values, feature=datasets.Value(kind) if kind else None)
 
@@ -44,7 +44,7 @@ def make_folders(directory: Path, classes: str, count: int) -> str:
 
 
 def describe(directory: str, **counts: int) -> str:
-    """A data card that says how many images there are, as the Hub writes it."""
+    """A data card that states the number of images, as the Hub writes it."""
     splits = "".join(f"  - name: {name}\n    num_examples: {count}\n" for name, count in counts.items())
     Path(directory, "README.md").write_text(f"---\ndataset_info:\n  splits:\n{splits}---\n")
     return directory
@@ -115,7 +115,7 @@ def test_splits_that_number_classes_differently():
 
 
 def test_a_class_without_training_images():
-    """Known of tables; of streams the names alone are compared."""
+    """For a table the labels are checked too; for a stream only the class names."""
     rows = make_dataset(6)
     trained = rows.filter(lambda row: row["fine_label"] != 1)
     with pytest.raises(ValueError, match="Class 'b' is in the validation split but has no training image"):
@@ -131,7 +131,7 @@ def test_a_class_without_training_images():
 
 
 def test_samples_are_drawn():
-    """Folders are sorted by class: their first rows are one class."""
+    """Folders are sorted by class, so the first rows are all of one class."""
     dataset = make_dataset(30).sort("fine_label")
     assert len(set(sample(dataset, 12, seed=0)["fine_label"])) == 3
     assert sample(dataset, 12, seed=0)["fine_label"] == sample(dataset, 12, seed=0)["fine_label"]
@@ -215,7 +215,7 @@ def test_no_split_is_both_trained_and_tested_on(tmp_path, trained, tested, image
 )
 @pytest.mark.parametrize("streaming", [False, True])
 def test_schemas_on_the_hub(tmp_path, columns, classes, config, trained, images, streaming):
-    """Of CIFAR-10 (img, label; train, test), and of SVHN (image, label; train, test, extra in a configuration)."""
+    """CIFAR-10 has img, label, train and test; SVHN has image, label, train, test, extra, and a configuration."""
     cards = []
     for name, count in {**trained, "test": 10}.items():
         rows = make_dataset(count, (32, 32), *columns, classes=tuple(classes))
@@ -234,7 +234,7 @@ def test_schemas_on_the_hub(tmp_path, columns, classes, config, trained, images,
 
 
 def test_directories_of_one_name_are_not_taken_for_each_other(tmp_path):
-    """Nor is one whose files were changed, though ``datasets`` keeps what it has read once, by its name."""
+    """``datasets`` caches a directory by its name. Each directory is read all the same."""
     head = "---\nconfigs:\n- config_name: default\n  data_files: data/*.parquet\n---\n"
     for number, images in enumerate((12, 6)):
         directory = Path(write_splits(tmp_path / str(number) / "pictures", train=make_dataset(images)))
@@ -253,7 +253,7 @@ def test_directories_of_one_name_are_not_taken_for_each_other(tmp_path):
     ],
 )
 def test_plain_values_become_classes(tmp_path, values, names):
-    """Numbered in the order of the values, the same in both splits, though the validation split lacks some."""
+    """Classes are numbered in the order of the values, equally in both splits."""
     rows = with_labels(values)
     directory = write_splits(tmp_path, train=rows, test=rows.select([2]))
     splits, _, _ = load_splits(directory, label_column="breed")
@@ -369,7 +369,7 @@ def test_streams_do_not_say_which_plain_values_there_are(tmp_path):
 
 
 def test_files_embedded_in_a_table_keep_their_pixels(tmp_path):
-    """Loading goes through no second encoding."""
+    """Loading does not encode the files again."""
     cell = encoded(make_dataset(1)["img"][0])
     rows = datasets.Dataset.from_dict({"img": [cell], "y": [0]}, datasets.Features({"img": IMAGE, "y": LABEL}))
     splits, _, _ = load_splits(write_splits(tmp_path, train=rows, test=rows))

@@ -1,4 +1,4 @@
-"""One run in a directory at a time, and no lock of one that is dead."""
+"""Only one run uses a directory at a time, and a dead run holds no lock."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_second_one_is_refused_and_told_who_writes(tmp_path):
 
 @pytest.mark.parametrize("fork", [[], ["fork"]])
 def test_a_killed_one_leaves_no_lock(tmp_path, fork):
-    """Nor if processes that it forked, such as those that read images, live on."""
+    """Also if processes that the run forked, such as data loaders, live on."""
     first = start(tmp_path, *fork)
     said(first)
     first.kill()

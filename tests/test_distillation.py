@@ -1,4 +1,4 @@
-"""Distillation: the teacher is a part of the training loss, and of nothing else."""
+"""Distillation: the teacher affects the training loss and nothing else."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_trainer_distils_and_its_checkpoints_hold_no_teacher(tmp_path):
 
 
 def test_a_loss_without_labels_says_that_the_teacher_is_not_in_it(tmp_path, caplog):
-    hf_logging.warning_once.cache_clear()  # other tests may have been told
+    hf_logging.warning_once.cache_clear()  # other tests may have shown the warning
     model, teacher = student(side_loss_weight=0.0), Counted()
     model.distillation = Distillation(teacher)
     trained(model, tmp_path, label_smoothing_factor=0.1)

@@ -1,4 +1,4 @@
-"""The documentation keeps its word: its code runs, its links lead somewhere, and it names everything public."""
+"""The documentation is correct: its code runs, its links have targets, and it covers every public name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REFERENCE = ROOT / "docs/reference.md"
 
 @pytest.fixture(autouse=True)
 def quick(times_measured_once):
-    """One thread, as threads of tiny layers wait for each other on a busy machine; and each time is measured once."""
+    """One thread, because threads of tiny layers wait for each other on a busy machine; each time is measured once."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,7 +31,7 @@ def quick(times_measured_once):
 
 
 def blocks(text: str) -> list[str]:
-    """The Python code of a page, block by block."""
+    """The Python code blocks of a page."""
     return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
 
 
@@ -46,7 +46,7 @@ def test_code_runs(document, tmp_path, monkeypatch, times_measured_once):
     monkeypatch.chdir(tmp_path)
     code = blocks((ROOT / document).read_text(encoding="utf-8"))
     assert code
-    # A small network, whose proofs take seconds less.
+    # The proofs take seconds less on a small network.
     code = [block.replace('"tf_efficientnet_lite0"', '"test_convnext"') for block in code]
     run(code, document, {})
     if document in SAVING:
@@ -54,7 +54,7 @@ def test_code_runs(document, tmp_path, monkeypatch, times_measured_once):
 
 
 def literal_blocks(docstring: str) -> list[str]:
-    """The code of a docstring: what is indented after a line that ends with two colons."""
+    """The code blocks of a docstring: indented text after a line that ends with two colons."""
     found, lines = [], inspect.cleandoc(docstring).splitlines()
     for number, line in enumerate(lines):
         if line.endswith("::"):
@@ -69,7 +69,7 @@ def literal_blocks(docstring: str) -> list[str]:
 
 
 def names_in_reference() -> dict[str, str]:
-    """What stands on the page about a public name, from its directive to the next one."""
+    """The text of the page about each public name, from its directive to the next one."""
     directive = r"^\.\. auto(?:function|class):: timm_eps\.(\S+)$"
     parts = re.split(directive, REFERENCE.read_text(encoding="utf-8"), flags=re.M)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -83,13 +83,13 @@ def test_reference_has_every_public_name():
 def test_docstring_has_an_example_that_runs(name, tmp_path, monkeypatch, times_measured_once):
     monkeypatch.chdir(tmp_path)
     examples = literal_blocks(getattr(timm_eps, name).__doc__)
-    # Of what needs a server or has its example on the page alone, the page has it.
+    # The page has the example if it needs a server or is too long for the docstring.
     assert examples or f"timm_eps.{name}(" in names_in_reference()[name]
     run([blocks(REFERENCE.read_text(encoding="utf-8"))[0], *examples], name, {})
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors that GitHub, and MyST after it, make of a page's headings."""
+    """The anchors of a page's headings, by the rules of GitHub and MyST."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     found: set[str] = set()
     for heading in re.findall(r"^#+ (.+)$", text, re.M):

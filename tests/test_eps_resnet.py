@@ -1,4 +1,4 @@
-"""The CIFAR network: the paper's graph, and what timm's own tests ask of a model."""
+"""The CIFAR network: the paper's graph, and the checks of timm's own model tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = NAMES[:2]
 
 
 def paper_parameters(depth: int, classes: int = 10) -> int:
-    """Counted from the paper's description, not from the code."""
+    """The count follows the paper's description, not the code."""
     n = (depth - 2) // 6
     count = 3 * 16 * 9 + 2 * 16  # stem and its norm
     for stage, width in enumerate((16, 32, 64)):
@@ -50,7 +50,7 @@ def test_depth_and_parameters(depth):
 
 
 def reference_forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The paper's network from its weights, written out with functions alone."""
+    """The paper's network as functions of its weights."""
     f, weights = nn.functional, dict(model.state_dict())
 
     def norm_relu(x, name):
@@ -151,7 +151,7 @@ def test_classifier_contract():
 
 
 def test_classifier_without_pooling_is_refused():
-    """timm's networks take it and fail at the first image."""
+    """timm's networks accept it and fail at the first image."""
     with pytest.raises(ValueError, match=r"global_pool=''.*num_classes=3"):
         timm.create_model("eps_resnet20", num_classes=3, global_pool="")
     model = timm.create_model("eps_resnet20", num_classes=0, global_pool="")
@@ -296,7 +296,7 @@ def test_export_and_onnx(removed, tmp_path):
 
 
 def test_compile_training_and_evaluation():
-    """fullgraph fails at any break: no Python branch on a tensor stands in a step."""
+    """fullgraph fails at any graph break: no step branches in Python on a tensor."""
     torch._dynamo.reset()
     model = tiny_net()
     for gate in gates(model).values():
@@ -314,7 +314,7 @@ def test_compile_training_and_evaluation():
 
 @pytest.mark.slow
 def test_compiled_model_follows_removal():
-    """Block by block, more often than torch compiles one function anew without being told to forget."""
+    """The number of removals exceeds torch's recompile limit of one function."""
     model = tiny_net()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 3, 8, 8)
@@ -342,7 +342,7 @@ def test_reparameterized_for_inference_nothing_of_gates_and_placeholders_is_left
     assert torch.equal(fused(images), model(images))
     assert list(gates(fused)) == ["stages.0.blocks.1.drop_path"], "a closed branch stays, with its gate"
     assert len(gates(model)) == 6, "and the model itself is left alone"
-    # The shortcut of the second stage's first block does something, so it stays in the block's place.
+    # The shortcut of the second stage's first block changes its input, so it stays in the block's place.
     assert [list(stage.blocks._modules) for stage in fused.stages] == [["1", "2"], ["0", "1", "2"], ["0", "2"]]
     assert fused.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(torch.jit.script(fused)(images), model(images))

@@ -53,7 +53,7 @@ def test_pretrained_tags_are_timms(twin):
 
 
 def stored_weights(tmp_path, name: str) -> tuple[nn.Module, dict]:
-    """A plain timm network, and what makes timm take its weights for published ones."""
+    """A plain timm network, and a patch that makes timm load its weights as published ones."""
     torch.manual_seed(0)
     plain = timm.create_model(name).eval()
     save_file(plain.state_dict(), tmp_path / "weights.safetensors")
@@ -84,7 +84,7 @@ def test_published_weights_load_strictly(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet18", "test_nfnet", "regnetx_002", "test_byobnet"])
 def test_networks_from_scratch_do_not_start_dead(name):
-    """timm starts the last scale of these branches at zero, where a gate would shut them for good."""
+    """timm initialises the last scale of these branches with zero, which would close the gate for good."""
 
     def smallest_response(model: nn.Module) -> float:
         model.train()(torch.randn(2, 3, 64, 64))
@@ -100,7 +100,7 @@ def test_networks_from_scratch_do_not_start_dead(name):
 def test_saved_by_name_and_loaded_everywhere(name, tmp_path):
     """A pruned network of any family is one directory for timm, AutoModel and pipeline, with equal logits."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=3).eval()  # timm's own name, gated afterwards
+    model = timm.create_model(name, num_classes=3).eval()  # timm's own name; gates are added afterwards
     slots = timm_eps.add_gates(model)
     close(model, *slots[1::2])
     batch = probe_batch(model)
@@ -136,7 +136,7 @@ def test_timm_itself_saves_a_pruned_network(tmp_path):
 
 
 def test_initialised_as_timm_does():
-    """transformers would draw every weight anew."""
+    """transformers would initialise every weight again."""
     torch.manual_seed(0)
     wrapper = EpsResNetForImageClassification(timm_eps.EpsResNetConfig(architecture="eps_test_vit", num_labels=4))
     torch.manual_seed(0)
@@ -212,13 +212,13 @@ def test_names_that_cannot_be_registered(name, said):
 
 
 def test_weight_decay_empties_a_branch_only_where_it_reaches_the_last_norm():
-    """A norm undoes what decay does to the weights before it: a shut branch's response falls with param_groups only."""
+    """A norm cancels weight decay of earlier weights: the response of a closed branch falls with param_groups only."""
 
     def response_after(decay_last_norm: bool) -> float:
         torch.manual_seed(0)
         model = timm.create_model("eps_test_resnet", num_classes=3).train()
         gate = gates(model)["layer1.0.drop_path"]
-        gate.epsilon = 1e6  # shut, so that decay alone acts
+        gate.epsilon = 1e6  # all gates close, so that only decay acts
         groups = (
             timm_eps.param_groups(model, 0.5)
             if decay_last_norm
@@ -255,7 +255,7 @@ def test_architectures_of_other_packages_are_not_gated():
 
 
 def test_only_dead_branches_are_revived():
-    """GRN starts at zero and is an identity then: nothing that timm set is touched without need."""
+    """GRN starts at zero, where it is an identity. Values set by timm change only where necessary."""
     torch.manual_seed(0)
     plain = timm.create_model("convnextv2_atto", num_classes=3)
     torch.manual_seed(0)

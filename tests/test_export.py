@@ -1,4 +1,4 @@
-"""Plain export: what stock timm and stock transformers load, without this package, with equal logits."""
+"""Plain export: stock timm and stock transformers load the result without this package, with equal logits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ with torch.no_grad():
 assert sum(p.numel() for p in by_timm.parameters()) == case["parameters"]
 assert "timm_eps" not in sys.modules
 """
-# Of each family that the issue of unloadable pruned models is about, the smallest; the published sizes are slow.
+# The smallest network of each family. Published sizes are slow.
 SMALL = {
     "test_resnet": {"layers": (2, 3, 1, 2)},
     "resnetv2_18": {"channels": (16, 32, 64, 128)},
@@ -44,7 +44,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED]
 
 
 def trained(name: str, **kwargs) -> nn.Module:
-    """A twin with statistics of its own in its norms."""
+    """A twin whose norms have statistics that are not the initial ones."""
     torch.manual_seed(0)
     model = timm.create_model(f"eps_{name}", num_classes=5, **kwargs)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_stock_libraries_load_it(name, tmp_path):
 
 
 def test_what_stands_in_the_way_is_said_and_can_be_zeros(tmp_path):
-    """A first block whose shortcut stays, and a block that keeps one branch of two, are written in full on request."""
+    """A first block with a kept shortcut, and a block with one of two branches, are written in full on request."""
     model = trained("test_vit")
     close_blocks(model, "blocks.2")
     close(model, "blocks.4.drop_path1")
@@ -109,7 +109,7 @@ def test_a_stage_keeps_a_block(tmp_path):
 
 
 def test_blocks_that_know_their_position(tmp_path):
-    """Every second block of a Swin shifts its windows: without one, the others would be other blocks."""
+    """Every second block of a Swin shifts its windows, so the removal of one block would change all later ones."""
     model = trained("swin_tiny_patch4_window7_224", embed_dim=24, num_heads=(1, 2, 4, 8))
     close_blocks(model, "layers.2.blocks.1")
     with pytest.raises(ValueError, match="its blocks depend on their position"):
@@ -130,7 +130,7 @@ def test_labels_and_transformers_models(tmp_path):
     assert config["label_names"] == list("abcde")
     assert config["model_args"]["layers"] == [1, 2, 1, 1]
     assert "removed" not in config["model_args"]
-    assert len(gates(model)) == 6  # the model itself is as it was
+    assert len(gates(model)) == 6  # the model itself is unchanged
 
 
 def test_without_a_classifier(tmp_path):

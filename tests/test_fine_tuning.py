@@ -1,4 +1,4 @@
-"""The script for those who have a network: what it chooses, removes before the training, learns from, and says."""
+"""The script for an existing network: its choices, removal before training, the teacher, and its output."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _only_training(monkeypatch, times_measured_once):
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A saved dense network that knows the digits a little."""
+    """A saved dense network, trained briefly on the digits."""
     out = tmp_path_factory.mktemp("fine-tuning") / "dense"
     with pytest.MonkeyPatch.context() as patched:
         train_only(patched)

@@ -1,4 +1,4 @@
-"""pyproject.toml says which versions are the oldest; `.ci/floors` installs exactly them."""
+"""pyproject.toml states the oldest versions, and `.ci/floors` installs exactly these versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 EVERY = list(requirements())
-# Not in the environment of the tests.
+# Not installed in the environment of the tests.
 TOOLS = {"furo", "hatchling", "mypy", "myst-parser", "pre-commit", "ruff", "sphinx"}
 KNOWN = {canonicalize_name(requirement.name) for requirement in EVERY}
 PROVIDERS = packages_distributions()
@@ -40,7 +40,7 @@ def test_every_dependency_has_a_floor_that_is_installed_or_older(requirement):
 
 @pytest.mark.parametrize("path", [*CODE, *ROOT.glob("*.py")], ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_imported_is_a_dependency(path):
-    """And not one of a dependency alone, of which nobody knows the oldest version that will do."""
+    """An import that only another dependency installs would have no stated oldest version."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""An average of the weights has the structure of the model, or somebody hears of it."""
+"""An average of the weights follows the structure of the model, or the pruner warns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
 class TimmEma:
-    """Averages by timm's class; what is handed over is its wrapper."""
+    """Average by timm's class. The follower is its wrapper."""
 
     def __init__(self, model, make=ModelEmaV3):
         self.average = self.follower = make(model, decay=0.5)
@@ -40,7 +40,7 @@ class TimmEma:
 
 
 class TorchAverage(TimmEma):
-    """Averages by torch's class; what is handed over is the copy inside."""
+    """Average by torch's class. The follower is the copy inside."""
 
     def __init__(self, model):
         self.average = AveragedModel(model, use_buffers=True)
@@ -83,7 +83,7 @@ MODELS = {"timm": tiny_net, "transformers": wrapped}
 
 
 def change(model):
-    """As if a batch had been trained."""
+    """Change the weights as a training step does."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.9)
@@ -116,7 +116,7 @@ def assert_same_structure(copied, model):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", AVERAGES)
 def test_an_average_follows(name, kind, caplog):
-    """Begun before anything was closed; blocks are closed, opened again, and removed."""
+    """The average starts before any branch is closed; blocks are closed, opened again, and removed."""
     model = MODELS[kind]()
     average = AVERAGES[name](model)
     pruner = EpsilonPruner(model, epsilon=1.0, patience=2, followers=[average.follower])
@@ -135,7 +135,7 @@ def test_an_average_follows(name, kind, caplog):
 
 @pytest.mark.parametrize("architecture", ["eps_resnet20", "eps_test_vit", "eps_test_resnet"])
 def test_the_average_is_that_of_what_is_left(architecture):
-    """The weights of an average that follows are those of one of the unpruned network."""
+    """The average equals the average of an unpruned network in all remaining weights."""
     model = timm.create_model(architecture, num_classes=3)
     whole = copy.deepcopy(model)
     averages = [ModelEmaV3(one, decay=0.5) for one in (model, whole)]
@@ -204,7 +204,7 @@ def test_a_resumed_pruner_brings_its_followers_up(kind):
 
 
 def test_statistics_of_an_average_are_taken_with_its_branches_closed():
-    """update_bn runs it in training mode, where gates judge each batch."""
+    """update_bn runs the average in training mode, in which gates judge each batch."""
     model = tiny_net()
     average = AveragedModel(model)
     pruner = EpsilonPruner(model, epsilon=1.0, live_removal=False, followers=[average])
@@ -235,7 +235,7 @@ def test_who_forgets_an_average_hears_of_it(name, kind, live_removal, caplog):
 
 
 def test_other_copies_are_left_in_peace(caplog):
-    """A snapshot, a pickled copy, a copy that trains on its own, one that died, and one for saving."""
+    """No warning for a snapshot, a pickled copy, a copy with its own training, a deleted copy, or a copy for saving."""
     model = tiny_net()
     snapshot = copy.deepcopy(model)
     student = copy.deepcopy(model).train()

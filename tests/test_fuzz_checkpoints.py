@@ -1,4 +1,4 @@
-"""The fuzzer of saved models: some of its cases, and proof that it finds what it looks for."""
+"""The fuzzer of saved models: some of its cases, and proof that it finds planted faults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fuzzing.summary import Summary
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
 
-# The first three are needed by the fuzzer; then a training checkpoint of each kind, and a convolutional twin.
+# The fuzzer needs the first three. Then follow a training checkpoint of each kind, and a convolutional twin.
 NETWORKS = ("cifar", "cifar_sibling", "vit_pruned", "cifar_training", "vit_training", "convnext_pruned")
 
 
@@ -38,7 +38,7 @@ def test_sound_directories(fuzzer):
         outcomes = {result.loader: result.outcome for result in case.results}
         if not case.base.endswith("_training"):
             assert set(outcomes.values()) == {"loaded"}, (case.base, outcomes)
-        # Not everything is compared with the file, but all that should be.
+        # Only some loaded values are compared with the file; these must be among them.
         assert {"auto", "model", "backbone"} <= {result.loader for result in case.results if result.compared}
 
 
@@ -74,7 +74,7 @@ def test_a_case_can_be_repeated(fuzzer):
 
 
 def test_fields_of_later_versions_are_changed_too(fuzzer, tmp_path):
-    """A digest that binds weights and configuration must not hide what else is wrong with changed weights."""
+    """The digest of weights and configuration must not hide other faults of changed weights."""
     sound = fuzzer.bases["cifar"]
     weights = sound.directory.text(WEIGHTS)
     config = json.loads(sound.directory.text(CONFIG))
@@ -113,7 +113,7 @@ def test_report(fuzzer, tmp_path, capsys, monkeypatch):
 
 
 class _Open:
-    """A fuzzer that stays open for the tests that come after."""
+    """A fuzzer that stays open for later tests."""
 
     def __init__(self, fuzzer: Fuzzer) -> None:
         self._fuzzer = fuzzer

@@ -1,4 +1,4 @@
-"""The gate against the paper's own construction, and the rules that the product around it must keep."""
+"""The gate compared with the paper's construction, and the rules that pruning relies on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGE = 1e6
 
 
 def paper_gate(x: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """S(F) out of four ReLUs, as section 3.1 of the paper assembles it and the authors' code computes it."""
+    """S(F) built from four ReLUs, as in section 3.1 of the paper and in the authors' code."""
     relu = torch.relu
     s = (relu(x - epsilon) + relu(-x - epsilon)).max()
     return relu(1 - LARGE * relu(1 - LARGE * s)) * x
@@ -29,7 +29,7 @@ def paper_gate(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 30.0, 1e4])
 @pytest.mark.parametrize("ratio", [0.5, 0.999, 1.001, 2.0])
 def test_agrees_with_the_four_relu_form(dtype, scale, ratio):
-    """ε below and above the response, at several scales: the same S wherever the paper's form is 0 or 1."""
+    """For ε below and above the response, at several scales: S is equal wherever the paper's form is 0 or 1."""
     x = scale * torch.randn(3, 4, 5, 5, dtype=dtype)
     epsilon = ratio * max_response(x).item()
     if abs(max_response(x).item() - epsilon) < 2 / LARGE:
@@ -77,7 +77,7 @@ def test_one_decision_for_the_batch():
 
 
 def test_closed_gate_sends_zeros_not_none():
-    """A gradient of None would make the optimizer skip weight decay, and the branch would never empty."""
+    """With a gradient of None the optimizer would skip weight decay, and the branch would never become empty."""
     conv = nn.Conv2d(1, 1, 1, bias=False)
     epsilon_gate(conv(torch.ones(1, 1, 2, 2)), 1e6).sum().backward()
     assert torch.equal(conv.weight.grad, torch.zeros_like(conv.weight))
@@ -165,7 +165,7 @@ def test_script_and_compile_agree_with_eager():
 
 
 def test_new_epsilon_does_not_recompile():
-    """A ramp changes ε every epoch; a graph specialised on it would hit the recompile limit."""
+    """A ramp changes ε every epoch. A graph compiled for one ε would hit the recompile limit."""
     gate = EpsilonGate(0.5).train()
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -177,7 +177,7 @@ def test_new_epsilon_does_not_recompile():
 
 
 def test_importance_is_what_the_loss_would_change_without_the_branch():
-    """To first order; squared, and summed over the batches until it is reset."""
+    """To first order, squared, and summed over the batches until the reset."""
     gate = EpsilonGate().train()
     gate.measure_importance()
     expected = 0.0
@@ -218,7 +218,7 @@ def test_a_closed_gate_has_no_importance():
 
 @pytest.mark.parametrize("overflow", [torch.inf, torch.nan])
 def test_a_gradient_that_overflowed_does_not_count(overflow):
-    """GradScaler skips such a step, and then goes on."""
+    """GradScaler skips such a step and continues."""
     gate = EpsilonGate().train()
     gate.measure_importance()
     for slope in (1.0, overflow, 1.0):
@@ -236,7 +236,7 @@ def test_importance_holds_no_graph():
 
 
 def test_a_copy_measures_importance_too():
-    """With hooks of its own: torch copies none, and one that it shared would tell the first gate."""
+    """torch copies no hooks. A copy with shared hooks would update the importance of the first gate."""
     gate = EpsilonGate().train()
     gate.measure_importance()
     stored = io.BytesIO()
@@ -269,7 +269,7 @@ def test_importance_however_the_gate_is_run(how):
 @pytest.mark.parametrize("convert", ["half", "bfloat16", "double", "to"])
 @pytest.mark.parametrize("epsilon", [1e-8, 1e-3, 2.5])
 def test_the_threshold_stays_a_float32(convert, epsilon):
-    """In half precision 1e-8 is 0, under which no gate closes."""
+    """In half precision 1e-8 is 0, and no gate closes at a threshold of 0."""
     gate = EpsilonGate(epsilon).train()
     gate.measure_importance()
     model = nn.Sequential(gate)
@@ -287,7 +287,7 @@ def test_the_threshold_stays_a_float32(convert, epsilon):
 
 
 def test_the_threshold_is_a_float32_whatever_the_default_is():
-    """transformers builds a half-precision model under a half-precision default."""
+    """transformers builds a half-precision model under a half-precision default dtype."""
     torch.set_default_dtype(torch.float16)
     try:
         gate = EpsilonGate(1e-8)
@@ -324,7 +324,7 @@ def test_an_empty_batch_says_nothing(shape, how):
 
 
 def test_a_graph_of_fx_gates_and_follows():
-    """It calls the gate as a module: it notes the response, and what is closed later is closed in the graph."""
+    """The graph calls the gate as a module. It updates the gate's response, and it follows a gate that closes later."""
     model = nn.Sequential(nn.Linear(2, 2), EpsilonGate(1.0))
     for mode in (True, False):
         model.train(mode)
@@ -359,7 +359,7 @@ def test_a_gate_that_is_traced_alone():
 
 @pytest.mark.parametrize("name", ["eps_resnet20", "eps_test_vit"])
 def test_data_parallel_replicas_are_refused_in_training(name):
-    """What ``nn.DataParallel`` calls for each module when it copies a model to several devices."""
+    """``nn.DataParallel`` calls this method of each module when it copies a model to several devices."""
     model = timm.create_model(name, num_classes=5)
     for gate in gates(model).values():
         with pytest.raises(ValueError, match="torchrun"):

@@ -1,4 +1,4 @@
-"""Gates and removal inside detectors and segmenters: transformers' and those that users build on features_only."""
+"""Gates and removal inside detectors and segmenters: those of transformers, and a user's model on features_only."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ HOSTS = {
 
 
 def host_of(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
-    """A host whose statistics are not the initial ones, its backbone, and images."""
+    """A host with statistics that are not the initial ones, its backbone, and images."""
     torch.manual_seed(0)
     host = HOSTS[name]().eval()
     [backbone] = [module for module in host.modules() if isinstance(module, EpsResNetBackbone)]
@@ -104,9 +104,9 @@ def same(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def loaded(host: nn.Module, directory) -> nn.Module:
-    """The host from its directory, with nothing missing; in memory of torch's own, where kernels sum in one order."""
+    """The host loaded from its directory, without missing weights. Clones are aligned, so sums round equally."""
     model, info = type(host).from_pretrained(directory, output_loading_info=True)
-    # Gates that are closed by the configuration are noted in the weights again; some hosts report these notes.
+    # The weights also store which gates are closed. Some hosts report these keys as unexpected.
     info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.endswith(".closed")}
     assert not any(info.values()), info
     for tensor in (*model.parameters(), *model.buffers()):
@@ -120,7 +120,7 @@ def stored(directory) -> dict:
 
 @pytest.mark.parametrize("name", mostly_slow(HOSTS, 0))
 def test_pruned_in_a_host_saved_and_loaded_whole(name, tmp_path):
-    """One branch is removed and one closed: the loaded host has the same structure and computes the same."""
+    """One branch is removed and one closed. The loaded host has the same structure and outputs."""
     host, backbone, images = host_of(name)
     dense = outputs(host, images)
     found = timm_eps.gates(backbone)
@@ -170,7 +170,7 @@ def test_training_with_the_optimizer_of_the_whole_host():
 
 @pytest.mark.slow
 def test_frozen_statistics_and_frozen_stages_of_a_detector():
-    """DETR freezes parameters of a backbone whose type is called like a ResNet; unfrozen, it is pruned as any other."""
+    """DETR freezes parameters of a backbone whose type sounds like a ResNet. An unfrozen backbone is pruned."""
     host, backbone, _ = host_of("DETR")
     assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
     backbone.requires_grad_()
@@ -304,7 +304,7 @@ def feature_net(name: str, **fields) -> nn.Module:
 
 
 class Segmenter(nn.Module):
-    """A user's own model on timm's features."""
+    """A user's model on timm's features."""
 
     def __init__(self, name: str, **fields) -> None:
         super().__init__()
@@ -318,7 +318,7 @@ class Segmenter(nn.Module):
 
 @pytest.mark.parametrize("name", mostly_slow(FEATURES, 0, 1))
 def test_pruned_inside_a_features_only_network(name):
-    """Every feature map stays as it is with closed gates, and the list of slots builds the same network again."""
+    """With closed gates every feature map stays equal. The list of slots builds the same network again."""
     torch.manual_seed(0)
     model = Segmenter(name).eval()
     net = model.backbone

@@ -1,4 +1,4 @@
-"""Which part of the package may import which: a part sees those before it, never those after it."""
+"""Allowed imports between the parts of the package: a part imports the parts before it, never those after it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "timm_eps"
-# Rooms and files at the root, from the ground up.
+# Rooms and files at the root, from the lowest to the highest.
 ORDER = [
     "names", "learning_rate", "gate", "files", "surgery", "report", "budget", "schedule", "analysis", "importance",
     "cost_schedule", "criteria", "thresholds", "pruner", "models", "hf", "hub", "page", "__init__", "training",
     "cli",
 ]  # fmt: skip
-# What else is imported, by room: the others get along with torch and timm.
+# The rooms that may import each library. All other rooms need only torch and timm.
 LIBRARIES = {
     "transformers": {"hf", "hub", "page", "files", "training", "cli"},
     "accelerate": {"training"},
@@ -25,7 +25,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def part_of(module: str) -> str:
-    """The room or the file at the root that a module is, or is in."""
+    """The room or the file at the root that contains a module."""
     names = module.split(".")
     return names[1] if len(names) > 1 else "__init__"
 
@@ -35,7 +35,7 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Full names of what a file imports, wherever in it: a function that imports later still needs what it imports."""
+    """Full names of all imports of a file, including imports inside functions."""
     module = module_of(path)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

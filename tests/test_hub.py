@@ -1,4 +1,4 @@
-"""save_pretrained: the directory as a user finds it, and what is left when something goes wrong."""
+"""save_pretrained: the directory that a user gets, and the state after a failure."""
 
 from __future__ import annotations
 

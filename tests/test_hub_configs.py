@@ -1,4 +1,4 @@
-"""The recipes in hub_configs/: each is read, builds its network, and takes a step on data of its data set's schema."""
+"""Each recipe in hub_configs/ is read, builds its network, and trains a step on data of its data set's schema."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from timm_eps.training.inputs import ImageData
 ROOT = Path(__file__).parent.parent
 
 CONFIGS = sorted(path.name for path in (ROOT / "hub_configs").glob("*.json"))
-# Data set, its configuration, columns with classes, splits, side in pixels: as the Hub describes them.
+# Data set, configuration, columns with classes, splits, side in pixels: as described on the Hub.
 SCHEMAS = {
     "uoft-cs/cifar10": ("plain_text", {"img": None, "label": 10}, ["train", "test"], 32),
     "uoft-cs/cifar100": ("cifar100", {"img": None, "fine_label": 100, "coarse_label": 20}, ["train", "test"], 32),
@@ -35,7 +35,7 @@ SCHEMAS = {
 
 @pytest.fixture(scope="module")
 def published():
-    """The data sets on the loopback Hub, of noise."""
+    """The data sets on the loopback Hub, filled with noise."""
     for repo_id, (config, columns, splits, side) in SCHEMAS.items():
         features = datasets.Features(
             {
@@ -65,7 +65,7 @@ def parse(name: str, *flags: str):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_is_a_published_pair(name):
-    """<architecture>.<data set>.json, and nothing in it that is not used."""
+    """The name is <architecture>.<data set>.json, and every field is used."""
     args = parse(name).flat()
     architecture, dataset, _ = name.split(".", 2)
     assert args["architecture"].partition(".")[0] == architecture
@@ -110,7 +110,7 @@ def test_takes_a_step(name, published, tmp_path):
 
 @pytest.mark.slow
 def test_streamed_by_its_id(published, tmp_path):
-    """From the Hub, without a copy on the disk."""
+    """Streamed from the Hub, without a copy on disk."""
     results = train_hf.main(
         ["--architecture", "eps_resnet20", "--dataset_name", "uoft-cs/cifar10", "--streaming",
          "--num_train_epochs", "1",
@@ -121,7 +121,7 @@ def test_streamed_by_its_id(published, tmp_path):
 
 
 def put_weights(architecture: str, directory: Path) -> None:
-    """Weights of these names where timm looks for those that it published."""
+    """Put weights of these names where timm looks for published weights."""
     name, tag = architecture.split(".")
     model = timm.create_model(base_name(name))
     save_file(model.state_dict(), directory / "model.safetensors")

@@ -1,4 +1,4 @@
-"""ONNX files in eight bits load anywhere and agree with the float network; wrong input is refused in one line."""
+"""Eight-bit ONNX files load anywhere and agree with the float network. Wrong input is refused in one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from timm_eps.hub.onnx_forms import forms_table, measure_forms
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-# Four classes of images, told apart by the quarter that is bright.
+# Four classes of images: the bright quarter tells the class.
 WITHOUT_PACKAGE = """
 import sys, numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
@@ -67,7 +67,7 @@ def trained():
 
 @pytest.fixture(scope="module")
 def files(trained, tmp_path_factory):
-    """Its float file and its static file, and the state before and after they were written."""
+    """The float file and the static file of the network, and the state before and after the export."""
     directory = tmp_path_factory.mktemp("int8")
     images, labels = quarters(64, 1)
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}

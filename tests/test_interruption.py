@@ -1,4 +1,4 @@
-"""A training that is told to stop, diverges, or cannot write keeps what was good, says so, and goes on bit by bit."""
+"""A training that is stopped, diverges, or cannot write keeps the good state, reports it, and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
 def at_step(monkeypatch, number: int, action) -> None:
-    """Do something at the end of a step of the optimizer, counted from 1 in this process."""
+    """Do something at the end of an optimizer step, counted from 1 in this process."""
     take_step, calls = train_hf.take_step, iter(range(1, 10**6))
 
     def take_step_and_act(training):
@@ -152,7 +152,7 @@ def test_in_another_thread_there_are_no_handlers(tmp_path):
     assert found == [(before, 0)]
 
 
-# Each child is a start of the script, with the start of torch in common: (name, signals at steps, arguments).
+# Each child starts the script. All share the import of torch: (name, signals at steps, arguments).
 SIGNALLED = """
 import json, os, runpy, signal, sys
 import train_hf
@@ -178,7 +178,7 @@ for name, signals, arguments in json.loads(sys.argv[1]):
 
 @pytest.mark.slow
 def test_exit_codes_and_one_line(tmp_path):
-    """Of the script itself; the second signal ends it at once, and a signal before the training too."""
+    """Exit codes of the script. A second signal ends it at once, and so does a signal before the training."""
     term, interrupt = int(signal.SIGTERM), int(signal.SIGINT)
     cases = {
         "term": ([(3, term)], 143),
@@ -247,7 +247,7 @@ def test_a_loss_that_is_no_number_is_seen_at_its_step(tmp_path, monkeypatch, ste
 @pytest.mark.parametrize("value", mostly_slow([float("nan"), float("inf")], 1))
 @pytest.mark.parametrize(("step", "every"), mostly_slow([(6, "2"), (4, "epoch"), (16, "epoch")], 0, 2))
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch, step, every, value):
-    """Their loss is that of the step before, and finite."""
+    """The loss is from the step before, so it is finite."""
     at_step(monkeypatch, step, spoil_weights(value))
     with pytest.raises(ValueError, match=r"The weights of epoch . are not finite; lower --learning_rate 0\.1"):
         run(tmp_path, "--checkpointing_steps", every, "--checkpoints_total_limit", "1")
@@ -269,7 +269,7 @@ def test_the_last_good_one_goes_on(whole, tmp_path, monkeypatch):
 
 
 def test_a_rate_that_is_far_too_high(tmp_path):
-    """Whether by its loss or by its weights, it ends before anything that is not finite is written."""
+    """The run ends by its loss or by its weights, before a value that is not finite is written."""
     with pytest.raises(ValueError, match=r"lower --learning_rate 1e\+30"):
         run(tmp_path, "--learning_rate", "1e30", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
     check_all_good(tmp_path)
@@ -277,7 +277,7 @@ def test_a_rate_that_is_far_too_high(tmp_path):
 
 
 def test_infinite_responses_are_written_as_json_and_come_back(tmp_path, monkeypatch):
-    """A branch that diverged leaves a response without end, though the loss may be finite."""
+    """A diverged branch has an infinite response, even if the loss is finite."""
 
     def respond(training) -> None:
         first, second, *_ = timm_eps.gates(training.model).values()
@@ -323,7 +323,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_full_disk(whole, tmp_path, monkeypatch, where, name, error):
-    """While the third checkpoint is written."""
+    """The disk fills up while the third checkpoint is written."""
     function, out, full = getattr(where, name), tmp_path / "out", False
 
     def write(*args, **kwargs):
@@ -338,7 +338,7 @@ def test_a_full_disk(whole, tmp_path, monkeypatch, where, name, error):
     with monkeypatch.context() as patched:
         at_step(patched, 9, fill)
         patched.setattr(where, name, write)
-        # What was good is looked at again for the message.
+        # The error message would check the checkpoints again.
         patched.setattr(Run, "remedy", lambda self: f"There are {names(out)}.")
         with pytest.raises(OSError, match="The checkpoint of step 9 could not be written to ") as failed:
             run(out, *EVERY_3, "--checkpoints_total_limit", "1")
@@ -376,7 +376,7 @@ runpy.run_path(train_hf.__file__, run_name="__main__")
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1000, 100_000, 1_000_000])
 def test_a_limit_of_the_system(tmp_path, size):
-    """Files may not grow beyond so many bytes: whatever library writes them, its own error is told in one line."""
+    """The system limits the size of files. The error of each library is reported in one line."""
     arguments = [*SHORT, *EVERY_3, "--output_dir", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(size), *arguments],
@@ -430,11 +430,11 @@ def test_ctrl_c_of_a_terminal_goes_to_those_who_read_images_too(tmp_path, monkey
     assert outcome(out) == outcome(tmp_path / "whole")
 
 
-# 4. A checkpoint whose list of files fits, but not its content.
+# 4. A checkpoint whose list of files agrees, but whose content does not.
 
 
 def change(checkpoint: Path, name: str, content: bytes | None) -> None:
-    """Give a file another content, or delete it, and let the list of files agree."""
+    """Change the content of a file or delete it, and make the list of files agree."""
     manifest = checkpoint / checkpoints.MANIFEST
     hashes = json.loads(manifest.read_text())
     if content is None:
@@ -457,7 +457,7 @@ def test_a_shorter_list_of_files_is_no_whole_one(whole, name, caplog):
 
 
 def edited(*path: str | int, value) -> object:
-    """A change of one field of training.json."""
+    """Change one field of training.json."""
 
     def edit(content: bytes) -> bytes:
         state = json.loads(content)
@@ -556,7 +556,7 @@ NESTED = b"[" * 100_000 + b"]" * 100_000
     ),
 )
 def test_a_checkpoint_that_does_not_fit(whole, tmp_path, name, edit, message):
-    """Refused in one line that names it; nothing was written to it."""
+    """The error is one line that names the checkpoint, and no file is changed."""
     out = tmp_path / "out"
     shutil.copytree(whole / "checkpoint-9", out / "checkpoint-9")
     change(out / "checkpoint-9", name, edit((out / "checkpoint-9" / name).read_bytes()))
@@ -569,7 +569,7 @@ def test_a_checkpoint_that_does_not_fit(whole, tmp_path, name, edit, message):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl"])
 def test_files_of_another_checkpoint(whole, tmp_path, name):
-    """Of another structure; random states are whole and of no structure."""
+    """Files of another structure. Random states belong to no structure."""
     out = tmp_path / "out"
     shutil.copytree(whole / "checkpoint-9", out / "checkpoint-9")
     change(out / "checkpoint-9", name, (whole / "checkpoint-16" / name).read_bytes())
@@ -582,7 +582,7 @@ def test_files_of_another_checkpoint(whole, tmp_path, name):
         run(out, *EVERY_3, *LATEST)
 
 
-# 5. Whole runs, killed and stopped by others.
+# 5. Whole runs, killed and stopped from outside.
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -614,7 +614,7 @@ def to_the_end(kind: str, out: Path, *arguments: str) -> str:
 
 
 def begin(kind: str, out: Path, log: Path) -> subprocess.Popen:
-    """A run that has written a checkpoint."""
+    """Start a run, and wait for its first checkpoint."""
     with log.open("w") as file:
         process = subprocess.Popen(
             command(kind, out), env=environment(), stdout=file, stderr=file, start_new_session=True
@@ -630,7 +630,7 @@ def trainer_of(out: Path) -> int:
 
 
 def last_words(log: Path) -> str:
-    """What the training says at its end, which may come after that of its launcher."""
+    """The last output of the training. The launcher's output may come before it."""
     until = time.monotonic() + 120
     while True:
         said = [line for line in log.read_text().splitlines(keepends=True) if "train_hf.py: Stopped by SIG" in line]
@@ -664,7 +664,7 @@ def whole_runs(tmp_path_factory):
      ("two", "launcher"), ("two", "trainer"), ("two", "all")],
 )  # fmt: skip
 def test_stopped_from_outside(whole_runs, tmp_path, kind, receiver, signum):
-    """By a signal to the launcher, to one process that trains, or, as of a terminal's Ctrl-C, to all of them."""
+    """A signal to the launcher, to one training process, or to all of them, as Ctrl-C in a terminal."""
     out, log = tmp_path / "out", tmp_path / "log"
     process = begin(kind, out, log)
     if receiver == "all":
@@ -680,7 +680,7 @@ def test_stopped_from_outside(whole_runs, tmp_path, kind, receiver, signum):
     last = checkpoints.newest_whole(out)
     assert last is not None
     assert f"and --resume_from_checkpoint to resume from {last}." in line
-    of_launcher = kind == "launched" and receiver == "launcher"  # whose death counts as SIGTERM
+    of_launcher = kind == "launched" and receiver == "launcher"  # the launcher's death counts as SIGTERM
     assert f"Stopped by {'SIGTERM' if of_launcher else signum.name} after step" in line
     assert not (out / "model.safetensors").exists(), "it was stopped before its end"
     to_the_end(kind, out, *LATEST)
@@ -688,7 +688,7 @@ def test_stopped_from_outside(whole_runs, tmp_path, kind, receiver, signum):
 
 
 def is_writing(out: Path) -> bool:
-    """Whether a checkpoint is half written; one that is renamed while its files are listed is whole by then."""
+    """Whether a checkpoint is half written. A checkpoint that is renamed during the listing is complete."""
     with suppress(FileNotFoundError):
         return bool(list(out.glob(".checkpoint-*/*")))
     return False
@@ -697,7 +697,7 @@ def is_writing(out: Path) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(10))
 def test_killed_at_a_random_moment(whole_runs, tmp_path, moment):
-    """Four of the ten while a checkpoint is written."""
+    """Four of the ten runs are killed while a checkpoint is written."""
     draw, out = random.Random(moment), tmp_path / "out"
     process = begin("alone", out, tmp_path / "log")
     if moment < 4:
@@ -718,7 +718,7 @@ def test_killed_at_a_random_moment(whole_runs, tmp_path, moment):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_ten_that_diverge(tmp_path, seed):
-    """By the rate alone. The last good checkpoint is there, and goes on until the run diverges again."""
+    """Only the learning rate causes the divergence. The last good checkpoint resumes, and the run diverges again."""
     rate = 10.0 ** random.Random(seed).uniform(4, 24)
     often = ["--checkpointing_steps", "1", "--checkpoints_total_limit", "2", "--seed", str(seed)]
     diverging = [*often, "--learning_rate", str(rate), "--num_train_epochs", "12"]
@@ -737,11 +737,11 @@ def test_ten_that_diverge(tmp_path, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["alone", "launched"])
 def test_a_second_run_is_refused(tmp_path, kind):
-    """Also while the training of a launcher that was ended goes on to its end."""
+    """The second run is refused while a training process outlives its launcher."""
     out = tmp_path / "out"
     process = begin(kind, out, tmp_path / "log")
     trainer = trainer_of(out)
-    os.kill(trainer, signal.SIGSTOP)  # it must not end before the second one has begun
+    os.kill(trainer, signal.SIGSTOP)  # the first run must not end before the second one has begun
     try:
         second = subprocess.run(
             command("alone", out, *LATEST), env=environment(), capture_output=True, text=True, check=False

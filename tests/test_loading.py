@@ -1,4 +1,4 @@
-"""Weights come before the structure: a model that has a pruner follows, one that has none refuses as ever."""
+"""Weights are loaded before the structure: a model with a pruner follows, a model without a pruner raises."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODELS = {"timm": timm_model, "transformers": transformers_model}
 
 
 class Run:
-    """An own loop with accelerate. The second of two epochs removes a block and closes another one."""
+    """A user's loop with accelerate. The second of two epochs removes one block and closes another one."""
 
     def __init__(self, make, optimizers=1, average=False):
         self.model = make()
@@ -93,7 +93,7 @@ def test_accelerate_resumes_an_own_loop(tmp_path, kind, optimizers):
 
 
 class LightningModule(nn.Module):
-    """What Lightning's ``Trainer`` asks of a module, with the network and its pruner in it."""
+    """The methods that Lightning's ``Trainer`` needs, around the network and its pruner."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +123,7 @@ def lightning_epoch(module, optimizer, low):
 
 @pytest.mark.parametrize("hook", ["before the weights", "after the weights"])
 def test_lightnings_order(hook):
-    """on_load_checkpoint, weights, then optimizers; a Callback is given its state after the weights."""
+    """on_load_checkpoint, weights, then optimizers. A Callback gets its state after the weights."""
     torch.manual_seed(1)
     module = LightningModule()
     optimizer = module.configure_optimizers()
@@ -152,7 +152,7 @@ def test_lightnings_order(hook):
     ("architecture", "number"), [("eps_test_vit", 1), ("eps_test_vit", 2), ("eps_test_resnet", 1), ("eps_resnet20", 3)]
 )
 def test_whole_and_half_blocks(architecture, number):
-    """Also by a pruner made after another one, whose optimizer follows too."""
+    """Also by a second pruner of the model, whose optimizer follows too."""
     source = timm.create_model(architecture, num_classes=3)
     slots = list(gates(source))[1 : 1 + number]
     for slot in slots:
@@ -169,7 +169,7 @@ def test_whole_and_half_blocks(architecture, number):
 
 
 def lacking(network):
-    """The weights of a network that has lost a block."""
+    """The weights of a network without one of its blocks."""
     duplicate = copy.deepcopy(network)
     gates(duplicate)[SLOTS[1]].closed = True
     timm_eps.remove_closed(duplicate)
@@ -207,7 +207,7 @@ def test_without_a_pruner_weights_that_lack_blocks_are_refused(prepare):
     [
         lambda weights: weights.pop("stem.conv.weight"),
         lambda weights: weights.pop("stages.2.blocks.1.conv1.weight"),
-        lambda weights: weights.pop("stages.2.blocks.1.conv2.weight"),  # the last layer of a branch, and no more
+        lambda weights: weights.pop("stages.2.blocks.1.conv2.weight"),  # only the last layer of a branch
         lambda weights: weights.setdefault("strange", torch.zeros(1)),
     ],
 )

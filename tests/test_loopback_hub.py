@@ -1,4 +1,4 @@
-"""The loopback Hub as the real client sees it, each test in a process that reads HF_ENDPOINT afresh."""
+"""The loopback Hub seen by the real client. Each test runs in a process that reads HF_ENDPOINT anew."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def hub():
 
 @pytest.fixture
 def client(hub, tmp_path):
-    """Run a piece of code as a user of this Hub would, in an empty directory."""
+    """Run code as a user of this Hub, in an empty directory."""
 
     def run(code: str, **environment: str) -> None:
         process = subprocess.run(
@@ -152,7 +152,7 @@ def test_errors(hub, client):
 
 
 def test_interrupted_upload(hub, client):
-    """Nothing is seen of a push that broke off, and the next one sends only what is not stored yet."""
+    """An interrupted push is invisible, and the next push sends only the missing files."""
     files = "{'a.safetensors': WEIGHTS, 'b.safetensors': WEIGHTS[::-1], 'c.txt': b'c'}"
     client("api.create_repo('me/net')")
     hub.fail_on = "/commit/main"

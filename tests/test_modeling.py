@@ -73,7 +73,7 @@ def test_side_supervision_of_a_twin(images, labels):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_side_supervision_outlives_its_block(model, images, labels, checkpointing):
-    """The block that the side head reads may go: then it reads what is left there, in the model and its copies."""
+    """After removal of the block that feeds the side head, the head reads the remaining block, also in copies."""
     if checkpointing:
         model.gradient_checkpointing_enable()
     model(images, labels=labels).loss.backward()
@@ -88,7 +88,7 @@ def test_side_supervision_outlives_its_block(model, images, labels, checkpointin
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_tap_of_the_side_head_holds_nothing_after_a_step(model, images, labels, checkpointing):
-    """What it notes holds a whole graph: not of blocks that run again in the backward pass, nor of a failed step."""
+    """The noted tensor holds a whole graph. None is kept after a failed step or by gradient checkpointing."""
     if checkpointing:
         model.gradient_checkpointing_enable()
     model(images, labels=labels).loss.backward()
@@ -136,7 +136,7 @@ def test_bad_side_loss_weight(weight):
 
 
 def test_initialisation_is_timms():
-    """transformers' own would give every convolution a standard deviation of 0.02."""
+    """transformers would give every convolution a standard deviation of 0.02."""
     ours, timms = EpsResNetForImageClassification(tiny_config()), timm.create_model("eps_resnet20", num_classes=5)
     for (name, module), (_, other) in zip(ours.timm_model.named_modules(), timms.named_modules(), strict=True):
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -160,7 +160,7 @@ def test_every_loader_gives_the_same_logits(model, tmp_path, images):
         features = AutoModel.from_pretrained(tmp_path).eval()
         assert torch.equal(by_timm(images), live)
         assert torch.equal(by_auto(images).logits, live)
-        for image in images.split(1):  # other kernels run for single images
+        for image in images.split(1):  # single images run through other kernels
             assert torch.equal(by_timm(image), model(image).logits)
             assert torch.equal(by_auto(image).logits, model(image).logits)
         pooled = features(images).pooler_output
@@ -218,7 +218,7 @@ def test_saving_leaves_the_model_alone(model, tmp_path, images, labels):
 
 
 def test_loading_is_silent(model, tmp_path, caplog):
-    """A warning about missing or unexpected keys sends users hunting for a bug that is not there."""
+    """Warnings about missing or unexpected keys would be false alarms."""
     save_pruned(model, tmp_path)
     from transformers.utils import logging as hf_logging
 
@@ -241,7 +241,7 @@ def test_saved_again_is_the_same(model, tmp_path):
 
 
 def test_pruned_on_its_own(tmp_path, images):
-    """Surgery on the network inside is as good as on the wrapper: what is saved can be loaded."""
+    """Removal in the inner network equals removal in the wrapper: the saved model loads."""
     body = tiny_net()
     wrapper = EpsResNetForImageClassification.from_timm(body).eval()
     close(body)
@@ -251,7 +251,7 @@ def test_pruned_on_its_own(tmp_path, images):
 
 
 def test_headless(tmp_path, images):
-    """A network without a classifier, and the features of one that had one, are saved as such."""
+    """A network without a classifier, and the features of a classifier, are saved as such."""
     for name, body in (("a", tiny_net(num_classes=0)), ("b", tiny_net())):
         wrapper = EpsResNetModel.from_timm(body).eval()
         wrapper.save_pretrained(tmp_path / name)
@@ -291,7 +291,7 @@ def test_from_timm_takes_config_fields(images, labels):
 
 
 def test_buffers_are_sound_after_loading(model, tmp_path, images):
-    """from_pretrained builds on the meta device; gates must not come out with uninitialised memory."""
+    """from_pretrained builds on the meta device. Gates must not have uninitialised memory afterwards."""
     save_pruned(model, tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     for gate in gates(loaded).values():
@@ -342,7 +342,7 @@ def test_from_timm_shares_the_weights(tmp_path, images):
 
 
 def test_state_dicts_of_both_worlds(model, images, labels):
-    """A training checkpoint holds the side head; timm's weights hold none and have no prefix."""
+    """A training checkpoint holds the side head. timm's weights have no side head and no prefix."""
     other = EpsResNetForImageClassification(tiny_config())
     other.load_state_dict(model.state_dict())
     model.eval(), other.eval()

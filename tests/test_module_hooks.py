@@ -1,4 +1,4 @@
-"""Hooks that users put on modules go on being called when a block is removed, or a warning names them."""
+"""Users' hooks on modules stay active when a block is removed, or a warning names them."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_hooks_in_a_removed_branch_are_named(architecture, slots, inner, registe
 
 
 def test_hooks_elsewhere_stay(caplog):
-    """On the other branch of the block, on the shortcut, on other blocks; and torch's own are not spoken of."""
+    """Hooks on the other branch, on the shortcut and on other blocks stay. torch's own hooks cause no warning."""
     calls = []
     model = make("eps_test_vit")
     for path in ("blocks.1.mlp", "blocks.1", "blocks.2"):

@@ -26,7 +26,7 @@ from timm_eps.report import count_macs
 
 ROOT = Path(__file__).parent.parent
 SHRINK, SCRATCH = "shrink_your_classifier.ipynb", "eps_resnet_from_scratch.ipynb"
-# Parameters with which a notebook takes seconds.
+# Parameters that make a notebook run in seconds.
 QUICK: dict[str, dict[str, Any]] = {
     SHRINK: {
         "ARCHITECTURE": "test_resnet",
@@ -60,7 +60,7 @@ def code_cells(name: str) -> list[tuple[str, list[str]]]:
 
 
 def run(name: str, **changed: Any) -> dict[str, Any]:
-    """Run all cells in the current directory, with other parameters, and return what they defined."""
+    """Run all cells in the current directory with other parameters. Returns the variables that they define."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for number, (source, tags) in enumerate(code_cells(name)):
         exec(compile(source, f"{name}, code cell {number}", "exec"), namespace)
@@ -71,7 +71,7 @@ def run(name: str, **changed: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder to run in, where pictures need no window, one thread computes, and the clock matters little."""
+    """An empty working folder: pictures need no window, one thread computes, and latency is measured briefly."""
     threads, backend = torch.get_num_threads(), matplotlib.get_backend()
     torch.set_num_threads(1)
     matplotlib.use("agg")
@@ -90,7 +90,7 @@ def test_every_notebook_is_tested():
 def test_is_committed_clean(name):
     notebook = load(name)
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
-    assert set(notebook["metadata"]) == {"kernelspec", "language_info"}  # nothing of the machine that it was edited on
+    assert set(notebook["metadata"]) == {"kernelspec", "language_info"}  # no data about the machine that edited it
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     identifiers = [cell["id"] for cell in notebook["cells"]]
     assert len(identifiers) == len(set(identifiers))
@@ -108,7 +108,7 @@ def test_cells_are_explained_and_compile(name):
     assert "".join(cells[0]["source"]).startswith("# ")
     assert all("".join(cell["source"]).strip() for cell in cells)
     for source, _ in code_cells(name):
-        compile(source, name, "exec")  # without IPython's own syntax
+        compile(source, name, "exec")  # plain Python, without IPython's syntax
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -120,7 +120,7 @@ def test_parameters_stand_in_one_cell(name):
 
 @pytest.mark.parametrize("name", QUICK)
 def test_first_cell_installs_only_what_is_missing(name, monkeypatch):
-    """Where all is installed the cell calls nothing; elsewhere it calls pip once, for this package with its extra."""
+    """With all packages installed the cell does nothing. Otherwise it calls pip once, for this package with extra."""
     called: list[list[str]] = []
     monkeypatch.setattr(subprocess, "check_call", called.append)
     source, _ = code_cells(name)[0]
@@ -135,7 +135,7 @@ def test_first_cell_installs_only_what_is_missing(name, monkeypatch):
 def test_from_scratch(folder):
     seen = run(SCRATCH, **QUICK[SCRATCH])
     assert 4 <= len(timm_eps.gates(seen["model"])) < 9
-    assert seen["proofs"] > 0  # there were closed branches, and their removal changed no bit
+    assert seen["proofs"] > 0  # branches were closed, and their removal changed no bit
     assert {"epsilon", "blocks"} <= seen["trainer"].state.log_history[0].keys()
     assert (folder / "eps_resnet/model/blocks.png").exists()
     assert (folder / "eps_resnet/branches_by_epoch.png").exists()
@@ -145,7 +145,7 @@ def test_from_scratch(folder):
 
 @pytest.fixture
 def pretrained(hub, tmp_path):
-    """timm's own repository of test_resnet on the Hub of the tests. Its weights are random, and known."""
+    """timm's repository of test_resnet on the test Hub, with known random weights."""
     weights = {name: value.contiguous() for name, value in timm.create_model("test_resnet").state_dict().items()}
     save_file(weights, tmp_path / "model.safetensors")
     api, repo = HfApi(), timm.get_pretrained_cfg("test_resnet").hf_hub_id
@@ -157,7 +157,7 @@ def pretrained(hub, tmp_path):
 
 
 def check_shrunk(seen: dict[str, Any], folder: Path) -> None:
-    """What the notebook says: fewer branches, a dense network beside it, and files for every loader."""
+    """The notebook's claims: fewer branches, a dense network for comparison, and files for every loader."""
     model, dense = seen["model"], seen["dense"]
     assert seen["removed"] == timm_eps.removed_slots(model)
     assert len(seen["removed"]) > 0
@@ -178,7 +178,7 @@ def test_shrink_of_the_digits(folder, times_measured_once, capsys):
 
 @pytest.mark.slow
 def test_shrink_of_own_photos(folder, pretrained, times_measured_once):
-    """Photos of several sizes, formats and modes, in folders of folders, and a network with weights from the Hub."""
+    """Photos of several sizes, formats and modes in nested folders, and a network with weights from the Hub."""
     rng = np.random.default_rng(0)
     modes = {"RGB": (3, "jpg"), "L": (1, "png"), "RGBA": (4, "PNG"), "P": (1, "bmp")}
     for number in range(80):
@@ -199,7 +199,7 @@ def test_shrink_of_own_photos(folder, pretrained, times_measured_once):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_runs_with_its_own_parameters(name, folder):
-    """The accuracy is far above chance; docs/notebooks.md has the figures of a run."""
+    """The accuracy is far above chance. docs/notebooks.md has the figures of a run."""
     seen = run(name)
     if name == SHRINK:
         check_shrunk(seen, folder)
@@ -210,7 +210,7 @@ def test_runs_with_its_own_parameters(name, folder):
 
 @pytest.mark.parametrize("name", QUICK)
 def test_runs_in_a_kernel(name, tmp_path):
-    """As in Jupyter, from an empty folder: an extra cell after the parameters replaces them, as papermill does it."""
+    """As in Jupyter, from an empty folder. A cell after the parameters replaces them, as in papermill."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)

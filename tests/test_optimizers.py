@@ -1,4 +1,4 @@
-"""Parameters of removed blocks leave every kind of optimizer, and training goes on as with one made anew."""
+"""Parameters of removed blocks leave every kind of optimizer, and training continues as with a new optimizer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def muon_and_adamw(model):
 
 
 def by_parts(model):
-    """A tuple, whose second optimizer is wrapped and has the first blocks of two stages."""
+    """A tuple of optimizers. The second is wrapped and holds the first blocks of two stages."""
     first = [p for path in (SLOTS[1], SLOTS[4]) for p in model.get_submodule(path.rpartition(".")[0]).parameters()]
     others = [parameter for parameter in model.parameters() if all(parameter is not one for one in first)]
     return torch.optim.SGD(others, lr=0.1, momentum=0.9), timm.optim.Lookahead(torch.optim.AdamW(first, lr=1e-3), k=2)
@@ -93,7 +93,7 @@ def test_training_goes_on_as_with_an_optimizer_made_anew(name):
     other = tiny_net(removed=model.removed)
     other.load_state_dict(model.state_dict())
     anew = MAKERS[name](other) if name != "tuple" else None
-    if anew is None:  # whose second optimizer would be empty
+    if anew is None:  # the second optimizer of the tuple would be empty
         train(model, optimizers)
         return
     for old, new in zip(every(optimizers), every(anew), strict=True):

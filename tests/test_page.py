@@ -1,4 +1,4 @@
-"""The page: what it says is so, sections stand there for data that exist, and nothing in it runs or is fetched."""
+"""The page: its statements are true, sections appear only if data exist, and it runs and fetches nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HOSTILE = "<script>alert(1)</script>"
 
 
 class Page(HTMLParser):
-    """Sections, scripts and addresses of a page; raises AssertionError if a tag is closed that is not open."""
+    """Sections, scripts and addresses of a page. Raises AssertionError if a closing tag has no opening tag."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def read(path) -> Page:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One thread, as threads of tiny layers wait for each other; and no picture beside the networks."""
+    """One thread, because threads of tiny layers wait for each other; and no picture of the networks."""
     monkeypatch.setattr("timm_eps.hub.saving.find_spec", lambda name: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -85,13 +85,13 @@ def quick(monkeypatch):
 
 @functools.cache
 def network_saved_once(removed, labels, options):
-    directory = tempfile.TemporaryDirectory(prefix="page-")  # as long as the process
+    directory = tempfile.TemporaryDirectory(prefix="page-")  # deleted when the process ends
     timm_eps.save_pretrained(tiny_net(removed=list(removed), **dict(options)), directory.name, label_names=labels)
     return directory
 
 
 def saved(directory, results=None, removed=REMOVED, labels=None, **options):
-    """Save a small network, and results beside it."""
+    """Save a small network with results."""
     once = network_saved_once(tuple(removed), labels and tuple(labels), tuple(options.items()))
     shutil.copytree(once.name, directory, dirs_exist_ok=True)
     if results is not None:
@@ -116,7 +116,7 @@ def an_analysis(slots=SLOTS) -> Analysis:
 
 
 class Known(nn.Module):
-    """A classifier whose answer to an image is written in its first pixel, or the first pixel of another channel."""
+    """A classifier that reads its answer from the first pixel of a channel."""
 
     def __init__(self, channel: int, classes: int = 3) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def test_nothing_runs_and_nothing_is_fetched(tmp_path):
         "structure", "size", "latency", "accuracy", "confusion", "examples", "costs", "load", "provenance"
     ]  # fmt: skip
     assert "script" not in found.tags
-    assert HOSTILE in found.text  # as text
+    assert HOSTILE in found.text  # as text, not as a tag
     assert all(address.startswith("data:image/") for address in found.addresses)
     assert not re.search(r"https?://|@import|url\(", (tmp_path / "report.html").read_text())
 
@@ -210,7 +210,7 @@ def test_changed_answers_are_the_right_ones():
     answers = compare_answers(Known(1), known_batches(labels, before, after), 3, Known(0))
     assert [change[1:] for change in answers.lost] == [(1, 1, 2)]
     assert [change[1:] for change in answers.won] == [(2, 1, 2), (0, 2, 0)]
-    assert answers.changed == 4  # and one that stays wrong
+    assert answers.changed == 4  # one image stays wrong
     assert answers.accuracy == pytest.approx(5 / 7)
     assert answers.accuracy_before == pytest.approx(4 / 7)
     assert answers.confusion(answers.after).tolist() == [[2, 0, 1], [0, 1, 1], [0, 0, 2]]
@@ -327,7 +327,7 @@ def test_a_dense_network_must_fit(tmp_path):
 
 
 def test_latency_measured_now_replaces_that_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_eps.page.timings.find_spec", lambda name: None)  # ONNX takes longer to export
+    monkeypatch.setattr("timm_eps.page.timings.find_spec", lambda name: None)  # the ONNX export would take longer
     monkeypatch.setattr("timm_eps.analysis.measure._SECONDS", 0.0)
     saved(tmp_path, run_results())
     found = read(page.write_page(tmp_path, latency_batch_sizes=(2,)))

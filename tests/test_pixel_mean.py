@@ -1,4 +1,4 @@
-"""The mean of each pixel as a part of the network: every loader must take it off."""
+"""The pixel mean as a part of the network: every loader subtracts it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def pair() -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A network that takes off a mean, and the same one that does not."""
+    """A network that subtracts a mean, and the same network without the mean."""
     with_mean = timm.create_model("eps_resnet20", pixel_mean=(8, 8)).eval()
     with_mean.stem.pixel_mean.mean.normal_()
     plain = timm.create_model("eps_resnet20").eval()
@@ -50,7 +50,7 @@ def test_compiles_and_scripts(pair, images):
 
 
 def test_branches_are_removed_though_other_sizes_do_not_run(pair, images):
-    """The size that the architecture is known for would not go through the network."""
+    """The default size of the architecture would not run through this network."""
     with_mean, _ = pair
     for slot in SLOTS[1::2]:
         gates(with_mean)[slot].closed = True

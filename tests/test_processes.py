@@ -1,4 +1,4 @@
-"""Two processes train together what one would train alone; started under torchrun, as few times as can be."""
+"""Two processes train together like one process; few starts of torchrun."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHORT = [
     *("--architecture", "eps_resnet20", "--num_threads", "1", "--max_eval_samples", "45"),
     *("--per_device_eval_batch_size", "7", "--epsilon_warmup_epochs", "1", "--ramp_epochs", "2", "--patience", "1"),
 ]
-# 4 epochs of 8 batches, the last one smaller; blocks go in the third and the fourth.
+# 4 epochs of 8 batches, the last one smaller. Blocks are removed in the third and the fourth epoch.
 PRUNED = ["--num_train_epochs", "4", "--max_train_samples", "124", "--keep", "3", "--checkpointing_steps", "5"]
 LEARNED = [
     *(
@@ -53,7 +53,7 @@ def batch(size: int) -> list[str]:
 
 
 def launch(out: Path, todo: dict[str, list[str] | None]) -> subprocess.CompletedProcess:
-    """Run train_two_processes.py; a run's arguments are given its name as directory."""
+    """Run train_two_processes.py. The name of a run is its directory."""
     (out / "todo.json").write_text(
         json.dumps({k: v and [*SHORT, *v, "--output_dir", str(out / k)] for k, v in todo.items()})
     )
@@ -63,7 +63,7 @@ def launch(out: Path, todo: dict[str, list[str] | None]) -> subprocess.Completed
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, timeout=240,
     )  # fmt: skip
-    # As it is: text mode would make a line of each step of a progress bar.
+    # Text mode would split the progress bar into one line per step.
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -78,7 +78,7 @@ def alone(out: Path, *arguments: str) -> dict:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> dict:
-    """What both processes found, in one start; ``out`` is where, ``said`` what was printed."""
+    """Findings of both processes from one start, with its directory ``out`` and its output ``said``."""
     out = tmp_path_factory.mktemp("both")
     with pytest.MonkeyPatch.context() as patched:
         train_only(patched)
@@ -121,7 +121,7 @@ def test_both_have_the_same_model_at_the_end(both, name):
 
 
 def test_blocks_go_while_both_train(both):
-    """Gradients are still synchronised after it: the parameters are the same after each epoch, and change."""
+    """Gradients are still synchronised after the removal: the parameters change, and are equal after each epoch."""
     found = both[0]["pruned"]
     assert len(found["removed"]) == 6
     assert found["removed_in"][0] < 3, "they trained on after it"
@@ -130,7 +130,7 @@ def test_blocks_go_while_both_train(both):
 
 @pytest.mark.parametrize("name", ["pruned", "learned"])
 def test_what_is_saved_is_what_was_measured(both, name):
-    """Over both processes on all images, each once, though neither batch nor half divides their number."""
+    """Both processes together evaluate each image once, although the number of images is not divisible."""
     out, results = both["out"] / name, both[0][name]["results"]
     assert results["eval_images"] == 45
     model = AutoModelForImageClassification.from_pretrained(out).eval()
@@ -144,7 +144,7 @@ def test_what_is_saved_is_what_was_measured(both, name):
 
 
 def test_taken_up_within_an_epoch(both):
-    """Checkpoint 20 lies in the third epoch, after the first removal."""
+    """Checkpoint 20 is in the third epoch, after the first removal."""
     out = both["out"]
     state = json.loads((out / "pruned/checkpoint-20/training.json").read_text())
     assert (state["progress"]["epoch"], state["progress"]["batch"]) == (2, 4)
@@ -157,7 +157,7 @@ def test_taken_up_within_an_epoch(both):
 
 
 def test_told_to_stop_both_do_at_the_same_step_and_go_on_bit_by_bit(both):
-    """One was told at step 12, both know of it one step later; nobody waits for it meanwhile."""
+    """One process is told at step 12, both know one step later, and no process waits in between."""
     out = both["out"]
     for rank in (0, 1):
         assert both[rank]["stopped"].startswith("Stopped by SIGTERM after step 13; use the same arguments")
@@ -184,7 +184,7 @@ def test_one_synchronised_step_is_that_of_one_process(both, tmp_path):
 
 
 def test_one_step_is_the_mean_over_the_halves(both, tmp_path, monkeypatch):
-    """Each process normalises by its own batch where the layers are not synchronised."""
+    """Without synchronised layers each process normalises by its own batch."""
     losses = []
 
     def halves(run, epoch, bar):
@@ -205,7 +205,7 @@ def test_one_step_is_the_mean_over_the_halves(both, tmp_path, monkeypatch):
     mostly_slow([("gentle", 32, []), ("accumulated", 16, ["--gradient_accumulation_steps", "4"])], 1),
 )
 def test_some_synchronised_steps_stay_near_those_of_one_process(both, tmp_path, name, size, arguments):
-    """Three steps, and two of four and two batches: the rounding differs, the course does not."""
+    """Three steps, and two steps of four and two batches. Only rounding differs."""
     expected = alone(tmp_path, *GENTLE, *batch(size), *arguments)
     found = both[0][name]["results"]
     assert found["train_loss_by_epoch"] == pytest.approx(expected["train_loss_by_epoch"], rel=1e-4)
@@ -226,7 +226,7 @@ def test_only_the_main_process_speaks_and_writes(both):
         }  # fmt: skip
     assert said.count("Training eps_resnet20 on") == len(RUNS) + 2, "and those that were refused and stopped"
     assert said.count("Resuming from") == 2
-    # A bar writes over itself until it is closed with a line break.
+    # A progress bar overwrites itself until a line break.
     bars = [line for line in both["errors"].split("\n") if "epoch 4/4: 100%" in line.rpartition("\r")[2]]
     assert len(bars) == 4, "one for each run of four epochs"
     for checkpoint in checkpoints.all_checkpoints(both["out"] / "pruned"):
@@ -280,7 +280,7 @@ def test_batch_norm_of_one_process_is_the_plain_one(make):
 
 
 def test_synchronising_exchanges_nothing_but_the_arithmetic():
-    """Parameters and buffers stay the same objects, so optimizers made before and names in files go on fitting."""
+    """Parameters and buffers stay the same objects, so existing optimizers and names in files still fit."""
     model = timm.create_model("eps_resnet20")
     before = [*model.named_parameters(), *model.named_buffers()]
     assert synchronize_batchnorm(model) is model
@@ -290,7 +290,7 @@ def test_synchronising_exchanges_nothing_but_the_arithmetic():
 
 @pytest.mark.slow
 def test_one_process_killed_right_after_a_removal(both, tmp_path):
-    """The other one ends too; both go on from the last checkpoint to the same end."""
+    """The other process ends too. Both resume from the last checkpoint and reach the same result."""
     done = launch(tmp_path, {"killed": [*PRUNED, *batch(8)]})
     assert done.returncode != 0
     assert f"exitcode  : -{signal.SIGKILL.value}" in done.stderr

@@ -1,4 +1,4 @@
-"""The pruner against gates whose responses are set by hand, and in short real trainings."""
+"""The pruner: with responses that are set by hand, and in short real trainings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from timm_eps.surgery.branches import gates, stage_of
 
 
 def respond(model: nn.Module, responses: dict[str, float], default: float = 10.0) -> None:
-    """As if an epoch had been trained with these largest responses."""
+    """Set these responses, as if an epoch had been trained."""
     for slot, gate in gates(model).items():
         gate.response.fill_(responses.get(slot, default))
 
@@ -69,7 +69,7 @@ def test_an_epoch_open_starts_the_count_anew(model):
 
 
 def test_decisions_at_the_threshold_are_the_gates(model):
-    """0.1 is not a single-precision number: a response of exactly the gate's ε must count as open here too."""
+    """0.1 is not a single-precision number. A response equal to the gate's ε must count as open here too."""
     pruner = EpsilonPruner(model, epsilon=0.1, patience=1)
     gate = gates(model)[SLOTS[0]].train()
     gate(gate.threshold.clone().view(1))
@@ -115,7 +115,7 @@ def test_budget_closes_the_weakest(model):
 
 
 def test_budget_is_never_overshot(model):
-    """All responses collapse in one epoch: more gates shut than were asked for, but no more stay so."""
+    """All responses collapse in one epoch: more gates close than the budget allows, but no more stay closed."""
     pruner = EpsilonPruner(model, keep=6, patience=1, ramp_epochs=3)
     for _ in range(8):
         respond(model, {slot: 1e-3 * (index + 1) for index, slot in enumerate(SLOTS)})
@@ -126,7 +126,7 @@ def test_budget_is_never_overshot(model):
 
 
 def test_a_budget_leaves_branches_that_stay_open_on_every_batch(model):
-    """The response of one batch is often smaller than that of an epoch, by which the branches are ranked."""
+    """The response of one batch is often smaller than the response of an epoch, which ranks the branches."""
     pruner = EpsilonPruner(model, keep=7, patience=2)
     respond(model, {slot: float(index + 1) for index, slot in enumerate(SLOTS)})
     pruner.step()
@@ -138,13 +138,13 @@ def test_a_budget_leaves_branches_that_stay_open_on_every_batch(model):
 
 
 def matter(model: nn.Module, importances: dict[str, float], default: float = 1.0) -> None:
-    """As if an epoch had measured these importances."""
+    """Set these importances, as if an epoch had measured them."""
     for slot, gate in gates(model).items():
         gate.importance.fill_(importances.get(slot, default))
 
 
 def test_a_budget_by_importance(model):
-    """The least important close, whatever they respond, at an ε of their own; the others have none."""
+    """The least important branches close at their own ε, whatever their responses. The others have no ε."""
     pruner = EpsilonPruner(model, keep=7, patience=2, criterion="importance")
     responses = {SLOTS[0]: 0.5, SLOTS[3]: 20.0, SLOTS[8]: 0.0}
     respond(model, responses, default=1.0)
@@ -157,13 +157,13 @@ def test_a_budget_by_importance(model):
     assert pruner.history[-1]["importances"][SLOTS[0]] == 5.0
     for expected in ([], [SLOTS[3], SLOTS[8]]):
         respond(model, responses)
-        matter(model, {SLOTS[3]: 0.0, SLOTS[8]: 0.0})  # as those of closed gates
+        matter(model, {SLOTS[3]: 0.0, SLOTS[8]: 0.0})  # closed gates have importance 0
         assert sorted(pruner.step()) == expected
 
 
 @pytest.mark.parametrize(("keep", "per_stage"), [(7, [3, 2, 2]), (4, [2, 1, 1]), (3, [1, 1, 1]), (2, [2, 0, 0])])
 def test_by_importance_each_stage_keeps_its_share(model, keep, per_stage):
-    """The first stage looks by far the most important; where the budget has less branches than stages, it decides."""
+    """The first stage seems by far the most important. With fewer branches than stages, the budget decides."""
     pruner = EpsilonPruner(model, keep=keep, patience=1, criterion="importance")
     for _ in range(2):
         respond(model, {})
@@ -239,7 +239,7 @@ def test_what_was_not_measured_is_not_closed(model, value, caplog):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_by_importance_a_branch_that_diverged_stays_open(model, value):
-    """On one batch, whose backward pass was left out, so that its importance looks fine."""
+    """The branch diverged on a batch without a backward pass, so its importance looks normal."""
     pruner = EpsilonPruner(model, keep=3, patience=1, criterion="importance")
     respond(model, {SLOTS[0]: value})
     matter(model, {SLOTS[0]: 0.1})
@@ -268,7 +268,7 @@ def test_what_the_user_removes_counts(model, criterion):
 
 
 def test_real_training_by_importance(model, optimizer):
-    """It is measured from the epoch before the first branches close until the budget is reached, resumed or not."""
+    """Measurement starts one epoch before the first closing and ends when the budget is met, resumed or not."""
     settings = {"keep": 4, "warmup_epochs": 2, "ramp_epochs": 3, "patience": 2, "criterion": "importance"}
     pruner = EpsilonPruner(model, optimizer, **settings)
     for epoch in range(9):
@@ -306,7 +306,7 @@ def test_without_live_removal(model, images):
 
 
 def test_optimizer_survives_removal(model, optimizer):
-    """State of the removed goes, momentum of the rest stays to the bit, and training goes on."""
+    """The state of removed parameters is deleted, the momentum of the others stays equal, and training continues."""
     pruner = EpsilonPruner(model, optimizer, epsilon=1.0, patience=1)
     train_step(model, optimizer)
     doomed = set(model.stages[1].blocks[1].parameters())
@@ -326,7 +326,7 @@ def test_optimizer_survives_removal(model, optimizer):
 
 
 def test_real_training_empties_and_removes(model, optimizer):
-    """No response is set by hand: the gates shut on real batches, decay shrinks the branches, blocks go."""
+    """No response is set by hand: gates close on real batches, decay shrinks the branches, blocks are removed."""
     pruner = EpsilonPruner(model, optimizer, keep=4, warmup_epochs=1, ramp_epochs=3, patience=2)
     for group in optimizer.param_groups[:1]:
         group["weight_decay"] = 0.1
@@ -347,7 +347,7 @@ def test_real_training_empties_and_removes(model, optimizer):
 
 @pytest.mark.parametrize("given", [{"epsilon": 0.01}, {"keep": 6}])
 def test_frozen_branches_are_not_empty_ones(model, optimizer, given):
-    """A stage in evaluation mode has no response in training; that is no reason to remove it."""
+    """A stage in evaluation mode has no response in training. This is no reason to remove the stage."""
     pruner = EpsilonPruner(model, optimizer, patience=1, **given)
     for _ in range(4):
         model.train()
@@ -384,7 +384,7 @@ def test_named_parameters_stay_aligned(model):
 
 
 def test_half_precision_threshold(model):
-    """ε = 0.1 is another number in half precision; step() must judge by the gate's."""
+    """ε = 0.1 is another number in half precision; step() must use the gate's value."""
     model.half()
     pruner = EpsilonPruner(model, epsilon=0.1, patience=1)
     for gate in gates(model).values():
@@ -404,7 +404,7 @@ def test_history(model):
 
 
 def test_state_dict_round_trip(model):
-    """Resumed in a fresh model and process, the pruner ends where the uninterrupted one does."""
+    """Resumed in a new model and process, the pruner ends in the same state as the uninterrupted one."""
     script = [{slot: float((7 * index + 3 * epoch) % 11) for index, slot in enumerate(SLOTS)} for epoch in range(10)]
 
     def run(pruner, epochs):
@@ -431,7 +431,7 @@ def test_state_dict_round_trip(model):
 
 
 def test_resume_through_the_transformers_class(tmp_path):
-    """Also onto a model that has lost some of the blocks already; config and network agree afterwards."""
+    """Also into a model without some of the blocks. Configuration and network agree afterwards."""
     body = tiny_net()
     pruner = EpsilonPruner(timm_eps.EpsResNetForImageClassification.from_timm(body), epsilon=1.0, patience=1)
     respond(body, dict.fromkeys(SLOTS[2:5], 0.5))
@@ -468,7 +468,7 @@ def test_state_that_is_less_pruned_than_the_model(model):
 @pytest.mark.parametrize("live_removal", [True, False])
 @pytest.mark.parametrize("epsilon", [1e9, 11.0])
 def test_one_branch_always_stays(model, caplog, epsilon, live_removal):
-    """The one that responds most. It is open in training as well, or it would learn nothing."""
+    """The branch with the largest response stays. It is open in training as well, so it learns."""
     pruner = EpsilonPruner(model, epsilon=epsilon, patience=2, live_removal=live_removal)
     for _ in range(4):
         respond(model, {SLOTS[4]: 10.5})
@@ -486,7 +486,7 @@ def test_one_branch_always_stays(model, caplog, epsilon, live_removal):
 
 
 def test_the_last_branch_may_change(model):
-    """Another one that opens again lets the one close that stayed."""
+    """When another branch opens again, the branch that stayed may close."""
     pruner = EpsilonPruner(model, epsilon=5.0, patience=9)
     respond(model, {SLOTS[4]: 2.0}, default=1.0)
     pruner.step()
@@ -500,7 +500,7 @@ def test_the_last_branch_may_change(model):
 
 
 def test_a_frozen_branch_is_one_that_stays(model, caplog):
-    """It has no response, and no gate closes it."""
+    """The frozen branch has no response, and no gate closes it."""
     pruner = EpsilonPruner(model, epsilon=100.0, patience=1)
     respond(model, {SLOTS[4]: -1.0})
     pruner.step()
@@ -630,7 +630,7 @@ FROZEN = {
 
 
 def end_epochs(pruner, number=3):
-    """The frozen branches come first in the networks: give them the smallest responses and importances."""
+    """The frozen branches come first in the networks. They get the smallest responses and importances."""
     for _ in range(number):
         ranks = {slot: float(rank) for rank, slot in enumerate(gates(pruner.model), 1)}
         respond(pruner.model, ranks)
@@ -683,7 +683,7 @@ def test_all_branches_are_frozen(model, caplog):
 
 
 def test_frozen_and_set_free_again(model):
-    """A closed branch that is frozen opens; one that is set free may close."""
+    """A closed branch opens when it is frozen. An unfrozen branch may close."""
     pruner = EpsilonPruner(model, epsilon=1.0, patience=2)
     low = dict.fromkeys(SLOTS[:2], 0.1)
     respond(model, low)
@@ -695,7 +695,7 @@ def test_frozen_and_set_free_again(model):
     assert pruner.discarded == 1
     model.requires_grad_(True)
     respond(model, low)
-    pruner.step()  # it was open in this epoch, its ε zero
+    pruner.step()  # the branch was open in this epoch, with ε = 0
     for expected in ([], SLOTS[:1]):
         respond(model, low)
         assert pruner.step() == expected
@@ -770,7 +770,7 @@ def test_a_stem_made_by_timm():
 
 
 def vit():
-    """Without statistics over a batch, so that its parts have the gradients that they have in the whole."""
+    """A network without batch statistics, so that parts of a batch have the same gradients as the whole."""
     torch.manual_seed(0)
     return timm.create_model("eps_test_vit", num_classes=4, img_size=32)
 
@@ -781,7 +781,7 @@ BATCHES = [
 
 
 class Amp:
-    """Steps by a GradScaler whose scale changes, and that skips a step which overflows."""
+    """Steps by a GradScaler whose scale changes. Steps that overflow are skipped."""
 
     def __init__(self, *scales):
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scales[0])
@@ -845,7 +845,7 @@ def test_importance_is_that_of_whole_batches_without_a_scale(name):
 
 
 def test_a_step_that_overflows_has_no_importance():
-    """GradScaler skips it; what its gradients have left in the gates is not carried over."""
+    """GradScaler skips the step. Its gradients leave nothing in the gates."""
     model = vit()
     optimizer = torch.optim.SGD(timm_eps.param_groups(model, 0.05), lr=1e-3)
     pruner = EpsilonPruner(model, optimizer, keep=0.5, criterion="importance")

@@ -1,6 +1,6 @@
-"""A model's life on the Hub: pushed, loaded by every loader, tuned further, replaced; and what goes wrong on the way.
+"""A model's life on the Hub: pushed, loaded by every loader, fine-tuned, replaced; and faults on the way.
 
-The Hub is the one of loopback_hub.py; the clients are huggingface_hub, timm, transformers and datasets as they are.
+The Hub is the one in loopback_hub.py. The clients huggingface_hub, timm, transformers and datasets run unchanged.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ SHAPES = ["bar", "column", "diagonal"]
 
 
 def pruned(**kwargs) -> torch.nn.Module:
-    """A tiny net of which 4 of 9 blocks are left in evaluation."""
+    """A tiny network with 4 of 9 blocks in evaluation."""
     net = tiny_net(**kwargs)
     close(net)
     return net
 
 
 def twin(name: str) -> torch.nn.Module:
-    """A twin of a timm architecture that has lost a block; other branches are closed, but cannot go or are there."""
+    """A twin of a timm architecture with some branches removed and others closed."""
     net = timm.create_model(name, num_classes=5)
     with torch.no_grad():
         net.train()(probe_batch(net))
@@ -77,13 +77,13 @@ def stored_config(hub, repo_id: str, revision: str = "main") -> dict:
 
 
 def state_of(hub) -> dict:
-    """All that anybody could see of the Hub."""
+    """The visible state of the Hub."""
     return {key: {**repo.refs["branch"]} for key, repo in hub.repos.items()}
 
 
 @torch.no_grad()
 def check(repo_id: str, net: torch.nn.Module, images: torch.Tensor, revision: str | None = None) -> None:
-    """timm and transformers load the live model's logits, bit for bit."""
+    """timm and transformers load a model with the live model's logits, bit for bit."""
     by_timm = timm.create_model(f"hf-hub:{repo_id}" + (f"@{revision}" if revision else ""), pretrained=True).eval()
     assert torch.equal(by_timm(images), net(images))
     by_auto = AutoModelForImageClassification.from_pretrained(repo_id, revision=revision or "main")
@@ -92,7 +92,7 @@ def check(repo_id: str, net: torch.nn.Module, images: torch.Tensor, revision: st
 
 @torch.no_grad()
 def check_every_loader(repo_id: str, net: torch.nn.Module, images: torch.Tensor) -> None:
-    """So do all the others that the card and the documentation name, of what they load."""
+    """All other loaders in the card and the documentation agree, as far as each applies."""
     check(repo_id, net, images)
     features, stages = net.forward_intermediates(images)
     pooled = net.forward_head(features, pre_logits=True)
@@ -152,7 +152,7 @@ print("the same everywhere")
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> str:
-    """Run Python in a process of its own; what it prints."""
+    """Run Python in a new process. Returns its output."""
     done = subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300
     )
@@ -175,7 +175,7 @@ def draw_shapes(count: int) -> datasets.Dataset:
 
 @torch.no_grad()
 def store_case(directory: Path, path: Path) -> None:
-    """What the trained network in a directory computes, for processes that load it from elsewhere."""
+    """Store the outputs of a trained network, for processes that load it from elsewhere."""
     net, images = timm.create_model(f"local-dir:{directory}", pretrained=True).eval(), torch.randn(4, 3, 8, 8)
     features, stages = net.forward_intermediates(images)
     picture = torch.randint(256, (9, 9, 3), dtype=torch.uint8)
@@ -196,7 +196,7 @@ def test_trained_pushed_loaded_and_tuned_on_other_labels(hub, tmp_path, monkeypa
     pushed = hub.files("me/first")
     assert pushed.keys() == local | {".gitattributes"}
     assert local == ALWAYS - {".gitattributes"} | {"all_results.json", "onnx/model.onnx", *REMOTE_CODE}
-    for name in local - {"onnx/model.onnx"}:  # exported twice
+    for name in local - {"onnx/model.onnx"}:  # the ONNX file is exported twice
         assert pushed[name] == (tmp_path / "first" / name).read_bytes()
 
     store_case(tmp_path / "first", tmp_path / "case.pt")
@@ -220,7 +220,7 @@ def test_trained_pushed_loaded_and_tuned_on_other_labels(hub, tmp_path, monkeypa
 
 
 def check_tuned(hub) -> None:
-    """me/second speaks of itself, of me/first and of me/shapes."""
+    """The card of me/second names itself, me/first and me/shapes."""
     results = json.loads(hub.files("me/second")["all_results.json"])
     before = json.loads(hub.files("me/first")["all_results.json"])
     assert set(before["removed"]) < set(results["removed"])
@@ -348,7 +348,7 @@ def test_a_server_that_fails_in_mid_upload(hub, images):
 
 
 def test_the_given_token_is_the_one_that_is_sent(hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")  # this Hub answers it with 401, whatever is asked
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")  # this Hub answers every request with 401
     for repo_id in ("me/by-token", "by-token-too"):
         timm_eps.push_to_hub(pruned(), repo_id, token=hub.token, revision="draft", private=True)
     assert hub.files("me/by-token", "draft").keys() == hub.files("me/by-token-too", "draft").keys() == ALWAYS
@@ -474,7 +474,7 @@ def test_offline_with_an_empty_cache(net_on_hub, tmp_path):
 
 
 def push_changed(hub, repo_id: str, **fields) -> None:
-    """me/net with another configuration."""
+    """Push me/net with another configuration."""
     files = {**hub.files("me/net"), "config.json": json.dumps({**stored_config(hub, "me/net"), **fields}).encode()}
     operations = [CommitOperationAdd(name, files[name]) for name in ("config.json", "model.safetensors")]
     HfApi().create_repo(repo_id)
@@ -498,7 +498,7 @@ def test_an_unpruned_architecture_without_gates(hub):
 
 
 def test_an_architecture_without_gates_in_timm(net_on_hub):
-    """timm builds its own class, which has none of this package's arguments."""
+    """timm builds its own class, which does not accept this package's arguments."""
     push_changed(net_on_hub, "me/resnet18", architecture="resnet18")
     with pytest.raises(TypeError, match="unexpected keyword argument 'removed'"):
         timm.create_model("hf-hub:me/resnet18", pretrained=True)
@@ -554,7 +554,7 @@ def test_flags_of_the_hub_without_a_push(given, capsys):
 
 
 def run_script(monkeypatch, *arguments: str) -> str:
-    """train_hf.py as a program, in this process; the error it ends with."""
+    """Run train_hf.py as a program in this process. Returns its error."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(
         sys, "argv", ["train_hf.py", "--architecture", "eps_resnet20", "--num_threads", "1", *arguments]

@@ -1,7 +1,7 @@
-"""A push through faults of the Hub and of the connection: nothing is half published, and what is said is true.
+"""A push through faults of the Hub and of the connection: no partial publication, and true messages.
 
-Each fault befalls one request of a push, whenever it is sent again too, or that one and all after it, so that the Hub
-cannot be asked what happened.
+A fault hits one request of a push and all its repeats. Some faults also hit all later requests, so that the client
+cannot ask the Hub for the outcome.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loopback_hub import FAULTS
 import timm_eps
 from timm_eps.hub import saving as hub_module
 
-# The requests of a push to a repository that is there, to a branch, in their order.
+# The requests of a push to a branch of an existing repository, in order.
 REQUESTS = (
     "GET /api/whoami-v2", "POST /api/repos/create", "POST /api/models/me/faults/branch/", "GET /api/models/me/faults/",
     "POST /api/validate-yaml", "POST /api/models/me/faults/preupload/", "POST /me/faults.git/info/lfs/objects/batch",
@@ -32,7 +32,7 @@ REQUESTS = (
 )  # fmt: skip
 ALL = [(request, fault, scope) for request in REQUESTS for fault in FAULTS for scope in ("it", "and all after")]
 HUNDRED = random.Random(0).sample(ALL, 80)
-# The commit is where it matters: all of its faults are among them.
+# The commit matters most, so all faults hit it.
 HUNDRED += [one for one in ALL if one[0] == REQUESTS[-1] and one not in HUNDRED]
 FEW = [
     (REQUESTS[-1], fault, scope)
@@ -43,7 +43,7 @@ FEW = [
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> list[Path]:
-    """Two models that are not published yet."""
+    """Two unpublished models."""
     found = []
     for classes in (8, 9):
         found.append(tmp_path_factory.mktemp("saved") / "model")
@@ -53,10 +53,10 @@ def saved(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture
 def ready(hub, saved, monkeypatch):
-    """A Hub with a first model; how to push the second one; no waiting before a client tries again."""
+    """A Hub with a first model. Yields a function that pushes the second one; clients retry without waiting."""
     monkeypatch.setattr(_http, "time", types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
     monkeypatch.setattr(hub_module, "save_pretrained", lambda model, path, **_: copy(model, path))
-    client = type(get_session())  # of httpx, or of the library after it
+    client = type(get_session())  # the client class of httpx or of its successor
     set_client_factory(lambda: client(timeout=0.2, follow_redirects=True))
     timm_eps.push_to_hub(saved[0], "faults", revision="draft")
     hub.objects = {oid: content for oid, content in hub.objects.items() if content in hub.files("me/faults", "draft")}
@@ -86,7 +86,7 @@ def fails(request: str, fault: str, scope: str):
 
 
 def check(hub, ready, saved, caplog, request: str, fault: str, scope: str) -> str:
-    """Push, and compare what is there with what is said."""
+    """Push, and compare the Hub with the message."""
     tip = hub.repos["models", "me/faults"].refs["branch"]["draft"]
     hub.fault = fails(request, fault, scope)
     error: Exception | None = None
@@ -149,7 +149,7 @@ def test_if_it_cannot_be_asked_nothing_is_claimed(hub, ready, saved, caplog, fau
 
 
 def test_what_others_committed_meanwhile_is_not_taken_for_ours(hub, ready, saved, caplog):
-    """Their commit moves the branch, but does not hold these files."""
+    """The other commit moves the branch, but does not hold these files."""
 
     def fault_of(asked: str) -> str | None:
         if not asked.startswith(REQUESTS[-1]):

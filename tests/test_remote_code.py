@@ -1,6 +1,6 @@
-"""Pruned networks of timm's on machines without timm_eps: by the code beside them, and as programs of plain torch.
+"""Pruned timm networks without timm_eps: by the code beside the weights, and as programs of plain torch.
 
-Run as a script, with a directory of saved models, this file makes the checks of such a machine.
+Run as a script with a directory of saved models, this file makes these checks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LABELS = list("abcde")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Saved models with what they compute, after the checks in a process that cannot import timm_eps."""
+    """Saved models with their outputs, after the checks in a process that cannot import timm_eps."""
     import timm
 
     import timm_eps
@@ -139,7 +139,7 @@ def test_no_path_of_this_machine_is_in_the_program(place):
 
 
 def changed(config: dict, **fields) -> dict:
-    """The configuration with other edits, and with the digest that makes them look as if they were saved so."""
+    """The configuration with other edits, and with a matching digest."""
     from timm_eps.files.edits import edits_digest
 
     config = {**copy.deepcopy(config), **fields}
@@ -248,7 +248,7 @@ def test_a_program_has_its_suffix(tmp_path):
 
 
 if __name__ == "__main__":
-    sys.modules["timm_eps"] = None  # type: ignore[assignment]  no import finds it
+    sys.modules["timm_eps"] = None  # type: ignore[assignment]  blocks the import
     for network in NETWORKS:
         check_outputs(Path(sys.argv[1]) / network)
     print("all checks passed")

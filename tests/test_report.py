@@ -39,7 +39,7 @@ def test_removed_blocks_count_no_longer():
 
 
 def number_printed_by(program: str) -> int:
-    """In a process of its own: this one may have held more memory before."""
+    """Run in a new process, because this process may have held more memory before."""
     return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
 
 
@@ -71,7 +71,7 @@ def test_paired_latency_keeps_modes():
 
 
 def test_latency_is_that_of_the_forward_pass_alone(monkeypatch):
-    """What it takes to prepare a model, and to give it its modes back, depends on how many modules it has."""
+    """The time for preparing a model and restoring its modes grows with the number of modules."""
 
     @contextlib.contextmanager
     def slow(model):

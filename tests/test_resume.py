@@ -1,4 +1,4 @@
-"""A training that is stopped, by whatever, and taken up again ends with the bytes it would have ended with."""
+"""A stopped training resumes and ends with the same bytes as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from test_train_hf import _one_thread, without_times  # noqa: F401  the fixture 
 import train_hf
 from timm_eps.training import checkpoints, run_checkpoints
 
-# 4 epochs of 4 batches, the last one smaller; blocks go after epochs 2 and 3.
+# 4 epochs of 4 batches, the last one smaller. Blocks are removed after epochs 2 and 3.
 SHORT = [
     *("--architecture", "eps_resnet20", "--num_train_epochs", "4", "--max_train_samples", "120"),
     *("--max_eval_samples", "40", "--per_device_train_batch_size", "32", "--keep", "3", "--num_threads", "1"),
@@ -34,7 +34,7 @@ LATEST = ["--resume_from_checkpoint"]
 
 
 def train_only(patched: pytest.MonkeyPatch) -> None:
-    """What comes after the training has tests of its own, and takes longer than these trainings."""
+    """Skip the steps after the training: other tests cover them, and they take longer than these trainings."""
     patched.setattr(train_hf.publishing, "check_reload", lambda *_: "not tried")
     patched.setattr(train_hf.publishing, "paired_seconds", lambda pair, *_: dict.fromkeys(pair, [1.0] * 3))
 
@@ -43,13 +43,13 @@ REAL_SAVE = train_hf.publishing.save
 
 
 def save_weights(model, output_dir: str, remedy, *, results: dict, **others) -> None:
-    """In place of :func:`.publishing.save`: a directory of the same weights and results, without the rest."""
+    """Replacement for :func:`.publishing.save`: a directory with only the weights and results."""
     save_file(dict(model.timm_model.state_dict()), Path(output_dir) / "model.safetensors")
     (Path(output_dir) / "all_results.json").write_text(json.dumps(results))
 
 
 def weights_only(patched: pytest.MonkeyPatch) -> None:
-    """:func:`train_only`, and of the result what :func:`outcome` reads."""
+    """:func:`train_only`, plus the files that :func:`outcome` reads."""
     train_only(patched)
     patched.setattr(train_hf.publishing, "save", save_weights)
 
@@ -72,7 +72,7 @@ def names(directory: Path) -> list[str]:
 
 
 def written(out: Path) -> dict[str, bytes]:
-    """What all checkpoints hold, without times, which also the hashes are of."""
+    """Contents of all checkpoints, without times and hashes of times."""
     found = {}
     for checkpoint in [*checkpoints.all_checkpoints(out), *checkpoints.all_checkpoints(out / "dense")]:
         for path in checkpoint.iterdir():
@@ -86,7 +86,7 @@ def written(out: Path) -> dict[str, bytes]:
 
 
 def stopped_at(whole: Path, checkpoint: str, name: str = "stopped") -> Path:
-    """The directory of a run as it was when a checkpoint was written, of the dense half if it says so."""
+    """The directory of a run as it was when a checkpoint was written, optionally of the dense run."""
     out = whole.with_name(name)
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(whole, out)
@@ -107,7 +107,7 @@ def state_of(checkpoint: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """An uninterrupted run with a checkpoint every three steps, not to be written to."""
+    """An uninterrupted run with a checkpoint every three steps. Tests must not write to it."""
     with pytest.MonkeyPatch.context() as patched:
         weights_only(patched)
         out = tmp_path_factory.mktemp("whole") / "out"
@@ -142,7 +142,7 @@ def test_checkpoints_change_nothing(whole, tmp_path):
 
 
 def test_epochs_of_so_many_steps_are_taken_up_too(tmp_path):
-    """Of three steps where a pass has four, so they end within one. Importances are measured on as well."""
+    """Epochs of three steps, while a pass has four, so they end within a pass. Importances are resumed too."""
     steps = ["--steps_per_epoch", "3", "--checkpointing_steps", "4", "--criterion", "importance"]
     results = run(tmp_path / "whole", *steps)
     assert results["blocks_kept"] == 3, "blocks go by these epochs"
@@ -221,7 +221,7 @@ def test_of_two_the_whole_one(whole, caplog):
 
 
 def test_a_torn_one_and_a_limit(whole, monkeypatch):
-    """Stopped once more after the next checkpoint, there still is one to go on from."""
+    """After another stop behind the next checkpoint, an intact checkpoint remains."""
     out = stopped_at(whole, "checkpoint-15", name="torn-and-limit")
     (out / "checkpoint-15/model.safetensors").unlink()
     steps = iter([1, 0])
@@ -239,7 +239,7 @@ def test_a_torn_one_and_a_limit(whole, monkeypatch):
 
 
 def test_an_explicit_one_may_be_of_another_directory(whole, tmp_path):
-    """On other threads as well: the course of a training does not depend on them."""
+    """Also with another number of threads, which does not affect a training."""
     chosen = ["--resume_from_checkpoint", str(whole / "checkpoint-15"), "--num_threads", "2"]
     run(tmp_path / "out", *EVERY_3, *chosen, "--per_device_eval_batch_size", "7")
     found, expected = outcome(tmp_path / "out")[1], outcome(whole)[1]
@@ -283,7 +283,7 @@ def test_another_run_does_not_go_on_from_it(whole, tmp_path, arguments, name, be
 
 
 def test_another_run_does_not_go_on_from_the_latest_either(whole):
-    """It neither goes on nor begins anew, which would mix the checkpoints of two runs."""
+    """The run neither resumes nor starts anew, because that would mix the checkpoints of two runs."""
     out = stopped_at(whole, "checkpoint-6", name="latest-of-another")
     with pytest.raises(ValueError, match=r"checkpoint-6 has seed 0, but this one 1. Use the same arguments"):
         run(out, "--seed", "1", *EVERY_3, *LATEST)
@@ -308,7 +308,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, path, reason):
 
 
 def test_the_dense_half_and_the_other_are_not_mistaken_for_each_other(tmp_path):
-    """Their checkpoints have the same names and were written with the same arguments."""
+    """The checkpoints of both runs have equal names and equal arguments."""
     both = ["--compare_dense", "--num_train_epochs", "1", "--checkpointing_steps", "epoch"]
     run(tmp_path / "out", *both)
     dense = tmp_path / "out/dense/checkpoint-4"
@@ -400,7 +400,7 @@ for moment, arguments in json.loads(sys.argv[1]):
 
 
 def in_a_process(*runs: tuple[str, Path, list[str]]) -> subprocess.Popen:
-    """One run after the other: a moment at which it kills itself or another word, its directory, and arguments."""
+    """Start runs one after the other, given as (moment of the kill or another word, directory, arguments)."""
     told = json.dumps([(moment, [*SHORT, "--output_dir", str(out), *arguments]) for moment, out, arguments in runs])
     return subprocess.Popen(
         [sys.executable, "-c", KILLED, told],
@@ -419,7 +419,7 @@ MOMENTS = {
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
-    """A directory for each moment, as the run left it that was killed there."""
+    """A directory per moment, in the state after the kill."""
     root = tmp_path_factory.mktemp("killed")
     said, errors = in_a_process(*((moment, root / moment, EVERY_3) for moment in MOMENTS)).communicate(timeout=180)
     outcomes = [line for line in said.splitlines() if line.endswith(f" {-signal.SIGKILL}")]
@@ -442,7 +442,7 @@ def test_killed(whole, killed, moment):
 
 @pytest.mark.slow
 def test_killed_at_ten_moments(tmp_path):
-    """Ten runs, each killed at a random moment of its duration and then taken up; the moments are printed."""
+    """Ten runs, each killed at a random moment and then resumed. The moments are printed."""
     often = ["--checkpointing_steps", "2", "--num_train_epochs", "12", "--ramp_epochs", "8"]
 
     def to_the_end(out: Path, *arguments: str) -> None:
@@ -458,7 +458,7 @@ def test_killed_at_ten_moments(tmp_path):
         out = tmp_path / str(number)
         command = [sys.executable, train_hf.__file__, *SHORT, *often, "--output_dir", str(out)]
         process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-        while not names(out):  # how long the start takes varies more than the training does
+        while not names(out):  # the start varies more in time than the training
             assert process.poll() is None
             time.sleep(0.005)
         time.sleep(moment)

@@ -1,4 +1,4 @@
-"""ε over the epochs, and the learning rate that restarts."""
+"""ε over the epochs, and the restarted learning rate."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_budget_epsilon_separates_exactly_as_many():
 
 
 def test_budget_counts_the_removed_ones_in():
-    responses = {f"b{i}": float(i) for i in range(1, 5)}  # 6 of 10 are gone already
+    responses = {f"b{i}": float(i) for i in range(1, 5)}  # 6 of 10 are removed already
     assert BudgetEpsilon(3)(0, responses, total=10) == {"b1": 1.5, "b2": 0.0, "b3": 0.0, "b4": 0.0}
     assert not any(BudgetEpsilon(5)(0, responses, total=10).values())
 
 
 def test_budget_ignores_nan():
-    """A diverged branch cannot be closed and must not take the place of one that can."""
+    """A diverged branch cannot close and must not count as one of the branches to close."""
     epsilon = BudgetEpsilon(1)(0, {"a": math.nan, "b": 1.0, "c": 2.0}, total=3)
     assert epsilon["a"] == 0.0
     assert 2.0 < epsilon["b"] == epsilon["c"] < math.inf
@@ -94,7 +94,7 @@ def test_paper_learning_rate_without_restart(optimizer):
 
 
 def test_paper_learning_rate_restarts_when_blocks_go(optimizer):
-    discarded = [0] * 130 + [2] * 170  # epoch 130 ends with two blocks discarded
+    discarded = [0] * 130 + [2] * 170  # epoch 130 ends with two blocks closed or removed
     found = rates(RestartingLR(optimizer), optimizer, discarded)
     assert found[130] == pytest.approx(0.001)
     assert found[131:172] == pytest.approx([0.1] * 41)

@@ -1,6 +1,6 @@
-"""The modelling code that is copied beside saved models: it gives timm_eps's results where there is no timm_eps.
+"""The modelling code that is copied beside saved models gives timm_eps's results without timm_eps.
 
-Run as a script, with a directory of saved models, this file makes the checks of such a place.
+Run as a script with a directory of saved models, this file makes these checks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REMOTE = {"trust_remote_code": True}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Saved models with what timm_eps computes, after the checks that need a process without timm_eps."""
+    """Saved models with timm_eps's outputs, after the checks in a process without timm_eps."""
     from conftest import SLOTS, close, tiny_net
 
     import timm_eps
@@ -90,7 +90,7 @@ def tiny_net_of_one_channel() -> torch.nn.Module:
 
 
 def check_place(place: Path) -> None:
-    """All checks of a process that has never seen timm_eps."""
+    """All checks of a process without timm_eps."""
     hf_logging.disable_progress_bar()
     warned: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
@@ -123,7 +123,7 @@ def check_outputs(directory: Path) -> None:
 
     config = AutoConfig.from_pretrained(directory, **REMOTE)
     assert config.stage_names == ["stem", "stage1", "stage2", "stage3"]
-    # AutoBackbone.from_pretrained looks for local directories on the Hub; its from_config finds the class.
+    # AutoBackbone.from_pretrained looks for local directories on the Hub; from_config finds the class.
     backbone_class = type(AutoBackbone.from_config(config, **REMOTE))
     backbone, info = backbone_class.from_pretrained(
         directory, out_features=["stem", "stage2"], output_loading_info=True
@@ -147,7 +147,7 @@ def check_outputs(directory: Path) -> None:
     output = model(images, output_hidden_states=True)
     assert torch.equal(output.logits, expected["logits"])
     assert all(map(torch.equal, output.hidden_states, hidden_states))
-    # transformers leaves weights unaligned in the mapped file, where kernels may sum in another order.
+    # transformers maps weights at unaligned addresses, where kernels may sum in another order.
     singles = torch.cat([model(image[None]).logits for image in images])
     torch.testing.assert_close(singles, expected["singles"], rtol=0, atol=1e-6)
     loss, logits = model(images, labels=torch.tensor([0, 1, 2, 3]), return_dict=False)
@@ -183,7 +183,7 @@ def check_saving(directory: Path) -> None:
     assert {key: after[key] for key in before if key != "weights_sha256"} == {
         key: value
         for key, value in before.items()
-        if key != "weights_sha256"  # of the file that was loaded
+        if key != "weights_sha256"  # the digest of the loaded file
     }
     assert after.keys() - before.keys() == {"out_features", "out_indices"}
 
@@ -230,7 +230,7 @@ def check_refusals(directory: Path) -> None:
 
 
 def test_without_timm_eps(place):
-    """The checks of :func:`check_place` ran in a process of their own when the fixture was made."""
+    """The fixture has run the checks of :func:`check_place` in another process."""
 
 
 def test_timm_eps_reads_what_was_saved_again(place):

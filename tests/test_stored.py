@@ -1,6 +1,6 @@
-"""Directories from elsewhere: a configuration is data, weights fit it, and the two are a pair.
+"""Foreign directories: a configuration is only data, the weights fit it, and both files belong together.
 
-Every loader is asked: timm, transformers' Auto classes, the backbone, and the stand-alone code.
+Every loader is tested: timm, transformers' Auto classes, the backbone, and the stand-alone code.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def originals(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def stored(originals, tmp_path):
-    """Makes a copy of a saved network that a test may damage."""
+    """A function that copies a saved network, so that a test may damage the copy."""
 
     def make(name: str = "eps_resnet20", change_config=None, change_weights=None) -> Path:
         directory = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
@@ -70,7 +70,7 @@ def stored(originals, tmp_path):
             weights = load_file(directory / "model.safetensors")
             change_weights(weights)
             save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-            del config["weights_sha256"]  # as by somebody who means it
+            del config["weights_sha256"]  # a deliberate attacker would delete it too
         if change_config is not None:
             config = change_config(config) or config
         (directory / "config.json").write_text(json.dumps(config))
@@ -113,7 +113,7 @@ HOSTILE = {
 }
 
 
-_WATCHED: list[str] = []  # where files may be written while somebody watches
+_WATCHED: list[str] = []  # directories that files may be written to during a test
 _HAPPENED: list[tuple] = []
 
 
@@ -127,12 +127,12 @@ def _watch(event: str, args: tuple) -> None:
         _HAPPENED.append((event, args[0]))
 
 
-sys.addaudithook(_watch)  # it cannot be taken off again
+sys.addaudithook(_watch)  # an audit hook cannot be removed
 
 
 @pytest.fixture
 def nothing_outside(tmp_path):
-    """Fails a test that connects to somewhere, starts a process, or writes outside its own directory."""
+    """Fail a test that opens a connection, starts a process, or writes outside its directory."""
     _HAPPENED.clear()
     _WATCHED[:] = [str(tmp_path), os.devnull]
     yield
@@ -149,7 +149,7 @@ def test_model_args_choose_no_source_file_device_class_or_form(stored, nothing_o
     directory = stored(name, change)
     for loader in LOADERS if name == "eps_resnet20" else TWIN_LOADERS:
         if loader == "timm" and keyword in ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-            with pytest.raises((TypeError, ValueError)):  # timm passes these itself; Python refuses the second one
+            with pytest.raises((TypeError, ValueError)):  # timm passes these arguments itself
                 LOADERS[loader](directory)
         elif loader == "timm" and keyword in ("checkpoint_path", "scriptable", "exportable", "no_jit"):
             with pytest.raises((ValueError, TypeError)):
@@ -206,7 +206,7 @@ def test_the_root_names_structure_alone(stored, field, value):
 
 
 def refused_by_every_reader(directory: Path, match: str) -> None:
-    """The three that read configurations; the other loaders call them."""
+    """The three readers of configurations. The other loaders call them."""
     refuses("timm", directory, match)
     config = json.loads((directory / "config.json").read_text())
     for cls in (EpsResNetConfig, standalone.EpsResNetConfig):
@@ -250,7 +250,7 @@ def test_values_out_of_bounds_are_named(stored, change, field):
     if change in (
         {"closed": ["nowhere"]},
         {"removed": ["stages.1.blocks." + "9" * 200]},
-    ):  # a path as good as any, before the network is there
+    ):  # valid as a path until the network is built
         refuses("timm", directory, field)
         refuses("classifier", directory, field)
     else:
@@ -331,7 +331,7 @@ def test_shortened_shows_any_value_in_one_short_line():
 
 @pytest.mark.parametrize("named", ["head.fc", ["head.fc", "stages"], "", None, ["stages", "stem", "norm", "head"]])
 def test_the_file_does_not_name_the_classifier(stored, named):
-    """A name would switch the strict check of what it names off."""
+    """A name would switch off the strict check of the named part."""
 
     def change(config):
         config["pretrained_cfg"]["classifier"] = named
@@ -584,7 +584,7 @@ def test_no_server_is_asked_for_a_local_directory(stored, monkeypatch):
 
 def test_quantized_weights_are_named(tmp_path):
     class Quantized(torch.Tensor):
-        """Stands for the tensors that torchao puts in place of weights."""
+        """Stands for the tensors with which torchao replaces weights."""
 
         def __deepcopy__(self, memo):
             return self
@@ -599,7 +599,7 @@ def test_quantized_weights_are_named(tmp_path):
 
 @pytest.mark.parametrize("depth", mostly_slow([110, 200], 1))
 def test_a_cifar_network_is_not_taken_for_timms_of_that_depth(tmp_path, depth):
-    """timm has a ResNet-200 of its own."""
+    """timm has its own ResNet-200."""
     model = timm.create_model(f"eps_resnet{depth}", num_classes=5)
     timm_eps.save_pretrained(model, tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).stage_names == ["stem", "stage1", "stage2", "stage3"]

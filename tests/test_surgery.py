@@ -1,4 +1,4 @@
-"""Gates in, collapsed branches out, proven; and what bad input is told."""
+"""Gates are added, closed branches are removed with a proof, and bad input gets a clear error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from timm_eps.surgery.removal import collapsed_copy, remove, removed_slots
 
 @pytest.mark.parametrize("seed", range(5))
 def test_removal_changes_no_output(seed, images):
-    """Random halves shut: the gated model and the pruned one agree bit for bit, and the parameters are gone."""
+    """Random halves are closed: the gated and the pruned model agree bit for bit, and the parameters are removed."""
     model = tiny_net()
     chosen = random.Random(seed).sample(SLOTS, 5)
     close(model, *chosen)
@@ -53,7 +53,7 @@ def test_removed_rebuilds_the_structure(images):
 
 
 def test_timm_itself_saves_the_structure(tmp_path, images):
-    """A user who never heard of this package's save_pretrained loses nothing."""
+    """Saving with timm alone keeps the structure."""
     model = tiny_net()
     close(model)
     timm_eps.remove_closed(model)
@@ -86,7 +86,7 @@ def test_copy_leaves_the_model_alone(images):
 
 
 def test_not_finite_models_lose_blocks_too(images):
-    """A run whose loss exploded must not also die in surgery, which would hide why."""
+    """A run whose loss exploded must not fail in surgery, which would hide the cause."""
     model = tiny_net()
     model.head.fc.bias.data.fill_(torch.nan)
     close(model)
@@ -100,7 +100,7 @@ def test_an_open_gate_is_refused():
 
 
 def test_what_is_no_identity_loses_its_branch_only(images):
-    """The proof, not the name, decides: a block that does more than its branch is kept, without the branch."""
+    """The proof decides, not the name: a block that does more than its branch stays, without the branch."""
     model = tiny_net()
 
     class AlsoDoubles(type(model.stages[0].blocks[1])):
@@ -119,7 +119,7 @@ def test_what_is_no_identity_loses_its_branch_only(images):
 
 
 def test_what_changes_the_output_stays(images, caplog):
-    """A parent that reads more of its blocks than their output: that block is put back, the others go."""
+    """A parent reads more than the output of its blocks. That block is put back, the others are removed."""
     model = tiny_net()
     kept = model.stages[1].blocks[1].conv1.weight
     inner = type(model).forward
@@ -198,7 +198,7 @@ def test_add_gates_inside_transformers_own_wrapper():
 
 
 def test_slots_that_are_no_branches_get_no_gate(caplog):
-    """The reasons are told, but for slots that a block without a shortcut has for nothing."""
+    """The reasons are logged, except for the usual ones in blocks without a shortcut."""
     with pytest.raises(ValueError, match=r"ResNet has no residual branch .*it gets the block's input"):
         timm_eps.add_gates(timm.create_model("resnest14d", num_classes=2))
     with pytest.raises(ValueError, match=r"RDNet has no residual branch .*the block has no shortcut"):
@@ -216,7 +216,7 @@ def test_slots_that_are_no_branches_get_no_gate(caplog):
 
 
 def test_one_gate_for_a_slot_that_runs_twice():
-    """mixer's blocks have one slot for two branches: they close, and go, together."""
+    """mixer's blocks have one slot for two branches, so both close and are removed together."""
     model = timm.create_model("mixer_s32_224", num_classes=2).eval()
     slots = timm_eps.add_gates(model)
     assert len(slots) == 8
@@ -246,7 +246,7 @@ def test_param_groups_of_the_cifar_net():
 
 
 def test_param_groups_decay_what_bounds_a_branch():
-    """Of all norms only the last of a post-activation branch; of all vectors in a ConvNeXt only the layer scales."""
+    """Decayed vectors: in a post-activation network the last norm of a branch; in a ConvNeXt the layer scales."""
     model = timm.create_model("resnet18", num_classes=2)
     timm_eps.add_gates(model)
     decayed = {id(p) for p in timm_eps.param_groups(model, 0.1)[0]["params"]}

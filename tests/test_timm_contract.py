@@ -1,7 +1,7 @@
-"""What timm's own tests ask of every registered model, asked of the gated twins, and what a twin owes its original.
+"""The checks of timm's own model tests, applied to the gated twins, and comparisons of twins with their originals.
 
-The twins of one timm module that are of one class share all their code, so by default one of each kind is tested, with
-keywords that make it small. The slow tier adds the kinds that cannot be made small or fast, and every registered name.
+Twins of one timm module and one class share all their code. By default one twin of each kind is tested, with keywords
+that make it small. The slow tier adds the kinds that cannot be made small or fast, and every registered name.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MAX_PARAMETERS = 8_000_000
 MAX_PARAMETERS_SLOW = 40_000_000
 CLASSES = 42
 
-# Name: image size and keywords. Where the smallest twin of its kind is too large or too deep, keywords shrink it; each
-# keeps a block of every type that the kind has.
+# Name: image size and keywords. Keywords shrink a twin that is too large or too deep; every type of block of its kind
+# remains.
 COVER: dict[str, tuple[int, dict[str, Any]]] = {
     "eps_beit_base_patch16_224": (32, dict(depth=3, embed_dim=96, num_heads=3, img_size=32)),
     "eps_cait_xxs24_224": (32, dict(depth=3, img_size=32)),
@@ -124,7 +124,7 @@ LARGE_COVER: dict[str, tuple[int, dict[str, Any]]] = {
     "eps_volo_d1_224": (32, dict(img_size=32)),
     "eps_xception41p": (32, {}),
 }
-# Scripting, tracing and building once more take seconds; by default those whose slots, blocks or passes differ most.
+# Scripting, tracing and rebuilding take seconds. By default they run for the most different twins.
 TRACED = (
     "eps_cait_xxs24_224", "eps_mobilenetv2_035", "eps_swin_tiny_patch4_window7_224", "eps_test_byobnet",
     "eps_test_convnext", "eps_test_nfnet", "eps_test_resnet", "eps_test_vit", "eps_visformer_tiny",
@@ -139,7 +139,7 @@ QUICK_COVER = (
 
 
 class Case(NamedTuple):
-    """A twin and the architecture that it gates, with equal weights, in evaluation mode. Tests change copies only."""
+    """A twin and its architecture, with equal weights, in evaluation mode. Tests change only copies."""
 
     name: str
     keywords: dict[str, Any]
@@ -160,7 +160,7 @@ def make_case(name: str, size: int, keywords: dict[str, Any]) -> Case:
     return Case(name, keywords, twin, plain, torch.randn(2, 3, size, size))
 
 
-# By default those that differ most: the others are made in other ways of parts that these have as well.
+# By default the most different twins. The others combine the same parts in other ways.
 SLOW_COVER = [name for name in COVER if name not in QUICK_COVER]
 
 
@@ -181,18 +181,18 @@ def traced_case(request) -> Case:
 
 
 def same(some: Any, others: Any) -> bool:
-    """Bit for bit the same tensors."""
+    """The tensors are equal bit for bit."""
     some, others = tree_leaves(some), tree_leaves(others)
     return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
 def joined(outputs: Any) -> Tensor:
-    """One tensor, also of a distilled network in training, which puts out two."""
+    """One tensor, also of a distilled network, which returns two in training."""
     return torch.cat(outputs) if isinstance(outputs, tuple) else outputs
 
 
 def where_plain_does(try_it: Callable[[nn.Module], Any], case: Case) -> tuple[Any, Any]:
-    """What the twin and the plain architecture give; skips the test if the plain one has nothing to give."""
+    """The results of the twin and of the plain architecture. Skips the test if the plain architecture raises."""
     with torch.no_grad():
         try:
             expected = try_it(copy.deepcopy(case.plain))
@@ -222,7 +222,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def check_named_layers(model: nn.Module) -> None:
-    """The layers that the configuration names are in the state dict: transfer learning replaces them."""
+    """The state dict holds the layers that the configuration names, because transfer learning replaces these layers."""
     cfg, keys = model.default_cfg, model.state_dict().keys()
     named = [cfg["first_conv"], cfg["classifier"]] if cfg.get("num_classes") else [cfg["first_conv"]]
     assert [layer for layer in tree_leaves([list(n) if isinstance(n, tuple) else n for n in named]) if layer]
@@ -239,7 +239,7 @@ def test_lists_are_not_empty():
 
 
 def test_gates_and_keys(case):
-    """The twin has open gates, and the state dict of the original: each loads the other's strictly."""
+    """The twin has open gates and the state dict of the original. Each loads the other's state dict strictly."""
     assert gates(case.twin)
     assert all(gate.epsilon == 0 and not gate.closed for gate in gates(case.twin).values())
     assert list(case.twin.state_dict()) == list(case.plain.state_dict())
@@ -281,14 +281,14 @@ def test_default_cfg(case):
 
 
 def test_features_and_classifier(case):
-    """Feature dimensions are as declared, and the classifier can be taken away."""
+    """Feature dimensions are as declared, and the classifier can be removed."""
     model = copy.deepcopy(case.twin)
     with torch.no_grad():
         features = model.forward_features(case.images)
         assert same(features, case.plain.forward_features(case.images))
         try:
             expected = case.plain.forward_head(features, pre_logits=True)
-        except (NotImplementedError, TypeError):  # it has none, or one for features
+        except (NotImplementedError, TypeError):  # the network has no classifier, or one for features
             pytest.skip(f"{base_name(case.name)} has no head")
         pre_logits = model.forward_head(features, pre_logits=True)
         assert same(pre_logits, expected)
@@ -316,7 +316,7 @@ def test_classifier_reset_unpooled(case):
 
 
 def test_unpooled_from_the_start(traced_case):
-    """``num_classes=0, global_pool=''`` gives the feature map, and without classifier the pooled features."""
+    """``num_classes=0, global_pool=''`` gives the feature map, and without the classifier the pooled features."""
     images = traced_case.images.to("meta")
     with torch.device("meta"):
         try:
@@ -328,7 +328,7 @@ def test_unpooled_from_the_start(traced_case):
 
 
 def test_features_only(case):
-    """Features number, channels, reductions and formats are those of the original."""
+    """Number, channels, reductions and formats of the features are those of the original."""
     try:
         plain = case.build(plain=True, features_only=True)
         with torch.no_grad():
@@ -363,7 +363,7 @@ def test_forward_intermediates(case):
 
 
 def test_grad_checkpointing(case):
-    """Outputs, gradients and the gates' responses are those of a step without."""
+    """Outputs, gradients and responses equal those of a step without checkpointing."""
     try:
         copy.deepcopy(case.plain).set_grad_checkpointing()
     except (AssertionError, AttributeError) as error:
@@ -381,7 +381,7 @@ def test_grad_checkpointing(case):
 
 
 def test_torchscript(traced_case):
-    """A scripted twin computes the same, wherever timm's own architecture can be scripted."""
+    """A scripted twin gives equal outputs, if timm's own architecture can be scripted."""
     with set_scriptable(True):
         twin = traced_case.build()
         try:
@@ -397,7 +397,7 @@ def test_torchscript(traced_case):
 
 
 def test_fx(traced_case):
-    """A symbolically traced twin computes the same, wherever timm's own architecture can be traced."""
+    """A symbolically traced twin gives equal outputs, if timm's own architecture can be traced."""
 
     def traced(model):
         last = get_graph_node_names(model)[1][-1]
@@ -430,7 +430,7 @@ PRUNED = {
 
 @pytest.mark.parametrize("name", mostly_slow(PRUNED, 0, 2))
 def test_pruned_twins_script_and_trace(name):
-    """Whatever takes timm's own network takes it with gates, open or closed, and without whole or half blocks."""
+    """Tools that accept timm's own network accept it with open or closed gates, and without whole or half blocks."""
     found = try_tools(base_name(name), COVER[name][1])
     assert found == {tool: dict.fromkeys(STATES) for tool in TOOLS if tool in PRUNED[name]}
 
@@ -449,7 +449,7 @@ def test_all_pruned_twins_script_and_trace(name):
 
 @pytest.mark.slow
 def test_cover_is_complete():
-    """One twin of every timm module and class of network, small by default."""
+    """There is one twin of every timm module and class of network, and it is small by default."""
     covered = {kind(name) for name in [*COVER, *LARGE_COVER]}
     assert len(covered) == len(COVER) + len(LARGE_COVER), "two of one kind"
     missing = {key: name for name in NAMES if (key := kind(name)) not in covered}
@@ -460,7 +460,7 @@ def test_cover_is_complete():
 
 
 def image_size(model: nn.Module) -> int:
-    """A small size that a network of its default configuration takes."""
+    """A small image size that the default configuration of a network accepts."""
     cfg = model.default_cfg
     size = cfg["input_size"][-1]
     return size if cfg.get("fixed_input_size") else min(size, (cfg.get("min_input_size") or (3, 128, 128))[-1])
@@ -469,7 +469,7 @@ def image_size(model: nn.Module) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name(name):
-    """Every twin can be built, and up to a size is bit for bit its original in evaluation and in training."""
+    """Every twin can be built. Up to a size, it is bit for bit its original in evaluation and in training."""
     with torch.device("meta"):
         plain, twin = timm.create_model(base_name(name)), timm.create_model(name)
     assert gates(twin)

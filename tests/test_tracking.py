@@ -1,4 +1,4 @@
-"""What is logged where, and how a step is kept free of waiting for it."""
+"""Where values are logged, and that logging does not make a step wait."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(out: Path, *arguments: str) -> dict:
 
 
 def events(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) by name, of all that tensorboard finds."""
+    """(step, value) by name, as tensorboard reads them."""
     found: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(out.rglob("events.out.tfevents.*")):
         accumulator = EventAccumulator(str(path)).Reload()
@@ -41,7 +41,7 @@ def events(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory) -> tuple[Path, dict, list[dict]]:
-    """Where a run with its dense half was logged, its results, and the history of its gates."""
+    """Log directory of a run with a dense phase, its results, and the history of its gates."""
     out, pruners = tmp_path_factory.mktemp("tracked"), []
     init = EpsilonPruner.__init__
     with pytest.MonkeyPatch.context() as patched:
@@ -81,14 +81,14 @@ def test_responses_are_logged_while_there_is_a_gate(tracked):
 
 
 def test_the_loss_is_logged_between_epochs(tracked):
-    """The mean of the epoch so far: at the last step of an epoch, that of the epoch."""
+    """The mean loss of the epoch so far. At the last step of an epoch it is the epoch's loss."""
     out, results, _ = tracked
     found = events(out)
     for prefix in ("", "dense/"):
         assert [step for step, _ in found[f"{prefix}loss"]] == [3, 6, 9, 12]
         mean = results[f"{prefix.replace('/', '_')}train_loss_by_epoch"][-1]
         assert found[f"{prefix}loss"][-1][1] == pytest.approx(mean, rel=1e-6)
-    # The rate of an epoch is one that it had in the epoch.
+    # The logged rate of an epoch is one of its steps' rates.
     assert [step for step, _ in found["learning_rate"]] == [3, 4, 6, 8, 9, 12, 12]
 
 
@@ -120,7 +120,7 @@ def test_an_unknown_tracker_is_named_before_the_training(tmp_path, monkeypatch, 
 
 
 def counted(out: Path, monkeypatch, epochs: int, batches: int, *arguments: str) -> dict[str, int]:
-    """How often the epochs of a training ask a tensor for its value, by operator."""
+    """How often the epochs of a training read a tensor's value, by operator."""
     found: dict[str, int] = {}
 
     class Counting(TorchDispatchMode):
@@ -138,7 +138,7 @@ def counted(out: Path, monkeypatch, epochs: int, batches: int, *arguments: str) 
 
     with monkeypatch.context() as patched:
         patched.setattr(train_hf, "train_epoch", watched)
-        # On a CPU the loss of a step is there when it is looked at; on a GPU it is copied without waiting.
+        # On a CPU the loss is available at once; on a GPU it is copied without waiting.
         patched.setattr(StepWatch, "_is_finite", lambda self, loss: True)
         run(out, "--num_train_epochs", str(epochs), "--max_train_samples", str(32 * batches), *arguments)
     return found
@@ -151,12 +151,12 @@ def counted(out: Path, monkeypatch, epochs: int, batches: int, *arguments: str) 
     ),
 )
 def test_no_step_waits_for_the_device(tmp_path, monkeypatch, arguments):
-    """An epoch of eight steps asks for as many values of tensors as one of four."""
+    """An epoch of eight steps reads as many tensor values as an epoch of four steps."""
     few, many = (counted(tmp_path, monkeypatch, 1, batches, *arguments) for batches in (4, 8))
     assert few == many
 
 
 def test_what_waits_would_be_counted(tmp_path, monkeypatch):
-    """Logging at each step does ask for the loss."""
+    """Logging at each step does read the loss."""
     few, many = (counted(tmp_path, monkeypatch, 1, batches, *TENSORBOARD, "--logging_steps", "1") for batches in (4, 8))
     assert many["_local_scalar_dense"] - few.get("_local_scalar_dense", 0) >= 4

@@ -1,4 +1,4 @@
-"""The script on local data of every layout it is meant for, on a few images; on 10,000 each with -m slow."""
+"""The script on local data of every supported layout: a few images by default, 10,000 images with -m slow."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    """Further processes test on the other cores.
+    """Use one thread, because other processes test on the other cores, and shorten the sleeps of ``datasets``.
 
-    Speed is not what is tested here, and ``datasets`` sleeps for 5 seconds after each stream of parquet.
+    Speed is not tested here, and ``datasets`` sleeps for 5 seconds after each stream of parquet.
     """
     threads = torch.get_num_threads()
     monkeypatch.setattr("timm_eps.training.launching.available_cores", lambda: 1)
@@ -67,7 +67,7 @@ def svhn(directory: Path, train: int, test: int) -> list[str]:
 
 
 def strings(directory: Path, train: int, test: int) -> list[str]:
-    """Classes that are no more than their names."""
+    """Classes given as strings."""
     splits = {}
     for name, count in {"train": train, "test": test}.items():
         rows = table(count, "picture", "number", ("siamese", "birman", "korat"), count)
@@ -77,7 +77,7 @@ def strings(directory: Path, train: int, test: int) -> list[str]:
 
 
 def photographs(directory: Path, train: int, test: int) -> list[str]:
-    """JPEGs of mixed sizes by class, among them a grey and a CMYK one; the last of each class cannot be read."""
+    """JPEGs of mixed sizes by class, among them a grey and a CMYK image. The last image of each class is corrupt."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (64, 64, 4), dtype=np.uint8)
     for split, count in {"train": train, "validation": test}.items():
@@ -95,14 +95,14 @@ def photographs(directory: Path, train: int, test: int) -> list[str]:
 
 
 def break_one(directory: Path, split: str = "train") -> Path:
-    """Cut a file off in its middle."""
+    """Cut a file off in the middle."""
     file = directory / split / "dog" / "5.jpg"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     return file
 
 
 RESIZED = ["--augmentation", "resized_crop", "--image_size", "32"]
-# How the data are laid out, and further arguments.
+# The layout of the data, and further arguments.
 LAYOUTS = {
     "cifar10": (cifar10, ["--flip"]),
     "svhn": (svhn, ["--augmentation", "distort"]),
@@ -126,7 +126,7 @@ def laid_out(layout: str, directory: Path, train: int, test: int) -> list[str]:
 
 
 def check(directory: Path, layout: str, train: int, test: int) -> None:
-    """What is written belongs to these images, and the model that was saved knows their classes."""
+    """The results refer to these images, and the saved model knows the classes."""
     results = json.loads((directory / "out" / "all_results.json").read_text())
     make, further = LAYOUTS[layout]
     assert (results["train_images"], results["eval_images"]) == (train, test)
@@ -157,7 +157,7 @@ def test_a_few_images(tmp_path, layout, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ten_thousand_images(tmp_path, layout):
-    """One epoch from one command, half of the images to train on and half to test on."""
+    """One epoch from one command: half of the images for training, half for the test."""
     command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train_hf.py")]
     done = subprocess.run(
         [*command, *laid_out(layout, tmp_path, 5000, 5000), "--num_threads", "1"],
@@ -183,7 +183,7 @@ def test_a_corrupt_image_ends_the_run_unless_it_is_to_be_skipped(tmp_path, split
 
 @pytest.mark.parametrize("further", mostly_slow([RESIZED, ["--image_size", "32"], [*RESIZED, "--streaming"]], 1, 2))
 def test_corrupt_images_are_counted_once_each(tmp_path, further):
-    """Of both splits, however often they are met; those to test on do not count as wrong answers."""
+    """Images of both splits count once, however often they are read. Corrupt test images are no wrong answers."""
     arguments = [*SHORT, *photographs(tmp_path / "data", 12, 8), *further, "--output_dir", str(tmp_path / "out")]
     arguments += ["--max_train_samples", "24"] if "--streaming" in further else []
     for split in ("train", "validation"):
@@ -198,7 +198,7 @@ def test_corrupt_images_are_counted_once_each(tmp_path, further):
     mostly_slow([([], "0.jpg"), (RESIZED, None), (["--streaming"], None), (["--streaming"], "0.jpg")], 1, 2),
 )
 def test_corrupt_images_in_a_table_are_counted_once_each(tmp_path, further, name):
-    """Though they have no names, or one name."""
+    """Images without names, or with equal names."""
     whole = make_dataset(12, (32, 32), "image", "label")
     cells = [encoded(picture) for picture in whole["image"]]
     cells[3] = {"bytes": b"nothing", "path": name}
@@ -238,7 +238,7 @@ def test_data_that_cannot_be_used(tmp_path, further, message):
 
 
 def test_a_seed_gives_the_same_model_from_a_stream_and_from_files(tmp_path):
-    """With any number of processes that read."""
+    """With any number of reader processes."""
     for layout in ("stream, resized_crop", "photographs"):
         weights = set()
         for workers in ("0", "2"):

@@ -1,4 +1,4 @@
-"""The script as a user runs it, on few images and epochs; the default run in full with -m slow."""
+"""The script on few images and epochs; the default run in full with -m slow."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHORT = [
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    """Further processes test on the other cores."""
+    """Other processes test on the other cores."""
     threads = torch.get_num_threads()
     monkeypatch.setattr("timm_eps.training.launching.available_cores", lambda: 1)
     yield
@@ -46,7 +46,7 @@ def _one_thread(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _not_loaded_again(request, monkeypatch):
-    """The first test and those that start the script in a process of its own load what they saved; once is enough."""
+    """Only the first test, and tests that start a new process, load the saved model again."""
     if request.node.name != "test_everything_is_written":
         monkeypatch.setattr(train_hf.publishing, "check_reload", lambda *_: "not tried")
 
@@ -279,7 +279,7 @@ def test_a_class_never_trained(tmp_path):
 
 
 def test_pruned_model_is_fine_tuned_further(tmp_path):
-    """From a saved model, on a local data set in the schema of cifar100 (two label columns), to fewer blocks."""
+    """From a saved model to fewer blocks, on a local data set with the schema of cifar100 (two label columns)."""
     first = run(tmp_path, "--keep", "6", name="first")
     directory = tmp_path / "data"
     for split, count in (("train", 60), ("test", 30)):
@@ -374,16 +374,13 @@ def test_fixed_epsilon_without_live_removal(tmp_path):
 
 @pytest.mark.parametrize(("given", "threads"), mostly_slow([([], 2), (["--num_threads", "1"], 1)], 0))
 def test_threads(tmp_path, monkeypatch, given, threads):
-    """accelerate launch would leave one thread; the results say how many there were."""
+    """accelerate launch alone would set one thread. The results state the number of threads."""
     monkeypatch.setattr("timm_eps.training.launching.available_cores", lambda: 2)
     assert run(tmp_path, "--num_train_epochs", "1", *given)["hardware"].startswith(f"{threads} threads of")
 
 
 def test_launched(tmp_path):
-    """Under ``accelerate launch``.
-
-    Autocast during training must not make the reloaded model look wrong.
-    """
+    """Under ``accelerate launch``. Autocast during training must not affect the check of the reloaded model."""
     command = [
         sys.executable,
         "-m",
@@ -404,7 +401,7 @@ def test_launched(tmp_path):
     assert "timm equal, AutoModelForImageClassification equal, pipeline equal." in done.stdout
 
 
-# Each child is a launch of its own, with the start of torch in common: (name, environment, further arguments).
+# Each child is a separate launch. All share the import of torch: (name, environment, further arguments).
 LAUNCHES = """
 import json, os, runpy, sys
 import train_hf
@@ -423,7 +420,7 @@ for name, environment, arguments in json.loads(sys.argv[1]):
 
 @pytest.mark.slow
 def test_foreign_launchers_end_in_one_line_or_a_whole_run(tmp_path):
-    """Nothing is trained twice, or half, without a word; and there is no traceback."""
+    """No training runs twice or in part without an error, and there is no traceback."""
     environments = {
         "fsdp": {"ACCELERATE_USE_FSDP": "true"},
         "deepspeed": {"ACCELERATE_USE_DEEPSPEED": "true"},
@@ -460,7 +457,7 @@ def test_foreign_launchers_end_in_one_line_or_a_whole_run(tmp_path):
 
 @pytest.mark.slow
 def test_compiled(tmp_path):
-    """Two structures are compiled, before and after the removal."""
+    """Two structures are compiled, one before and one after the removal."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "train_hf.py"), *SHORT, "--num_train_epochs", "3", "--ramp_epochs", "1",
          "--compile", "--max_train_samples", "64", "--keep", "3", "--num_threads", "1", "--output_dir", str(tmp_path)],
@@ -483,7 +480,7 @@ def test_default_run(tmp_path):
 
 @pytest.mark.parametrize("name", mostly_slow(["eps_test_resnet", "eps_test_vit"]))
 def test_twins_of_timm_models_train_too(tmp_path, name):
-    """A post-activation ResNet and a ViT by their stored recipes, cut short."""
+    """A post-activation ResNet and a ViT with shortened recipes."""
     config = ["--config", str(ROOT / "hub_configs" / f"{name}.digits.json"), "--num_warmup_steps", "0"]
     small = ["--max_eval_samples", "50", *(["--image_size", "32"] if name == "eps_test_resnet" else [])]
     short = [*SHORT[2:], "--output_dir", str(tmp_path), "--keep", "5", *small]
@@ -529,7 +526,7 @@ def test_large_images_are_read_when_needed(tmp_path):
 
 
 def test_rate_and_decay_fall_as_told(tmp_path, monkeypatch):
-    """Three epochs of two steps: the rate falls after each, the decay after every second step."""
+    """Three epochs of two steps: the rate falls after each epoch, the decay after every second step."""
     seen = []
 
     class Recording(torch.optim.SGD):

@@ -1,4 +1,4 @@
-"""Blocks go while ``transformers.Trainer`` trains: resuming, checkpoints, weight decay, and two processes."""
+"""Blocks are removed while ``transformers.Trainer`` trains: resuming, checkpoints, weight decay, and two processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BUDGET = dict(keep=4, warmup_epochs=1, ramp_epochs=2, patience=2)
 SOON = dict(keep=4, patience=1)
 SGD = dict(optim="sgd", learning_rate=1e-2)
 OPTIMIZERS = {"sgd": SGD, "adamw": dict(learning_rate=1e-3)}
-EPOCHS, STEPS = 6, 3  # with 24 images and 8 in a batch
+EPOCHS, STEPS = 6, 3  # with 24 images in batches of 8
 LAST = EPOCHS * STEPS
 STATES = ["all open", "some closed", "some removed"]
 
@@ -61,7 +61,7 @@ class Images(torch.utils.data.Dataset):
 
 
 class Spy(TrainerCallback):
-    """What the model was whenever it was saved, by step."""
+    """State of the model at each save, by step."""
 
     def __init__(self, images: torch.Tensor) -> None:
         self.images = images
@@ -105,7 +105,7 @@ def fresh_model(seed: int = 0, **fields) -> EpsResNetForImageClassification:
 
 
 def make_trainer(out, model=None, callbacks=(), budget=BUDGET, number=24, optimizers=(None, None), **options):
-    """A trainer whose first callback, if there is a budget, prunes."""
+    """A trainer whose first callback prunes if there is a budget."""
     defaults = dict(
         num_train_epochs=EPOCHS,
         per_device_train_batch_size=8,
@@ -155,7 +155,7 @@ def assert_optimizer_fits(trainer: Trainer) -> None:
 
 @contextmanager
 def warnings_logged(caplog) -> Iterator[list[str]]:
-    """Collects the texts of all warnings of transformers and this package."""
+    """Collect the texts of all warnings of transformers and this package."""
     texts: list[str] = []
     caplog.clear()
     hf_logging.enable_propagation()
@@ -178,7 +178,7 @@ def _no_progress_bars():
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_garbage_collection():
-    """Each training begins with a collection, which takes half a second over all that torch and transformers hold."""
+    """Each training starts with a garbage collection, which takes half a second with torch and transformers loaded."""
     gc.collect()
     gc.freeze()
     yield
@@ -187,7 +187,7 @@ def _quick_garbage_collection():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Uninterrupted runs, made when first asked for: (trainer, spy, directory)."""
+    """Uninterrupted runs, started on first use: (trainer, spy, directory)."""
     runs: dict[tuple[str, str], tuple[Trainer, Spy, Path]] = {}
 
     def run(optimizer: str = "sgd", save_strategy: str = "epoch") -> tuple[Trainer, Spy, Path]:
@@ -277,7 +277,7 @@ def test_saved_after_the_training_every_loader_gives_the_live_logits(trained, tm
 
 
 def checkpoint_step(spy: Spy, state: str, mid_epoch: bool = False) -> int:
-    """The first step with a checkpoint in which the pruning had come so far."""
+    """The first step with a checkpoint in this state of the pruning."""
     reached = {
         "all open": lambda seen: not seen.closed and not seen.removed,
         "some closed": lambda seen: seen.closed and not seen.removed,
@@ -291,7 +291,7 @@ def checkpoint_step(spy: Spy, state: str, mid_epoch: bool = False) -> int:
     ("saved", "state"),
     [
         *mostly_slow([(saved, state) for saved in ("after an epoch", "within an epoch") for state in STATES], 2, 4),
-        # After the first, with some closed.
+        # After the first epoch, with some branches closed.
         *mostly_slow([("at an epoch's last step", state) for state in STATES[1:]], 1),
     ],
 )
@@ -317,7 +317,7 @@ def test_resumed_run_is_the_uninterrupted_one(trained, tmp_path, optimizer, stat
 
 @pytest.mark.parametrize("state", STATES[1:])
 def test_resumed_with_the_callbacks_state_restored(trained, tmp_path, state):
-    """Trainer then puts a new callback in the place of the one that it was given."""
+    """Trainer replaces the given callback by a restored one."""
     whole, spy, out = trained()
     resumed = make_trainer(tmp_path, restore_callback_states_from_checkpoint=True, **SGD)
     given = pruning_callback(resumed)
@@ -401,9 +401,9 @@ def test_a_checkpoint_saved_again_is_the_inference_form(trained, tmp_path, state
 
 
 def post_activation_trainer(tmp_path, model, **options) -> Trainer:
-    """All branches closed on every batch, so that nothing but weight decay acts in them; none is removed.
+    """All branches are closed on every batch, so only weight decay changes them; none is removed.
 
-    One epoch, since one branch is opened at its end.
+    One epoch, because one branch opens at its end.
     """
     shut = dict(epsilon=1e6, live_removal=False)
     return make_trainer(
@@ -449,7 +449,7 @@ def test_biases_that_bound_a_branch_decay_by_the_factor_of_weight_decay(tmp_path
 
 
 def test_what_trainer_decays_is_not_decayed_twice(tmp_path):
-    """By SGD, whose weight decay differs from the callback's in the last bits only."""
+    """The weight decay of SGD and of the callback differ only in the last bits."""
     model = from_timm()
     bounding = timm_eps.surgery.parameters.bounding_parameters(model)
     scales = {n: p for n, p in model.named_parameters() if p in bounding and not n.endswith("bias")}
@@ -500,7 +500,7 @@ def test_sharded_parameters_are_refused(sharding):
 
 @pytest.fixture(scope="module")
 def plain_checkpoint(tmp_path_factory) -> Path:
-    """Of a training without the callback."""
+    """A checkpoint of a training without the callback."""
     out = tmp_path_factory.mktemp("plain")
     make_trainer(out, budget=None, max_steps=2, save_strategy="steps", save_steps=2, **SGD).train()
     return out / "checkpoint-2"
@@ -569,7 +569,7 @@ def test_an_interrupted_trainer_resumes_itself(trained, tmp_path):
 
 @pytest.mark.parametrize("criterion", mostly_slow(CRITERIA, 1))
 def test_an_optimizer_of_ones_own_resumes(tmp_path, criterion):
-    """Trainer is given it when the model still has all its blocks."""
+    """Trainer gets the optimizer while the model still has all its blocks."""
 
     def run(checkpoint: str | None) -> Trainer:
         model = fresh_model()
@@ -615,13 +615,13 @@ def test_goes_with_trainers_options(tmp_path, options):
     trainer.save_model(tmp_path / "end")
     images = Images().images[:4]
     with torch.no_grad():
-        live = trainer.model.eval().timm_model(images)  # accelerate gives the model itself a forward in mixed precision
+        live = trainer.model.eval().timm_model(images)  # accelerate wraps the forward of the model in mixed precision
     assert torch.equal(logits(AutoModelForImageClassification.from_pretrained(tmp_path / "end"), images), live)
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    """One start of them for all that is to be shown: it takes long."""
+    """One start for all checks, because it takes long."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here.parent), str(here)])
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(here / "trainer_two_processes.py")]
@@ -675,7 +675,7 @@ def gradients_are_synchronised_over_what_is_left(*both: dict) -> None:
 
 
 def moved(model, before):
-    """The parameters of the side head that a training has changed."""
+    """The side head's parameters that a training has changed."""
     return [key for key, value in model.side_head.state_dict().items() if not torch.equal(value, before[key])]
 
 
@@ -765,7 +765,7 @@ def from_timm_anew():
 
 @pytest.mark.parametrize("make", mostly_slow([from_config_anew, from_timm_anew], 1))
 def test_model_init_resumes(tmp_path, make, caplog):
-    """By a new Trainer, and once more by the same one."""
+    """In a new Trainer, and again in the same one."""
 
     def new_trainer(directory, *callbacks, **options):
         arguments = make_trainer(directory, **SGD, **options).args

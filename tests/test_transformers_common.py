@@ -1,7 +1,7 @@
-"""Hugging Face's own common tests for models, backbones, configurations and pipelines, on the classes of this package.
+"""Hugging Face's common tests for models, backbones, configurations and pipelines, run on the classes of this package.
 
-They are in transformers' source distribution only, so these tests run where TIMM_EPS_TRANSFORMERS_TESTS names the root
-of the unpacked one, of the installed version:
+These tests are only in transformers' source distribution. TIMM_EPS_TRANSFORMERS_TESTS names the unpacked root of the
+installed version's distribution; without this variable the tests are skipped:
 
     pip download --no-deps --no-binary=transformers "transformers==$VERSION" && tar xf "transformers-$VERSION.tar.gz"
 """
@@ -50,7 +50,7 @@ pytest.importorskip("parameterized", reason="transformers' tests need parameteri
 
 
 class _Marks:
-    """``pytest.mark`` with names that --strict-markers refuses: transformers selects its tests by them, we do not."""
+    """``pytest.mark`` for names that --strict-markers refuses. transformers selects tests by these marks."""
 
     def __init__(self, marks) -> None:
         self._marks = marks
@@ -63,7 +63,7 @@ class _Marks:
 
 
 def _unmarked(*args, **kwargs):
-    """Both ``@mark.x`` and ``@mark.x(...)``."""
+    """Handles ``@mark.x`` and ``@mark.x(...)``."""
     return args[0] if args and callable(args[0]) else _unmarked
 
 
@@ -73,16 +73,16 @@ def _stub(name: str, **content) -> None:
 
 
 def _load(summary: dict) -> types.SimpleNamespace:
-    """The distribution's ``tests`` as a package of another name: it imports from itself by relative names."""
+    """Load the distribution's ``tests`` as a package of another name. It uses relative imports."""
     package = sys.modules["transformers_tests"] = types.ModuleType("transformers_tests")
     package.__path__ = [str(Path(SOURCE) / "tests")]
-    # The distribution has the files of tests/ alone, not the folders in it. These two mixins are about text and
-    # exporters to other frameworks; tests/test_export.py has ours for exporting.
+    # The distribution has only the files of tests/, not its folders. These two mixins test text models and exporters to
+    # other frameworks; tests/test_export.py tests our exports.
     _stub("exporters")
     _stub("exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
     _stub("generation")
     _stub("generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
-    # Values unlike the defaults for the fields that every configuration has.
+    # Values other than the defaults, for the fields that every configuration has.
     common = dict(
         return_dict=False,
         output_hidden_states=True,
@@ -98,7 +98,7 @@ def _load(summary: dict) -> types.SimpleNamespace:
     with (
         tempfile.TemporaryDirectory() as models,
         mock.patch("pytest.mark", _Marks(pytest.mark)),
-        # They would run transformers/__init__.py a second time, to find what is already here.
+        # These helpers would run transformers/__init__.py a second time.
         mock.patch("transformers.utils.direct_transformers_import", return_value=transformers),
         mock.patch.dict(os.environ, TRANSFORMERS_TINY_MODEL_PATH=models),
     ):
@@ -115,7 +115,7 @@ common = _load({"EpsResNetModel": PROCESSED, "EpsResNetForImageClassification": 
 
 
 class ATester:
-    """A small network and its input, under the names by which the common tests ask for them."""
+    """A small network and its input, under the names that the common tests use."""
 
     is_training = True
     num_labels = 3
@@ -137,10 +137,10 @@ class ModelTests(common.modeling_common.ModelTesterMixin):
     all_model_classes = (EpsResNetModel, EpsResNetForImageClassification, EpsResNetBackbone)
     has_attentions = False
     test_resize_embeddings = False
-    test_can_init_all_missing_weights_before_2023 = True  # our files have no year for it to find
+    test_can_init_all_missing_weights_before_2023 = True  # the test looks for a year, which our files do not have
 
     def setUp(self):
-        # Where transformers lists its own models, so that the tests know which is which.
+        # The registries of transformers' own models, which the tests read.
         kind = EpsResNetConfig.model_type
         for names, model_class in (
             ("MODEL_MAPPING_NAMES", EpsResNetModel),
@@ -164,8 +164,8 @@ class ModelTests(common.modeling_common.ModelTesterMixin):
         tester.run_common_tests()
 
     def test_can_init_all_missing_weights(self):
-        # As the test itself says of transformers' own wrapper: timm initialises its network when it builds it, from
-        # another place in the random sequence. All else is compared.
+        # The test makes the same exception for transformers' own timm wrapper: timm initialises its network when it
+        # builds it, from another place in the random sequence. All else is compared.
         self.patched(
             mock.patch.object(
                 common.modeling_common,
@@ -176,11 +176,12 @@ class ModelTests(common.modeling_common.ModelTesterMixin):
         super().test_can_init_all_missing_weights()
 
     def test_batching_equivalence(self):
-        # Sums of one image run in another order, and activations grow from block to block of an untrained network.
+        # Sums for a single image run in another order, and activations grow from block to block in an untrained
+        # network.
         super().test_batching_equivalence(atol=1e-4, rtol=1e-4)
 
     def test_hidden_states_output(self):
-        """A map of the stem and one a stage, as wide as the one before or half; the original is of text."""
+        """One map of the stem and one per stage, each as wide as the one before or half as wide."""
         for model_class in self.all_model_classes:
             config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
             for asked in ({"output_hidden_states": True}, {}):
@@ -193,7 +194,7 @@ class ModelTests(common.modeling_common.ModelTesterMixin):
                     assert one.shape[-1] // following.shape[-1] in (1, 2)
 
     def test_model_weights_reload_no_missing_tied_weights(self):
-        # Without any weights transformers would return a random network; from_pretrained of this package refuses.
+        # Without any weights transformers returns a random network; from_pretrained of this package refuses.
         with pytest.raises(ValueError, match=r"model\.safetensors does not fit .* it lacks '"):
             super().test_model_weights_reload_no_missing_tied_weights()
 
@@ -203,11 +204,11 @@ class ModelTests(common.modeling_common.ModelTesterMixin):
 
 
 class EpsResNetTest(ModelTests, unittest.TestCase):
-    """With side supervision, as in a checkpoint of training: what is saved is what was there, side head and all."""
+    """With side supervision, as in a training checkpoint: saving and loading keep the side head."""
 
     model_tester = ATester(16, architecture="eps_resnet20")
     test_missing_keys = False  # the base model is timm's network, which does not save itself
-    test_mismatched_shapes = False  # takes the side head for the classifier
+    test_mismatched_shapes = False  # the test takes the side head for the classifier
 
     def setUp(self):
         super().setUp()
@@ -239,7 +240,7 @@ class PrunedTwinBackboneTest(BackboneTest):
 
 
 class ImageClassificationPipelineTests(unittest.TestCase):
-    """What the distribution lacks of tests/pipelines, with pictures of our own; its name is transformers'."""
+    """Replaces tests/pipelines, which the distribution lacks, with generated pictures. The name is transformers'."""
 
     __test__ = False  # the mixin calls it
 

@@ -1,4 +1,4 @@
-"""Whatever a person uses to copy or save a model, the copy computes what the model computes, or the attempt raises."""
+"""Every way to copy or save a model either keeps its outputs or raises."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_stock_wrapper_is_refused_with_the_way_out(remove, tmp_path):
     wrapper = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_resnet", num_labels=5))
     body = wrapper.timm_model
     slot = add_gates(wrapper)[-1]
-    wrapper.save_pretrained(tmp_path / "open")  # an open network is as it was
+    wrapper.save_pretrained(tmp_path / "open")  # an open network is stored as usual
     gates(body)[slot].closed = True
     if remove:
         assert remove_closed(wrapper) == [slot]
@@ -148,7 +148,7 @@ def test_the_base_model_travels(tmp_path):
 
 
 class Around(nn.Module):
-    """Somebody's own module around a timm model."""
+    """A user's module around a timm model."""
 
     def __init__(self):
         super().__init__()

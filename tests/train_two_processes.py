@@ -1,4 +1,4 @@
-"""Run by test_processes.py under torchrun: each process writes what it found to a file of its rank."""
+"""Run by test_processes.py under torchrun. Each process writes its findings to a file of its rank."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def digest(values: dict[str, torch.Tensor]) -> str:
 
 
 def stopped(arguments: list[str], rank: int) -> str:
-    """A run of which one process is told to stop at step 12; what each of them says."""
+    """A run in which one process is told to stop at step 12. Returns the output of each process."""
     take_step = train_hf.take_step
 
     def and_be_told(run):
@@ -52,7 +52,7 @@ def stopped(arguments: list[str], rank: int) -> str:
 
 
 def train(arguments: list[str], kill_rank: int | None = None) -> dict:
-    """A run, and what this process has at its end: before the main one goes on to measure and save alone."""
+    """A run, and the state of this process at its end, before the main process measures and saves alone."""
     seen: dict = {"synchronised": []}
     train_it, end_epoch, step = train_hf.train, train_hf.end_epoch, EpsilonPruner.step
 
@@ -65,7 +65,7 @@ def train(arguments: list[str], kill_rank: int | None = None) -> dict:
             removed=removed_slots(run.model),
             parameters=digest(dict(run.model.named_parameters())),
             buffers=digest(dict(run.model.named_buffers())),
-            # Wherever a buffer is not in the state dict, the digest above has it; what is saved is this:
+            # The digest above includes buffers outside the state dict. The saved tensors are:
             state=digest(run.model.state_dict()),
             optimizer_fits={id(p) for p in optimized} == {id(p) for p in own},
             removed_in=[record["epoch"] for record in run.pruner.history if record["removed"]] if run.pruner else [],
@@ -102,7 +102,7 @@ def refused(arguments: list[str]) -> str:
 
 
 def decisions(rank: int) -> dict:
-    """The first block is below ε in one process only, the second in both, the third is shared before the decision."""
+    """The first block is below ε in one process, the second in both; the third is shared before the decision."""
     model = timm_eps.EpsResNetForImageClassification(timm_eps.EpsResNetConfig(architecture="eps_resnet20"))
     pruner = EpsilonPruner(model, epsilon=1.0, patience=1)
     slots = list(gates(model))
@@ -125,7 +125,7 @@ def decisions(rank: int) -> dict:
 
 
 def batch_norms(rank: int) -> dict:
-    """Largest differences from one process on the joint batch, by layer and by what is compared."""
+    """Largest differences from one process on the joint batch, by layer and quantity."""
     found = {}
     layers = {
         "BatchNorm2d": nn.BatchNorm2d(5),
@@ -142,7 +142,7 @@ def batch_norms(rank: int) -> dict:
             nn.init.uniform_(layer.weight, generator=generator)
             nn.init.uniform_(layer.bias, generator=generator)
         joint, shared = copy.deepcopy(layer), nn.Sequential(layer)
-        shared.register_parameter("other", nn.Parameter(torch.zeros(1)))  # it asks where the parameters are
+        shared.register_parameter("other", nn.Parameter(torch.zeros(1)))  # the conversion reads its device
         assert synchronize_batchnorm(shared) is shared
         keys = ["0." + key for key in joint.state_dict()]
         largest: dict[str, float] = dict.fromkeys(("output", "input", "weight", "bias", "mean", "var"), 0.0)
@@ -195,13 +195,13 @@ def wrapped(rank: int) -> bool:
 
 
 def main(out: Path) -> None:
-    """What is to be done stands in a file: names of runs with arguments, or of the functions here."""
+    """A file holds the tasks: names of runs with arguments, or names of the functions here."""
     found = {}
     dist.init_process_group("gloo")
     todo = json.loads((out / "todo.json").read_text())
     end_training = Accelerator.end_training
     for name, arguments in todo.items():
-        # It closes the connection of the processes, which the next run needs.
+        # The test closes the processes' connection, which the next run needs.
         Accelerator.end_training = end_training if name == list(todo)[-1] else lambda self: None
         if name.startswith("refused"):
             found[name] = refused(arguments)

@@ -1,4 +1,4 @@
-"""Run by test_trainer.py under torchrun: each process writes what it found to a JSON file of its rank."""
+"""Run by test_trainer.py under torchrun. Each process writes its findings to a JSON file of its rank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LABELS = torch.randint(3, (16,), generator=torch.Generator().manual_seed(4))
 
 
 def digest(model: nn.Module) -> str:
-    """Of the parameters alone: each process has BatchNorm statistics of its own after the last batch."""
+    """Digest of the parameters. After the last batch each process has other BatchNorm statistics."""
     return hashlib.sha256(b"".join(value.detach().numpy().tobytes() for value in model.parameters())).hexdigest()
 
 
@@ -71,7 +71,7 @@ def responses(rank: int) -> dict:
     wrapper = DistributedDataParallel(model)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.eval()  # or the size of the inputs would make no difference
+        norm.eval()  # in training mode, the size of the inputs would make no difference
     alone = copy.deepcopy(model)
     norms[0].num_batches_tracked.fill_(rank)
     for batch in IMAGES.view(2, 8, 3, 8, 8) * (1 + 9 * rank):
@@ -88,7 +88,7 @@ def responses(rank: int) -> dict:
 
 
 def buffers_follow(wrapper: DistributedDataParallel) -> bool:
-    """Whether the first process gives the others its buffers; torch has given the option another name."""
+    """Whether the first process sends its buffers to the others. torch has renamed the option."""
     names = ("forward_sync_buffers", "broadcast_buffers")
     return bool(next(getattr(wrapper, name) for name in names if hasattr(wrapper, name)))
 

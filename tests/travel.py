@@ -1,9 +1,9 @@
-"""Every way of copying or saving a model, by every state of its branches, for several families of networks.
+"""Every way to copy or save a model, for every state of its branches, in several families of networks.
 
     python tests/travel.py            # prints the table of docs/reliability.md
 
-A cell is ``equal`` if what comes out computes what the model computes, bit for bit, or ``refused`` if the attempt
-raises. Anything else raises here.
+A cell is ``equal`` if the copy gives the model's outputs bit for bit, or ``refused`` if the attempt raises. Any other
+outcome raises AssertionError.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ STATES = ("open", "closed", "block removed", "half removed")
 
 
 def make(family: str, state: str) -> tuple[nn.Module, Tensor] | None:
-    """A network in a state of its branches, and images for it; None if no block of the family has two parts."""
+    """A network in a state of its branches, and images for it. None if no block of the family has two parts."""
     name, arguments, side, half = FAMILIES[family]
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, **arguments).eval()
@@ -78,7 +78,7 @@ def make(family: str, state: str) -> tuple[nn.Module, Tensor] | None:
 
 
 def fresh(model: nn.Module) -> nn.Module:
-    """A new network of the same name, as somebody makes it who has only the weights."""
+    """A new network of the same name, as a user with only the weights builds it."""
     return timm.create_model(**_name_and_arguments(model), num_classes=5)
 
 
@@ -204,7 +204,7 @@ def stock_wrapper(model: nn.Module, place: Path) -> nn.Module:
     wrapper.save_pretrained(place)
     other = TimmWrapperForImageClassification.from_pretrained(place).timm_model
     for tensor in (*other.parameters(), *other.buffers()):
-        tensor.data = tensor.data.clone()  # from the mapped file to aligned addresses, where kernels round alike
+        tensor.data = tensor.data.clone()  # copied from the mapped file to aligned addresses, where kernels round alike
     return other
 
 
@@ -231,10 +231,10 @@ WAYS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
 
 
 def cell(model: nn.Module, images: Tensor, way: Callable[[nn.Module, Path], nn.Module]) -> str:
-    """What becomes of a model on one way: ``'equal'`` or ``'refused'``.
+    """Result for a model and one way to copy it: ``'equal'`` or ``'refused'``.
 
     Raises:
-        AssertionError: The copy computes something else, without a word.
+        AssertionError: The copy gives other outputs without an error.
     """
     with torch.no_grad(), tempfile.TemporaryDirectory() as place:
         expected = model(images)
@@ -248,7 +248,7 @@ def cell(model: nn.Module, images: Tensor, way: Callable[[nn.Module, Path], nn.M
 
 
 def table() -> str:
-    """The table of docs/reliability.md: one row a way, one column a state, over all families."""
+    """The table of docs/reliability.md: one row per way, one column per state, over all families."""
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for family in FAMILIES:
         for state in STATES:

@@ -1,1 +1,1 @@
-"""Networks in eight bits beside float32: accuracy, file size and latency in ONNX Runtime."""
+"""Networks in eight bits and in float32: accuracy, file size and latency in ONNX Runtime."""

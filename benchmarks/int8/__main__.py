@@ -1,12 +1,12 @@
 """Accuracy, size and latency of networks as float32 and eight-bit ONNX files.
 
-    python -m benchmarks.pretrained.prepare      # once; says what to install
+    python -m benchmarks.pretrained.prepare      # once; prints the packages to install
     python -m benchmarks.int8                    # about ten minutes on two cores; writes int8.json and INT8.md
     python -m benchmarks.int8 --settings         # also compares the settings of the quantization
-    python -m benchmarks.int8 --latency          # only measures the latencies anew
+    python -m benchmarks.int8 --latency          # measures only the latencies again
 
-Networks are trained once and kept under outputs/int8; what int8.json holds is not measured again. Run it with nothing
-beside it: other processes disturb the latencies.
+Networks are trained once and kept under outputs/int8. Results in int8.json are not measured again. Other processes
+disturb the latencies, so nothing else should run.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ THREADS, BATCHES, EVALUATED, SLOW = (1, 2), (1, 32), 250, 500
 
 
 def export(net: nn.Module, images: Images, directory: Path, name: str) -> dict[str, Path]:
-    """The files of a network by the name of their form."""
+    """The files of a network by form."""
     files = {form: directory / f"{name}-{index}.onnx" for index, form in enumerate(FORMS)}
-    export_onnx(net, files["float32"])  # once: torch's exporter takes most of the time
+    export_onnx(net, files["float32"])  # exported once, because torch's exporter takes most of the time
     quantize_file(files["float32"], files["int8"], images.calibration)
     quantize_file(files["float32"], files["int8, dynamic"], None)
     return files
@@ -51,7 +51,7 @@ def logits_of(path: Path, images: Tensor) -> Tensor:
 
 
 def accuracies(files: dict[str, Path], images: Images, most: int) -> dict[str, dict[str, Any]]:
-    """For each form its accuracy, how often it agrees with float32, and the size of its file.
+    """Accuracy, agreement with float32, and file size of each form.
 
     The dynamic form is slow, so it gets at most 500 images.
     """
@@ -70,7 +70,7 @@ def accuracies(files: dict[str, Path], images: Images, most: int) -> dict[str, d
 
 
 def latencies(files: dict[str, Path], image: Tensor, repeats: int) -> list[dict[str, Any]]:
-    """Median seconds of each file, and the median and quartiles of its ratio to the dense float32 file, in turn."""
+    """Median seconds of each file, and median and quartiles of its ratio to the dense float32 file, timed in turn."""
     rows = []
     for threads in THREADS:
         torch.set_num_threads(threads)

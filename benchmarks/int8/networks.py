@@ -1,7 +1,7 @@
-"""The networks that are quantized, dense and pruned, and their images. Each is trained once and kept.
+"""The quantized networks, dense and pruned, and their images. Each network is trained once and kept.
 
 ``digits``: eps_resnet110 on fold 0 of scikit-learn's digits, by ``train_hf.py``. ``lite0``: EfficientNet-Lite0 with
-ImageNet weights, fine-tuned on 6,000 images of Fashion-MNIST at 48x48; the pruned one without its last six branches.
+ImageNet weights, fine-tuned on 6,000 images of Fashion-MNIST at 48x48. The pruned one lacks the last six branches.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Images:
-    """Images (N, C, H, W) as a network reads them: some to calibrate on, others with labels (N,) to test on."""
+    """Images (N, C, H, W) in the network's input format: some for calibration, others with labels (N,) for the test."""
 
     calibration: Tensor
     tested: Tensor
@@ -48,7 +48,7 @@ def digits(state: str, directory: Path, _: Path) -> None:
 
 
 def lite0(state: str, directory: Path, source: Path) -> None:
-    """Fine-tune EfficientNet-Lite0, whole or without its last six branches, and save it."""
+    """Fine-tune EfficientNet-Lite0, with all branches or without the last six, and save it."""
     case = CASES["quick"]
     torch.manual_seed(SEED)
     model = timm.create_model(case.architecture, num_classes=len(case.classes))
@@ -60,7 +60,7 @@ def lite0(state: str, directory: Path, source: Path) -> None:
     training, _ = divide(load(source, "train", case.classes, _CPU), TRAINED, SEED)
     fit(model, training, Reader(case.side, model.pretrained_cfg), RECIPE, SEED)
     if state == "dense":
-        timm_eps.add_gates(model)  # `fit` took them away
+        timm_eps.add_gates(model)  # `fit` has removed the gates
     timm_eps.save_pretrained(model, directory)
 
 
@@ -93,13 +93,13 @@ READERS = {"digits": digits_images, "lite0": lite0_images}
 
 
 def network(name: str, state: str, directory: Path, source: Path) -> nn.Module:
-    """A trained network, from the directory if it is there.
+    """A trained network, loaded from the directory or trained now.
 
     Args:
         name: ``digits`` or ``lite0``.
         state: ``dense`` or ``pruned``.
-        directory: Where networks are kept.
-        source: Where ``benchmarks.pretrained.prepare`` wrote images and weights.
+        directory: Directory of the trained networks.
+        source: Directory written by ``benchmarks.pretrained.prepare``, with images and weights.
     """
     kept = directory / f"{name}-{state}"
     if not (kept / "config.json").exists():

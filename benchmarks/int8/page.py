@@ -16,7 +16,7 @@ TITLES = {
 
 
 def page(stored: dict[str, Any]) -> str:
-    """All of INT8.md."""
+    """The text of INT8.md."""
     lines = [
         "Networks as ONNX files in ONNX Runtime. `int8` is the static form, calibrated on 512 training images. One "
         "run, seed 0. Agreement is the share of test images for which a file and the float32 file of the same network "

@@ -1,4 +1,4 @@
-"""What the settings of ONNX Runtime's static quantization do: the default, and one change at a time."""
+"""Effects of the settings of ONNX Runtime's static quantization: the default, and one change at a time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 def compare_settings(net: nn.Module, images: Images) -> dict[str, dict[str, float]]:
     """For each setting: accuracy, agreement with float32, error of the logits, and latency over float32 at batch 32.
 
-    The error is the norm of the difference to the float32 logits, over their norm. The first 2,000 test images.
+    The error is the norm of the difference to the float32 logits, divided by their norm. It uses 2,000 test images.
     """
     tested, labels = images.tested[:TESTED], images.labels[:TESTED]
     found: dict[str, dict[str, float]] = {}

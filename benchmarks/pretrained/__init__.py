@@ -1,1 +1,1 @@
-"""Shrinking a network that begins with pretrained weights: ε-ResNet beside what a fine-tuner would use instead."""
+"""Shrinking a pretrained network: ε-ResNet compared with other methods for fine-tuning."""

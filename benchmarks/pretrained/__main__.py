@@ -1,13 +1,13 @@
-"""ε-ResNet on pretrained weights beside what a fine-tuner would use instead.
+"""Compare ε-ResNet on pretrained weights with other methods for fine-tuning.
 
-    python -m benchmarks.pretrained.prepare                       # once; says what to install
+    python -m benchmarks.pretrained.prepare                       # once; prints the packages to install
     python -m benchmarks.pretrained --quick                       # fewer pixels, steps and seeds, for two cores
     python -m benchmarks.pretrained --plan lite0:distilled:6000 lite0:labels:6000 --seeds 0 1 2 3 4
-    python -m benchmarks.pretrained --tables                      # write the tables of what is stored
+    python -m benchmarks.pretrained --tables                      # write the tables of the stored records
 
-On a GPU a dozen processes at once (--at_once) fill the card if NVIDIA's MPS shares it: nvidia-cuda-mps-control -d.
+On a GPU, run a dozen processes at once (--at_once) and let NVIDIA's MPS share the GPU: nvidia-cuda-mps-control -d.
 A part of the plan is CASE:GROUP:IMAGES[:KEEP[:SEEDS]]; ``cases.py`` has the cases, ``plan.py`` the groups. Records go
-to outputs/pretrained/records.jsonl, and from there with ``--store`` into benchmarks/pretrained.json.
+to outputs/pretrained/records.jsonl. ``--store`` copies them into benchmarks/pretrained.json.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
     from benchmarks.jobs import conditions
 
     found = conditions()
-    found["command"] = " ".join(  # without the places on this machine
+    found["command"] = " ".join(  # without the paths of this machine
         [
             "python -m benchmarks.pretrained --plan",
             *parts,

@@ -1,24 +1,24 @@
-"""What is shrunk: a network with pretrained weights, the images it is fine-tuned on, and the recipe."""
+"""The shrunk networks: pretrained weights, images for fine-tuning, and recipe."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-HARD = (2, 4, 6)  # pullover, coat and shirt: the classes of Fashion-MNIST that are taken for each other most
+HARD = (2, 4, 6)  # pullover, coat and shirt: the classes of Fashion-MNIST that are confused most
 OTHERS = tuple(label for label in range(10) if label not in HARD)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every network of a case is trained: SGD with momentum 0.9, a short warm-up, then cosine to 0.
+    """Training recipe of every network of a case: SGD with momentum 0.9, a short warm-up, then cosine to 0.
 
     Args:
         steps: Optimizer steps of one training.
-        batch_size: Images of a step.
+        batch_size: Images per step.
         learning_rate: Highest learning rate.
         weight_decay: L2 coefficient, as ``timm_eps.param_groups`` applies it.
-        periods: How often the pruner takes a step; the warm-up and the ramp of ε are shares of these.
+        periods: Number of pruner steps. The warm-up and the ramp of ε are shares of this number.
     """
 
     steps: int
@@ -34,11 +34,11 @@ class Case:
 
     Args:
         title: Heading of its tables.
-        architecture: timm name of the network, gated.
-        weights: File of its pretrained weights under ``outputs/pretrained``, without suffix. Those of ``pretraining``
-            are made by the comparison itself.
-        side: Pixels of the images as the network reads them.
-        keeps: Numbers of branches that stay; the first is that of all rows.
+        architecture: timm name of the gated network.
+        weights: File of its pretrained weights under ``outputs/pretrained``, without suffix. With ``pretraining``, the
+            comparison makes this file itself.
+        side: Pixels per side of the network's input.
+        keeps: Numbers of branches that stay. All rows use the first number.
         classes: Labels of Fashion-MNIST that belong to the task.
         recipes: Recipe by the number of training images.
         pretraining: Recipe and classes of the pretraining, if the comparison makes the weights itself.
@@ -83,7 +83,7 @@ CASES = {
         weights="tf_efficientnet_lite2",
         keeps=(5,),
     ),
-    # A residual network with room for depth: 27 blocks, of which 12 take half of the time.
+    # A residual network with room for depth: 27 blocks, 12 of which take half of the time.
     "resnet56": Case(
         title="ResNet-56 pretrained on seven classes of Fashion-MNIST, shrunk on the other three, at 32x32",
         architecture="eps_resnet56",
@@ -94,7 +94,7 @@ CASES = {
         classes=HARD,
         pretraining=(Recipe(5_000, learning_rate=0.1, weight_decay=5e-4), OTHERS),
     ),
-    # Seconds, to see that everything runs.
+    # Takes seconds: a check that everything runs.
     "smoke": Case(
         title="A few steps",
         architecture="eps_resnet20",

@@ -1,4 +1,4 @@
-"""Fashion-MNIST on the device: subsets for training, and batches as the network reads them."""
+"""Fashion-MNIST on the device: training subsets, and batches in the network's input format."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Labelled:
 
 @functools.lru_cache(maxsize=4)
 def load(directory: Path, split: str, classes: tuple[int, ...], device: torch.device) -> Labelled:
-    """The images of some classes, which are numbered anew from 0.
+    """The images of some classes, renumbered from 0.
 
     Args:
-        directory: Where ``prepare.py`` wrote the images.
+        directory: Directory written by ``prepare.py``.
         split: ``train`` or ``test``.
         classes: Labels of Fashion-MNIST, sorted.
-        device: Where the images stay.
+        device: Device of the images.
     """
     with np.load(directory / IMAGES) as arrays:
         labels = arrays[f"{split}_labels"]
@@ -54,15 +54,15 @@ def load(directory: Path, split: str, classes: tuple[int, ...], device: torch.de
 
 
 def divide(labelled: Labelled, count: int, seed: int) -> tuple[Labelled, Labelled]:
-    """As many images of each class, drawn by a seed, and the rest.
+    """A random subset with the same number of images per class, and the remaining images.
 
-    ``count`` may not divide by the number of classes; the first ones then have one image more. With fewer images than
-    asked for, all are taken.
+    If the number of classes does not divide ``count``, the first classes have one more image. If there are fewer images
+    than ``count``, all are taken.
     """
     order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed))
     labels = labelled.labels.cpu()[order]
     classes = int(labels.max()) + 1
-    # Rank of each image within its class, in the drawn order: those of the lowest ranks are taken.
+    # Rank of each image within its class, in random order. The lowest ranks are taken.
     ranks = torch.zeros(len(labels), dtype=torch.int64)
     for label in range(classes):
         (places,) = torch.where(labels == label)
@@ -73,7 +73,7 @@ def divide(labelled: Labelled, count: int, seed: int) -> tuple[Labelled, Labelle
 
 
 class Reader(nn.Module):
-    """uint8 images (B, 1, 28, 28) to what the network reads: (B, 3, side, side), float32, channels last.
+    """Convert uint8 images (B, 1, 28, 28) to the network's input (B, 3, side, side), float32, channels last.
 
     Args:
         side: Height and width in pixels.
@@ -93,7 +93,7 @@ class Reader(nn.Module):
 
 
 def training_batches(labelled: Labelled, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented uint8 images and labels for each step; every pass has a new order and no smaller last batch."""
+    """Augmented uint8 images and labels for each step. Every pass has a new order and no smaller last batch."""
     generator = torch.Generator().manual_seed(seed)
     size = min(size, len(labelled))
     augment: Callable[[Tensor], Tensor] = PadCropFlip(padding=2, flip=True)

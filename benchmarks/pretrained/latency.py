@@ -1,9 +1,9 @@
-"""Latency of the networks that the comparison found, rebuilt from their records, on this machine.
+"""Latency of the compared networks on this machine, rebuilt from their records.
 
     python -m benchmarks.pretrained.latency --case lite0 --images 6000 --keep 3 --seeds 0 1 2
 
-Speed follows from the structure, not from the weights. All networks of a seed are measured in turn, so run it with
-nothing beside it. Seconds, medians, go to benchmarks/pretrained_latency.json.
+Speed depends on the structure, not on the weights. All networks of a seed are measured in turn, so nothing else should
+run on the machine. Median seconds go to benchmarks/pretrained_latency.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MEASURED = {
 
 
 def networks(records: list[dict[str, Any]], case: str, images: int, keep: int, seed: int) -> dict[str, torch.nn.Module]:
-    """Networks by method: of each the one trained with distillation, of which the others have the structure."""
+    """Networks by method: of each method the distilled one. Undistilled networks have the same structure."""
     found = {}
     for job, record in by_job(records).items():
         kept = 0 if job.method in KEEPS_ALL else keep
@@ -43,11 +43,11 @@ def networks(records: list[dict[str, Any]], case: str, images: int, keep: int, s
 
 
 def by_way(way: Way, nets: dict[str, torch.nn.Module], batch: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Median seconds of a forward pass of each network, carried out in one way."""
+    """Median seconds of a forward pass of each network, run in one way."""
     batch = batch.contiguous(memory_format=way.memory_format)
     laid_out = {name: net.to(memory_format=way.memory_format) for name, net in nets.items()}
     if way.runtime is not None:
-        torch.compiler.reset()  # or torch stops compiling after a number of structures
+        torch.compiler.reset()  # torch stops compiling after a number of structures
         laid_out = {name: way.runtime(net, batch) for name, net in laid_out.items()}
     return report.paired_latency(laid_out, batch, repeats)
 

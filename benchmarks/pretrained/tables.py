@@ -1,4 +1,4 @@
-"""The comparison's records in one file, and tables of them. Nothing in these is written by hand."""
+"""The comparison's records in one file, and tables of them. The tables have no other source."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Records = dict[Job, dict[str, Any]]
 
 
 def by_job(records: Iterable[dict[str, Any]]) -> Records:
-    """The last record of each job that did not fail."""
+    """The last successful record of each job."""
     return {job_of(record): record for record in records if "error" not in record}
 
 
 def store(records: Iterable[dict[str, Any]], path: Path) -> None:
-    """Add records to a file, one a line, sorted; a job that is there already gets the new one."""
+    """Add records to a file, one per line, sorted. A new record replaces an old one of the same job."""
     known = by_job(json.loads(path.read_text()) if path.exists() else [])
     ordered = sorted(
         (known | by_job(records)).items(), key=lambda item: [str(getattr(item[0], name)) for name in _SORTED_BY]
@@ -38,7 +38,7 @@ _SORTED_BY = ("case", "images", "keep", "method", "distilled", "seed")
 
 
 def interval(differences: Sequence[float]) -> str:
-    """Mean and 95 % interval of paired differences by Student's t, in their units; of fewer than three, nothing."""
+    """Mean and 95 % interval of paired differences by Student's t, in their units. Empty for fewer than three."""
     if len(differences) < 3:
         return ""
     mean = statistics.mean(differences)
@@ -47,7 +47,7 @@ def interval(differences: Sequence[float]) -> str:
 
 
 def paired(these: dict[int, float], others: dict[int, float]) -> list[float]:
-    """Differences in points, seed by seed."""
+    """Differences in percentage points, seed by seed."""
     return [100 * (these[seed] - others[seed]) for seed in sorted(these.keys() & others.keys())]
 
 
@@ -71,7 +71,7 @@ def best_simple(records: Records, case: str, images: int, keep: int) -> tuple[st
 
 
 def latency_ratios(measured: Iterable[dict[str, Any]], case: str, images: int, keep: int) -> dict[str, dict[str, str]]:
-    """Latency over the dense network's, by way and batch size, then by method: the mean over the seeds."""
+    """Latency relative to the dense network's, by way and batch size, then by method: the mean over the seeds."""
     ratios: dict[str, dict[str, list[float]]] = {}
     for one in measured:
         if (one["case"], one["images"], one["keep"]) == (case, images, keep):
@@ -94,7 +94,7 @@ def table(
         case: Name in ``CASES``.
         images: Number of training images.
         keep: Number of branches that stay.
-        latencies: Further columns, as :func:`latency_ratios` returns them.
+        latencies: Further columns, as returned by :func:`latency_ratios`.
     """
     latencies = latencies or {}
     dense, taught = (accuracies(records, case, images, 0, "dense", distilled) for distilled in (False, True))
@@ -139,7 +139,7 @@ def table(
 
 
 def compared(fresh: Records, stored: Records) -> str:
-    """Accuracy of new trainings beside that of the stored ones; says which differ by more than the latter spread."""
+    """Accuracy of new and stored trainings. Marks differences larger than the stored trainings' spread."""
     lines = ["| | distilled | stored, % | now, % | |", "|---|---|---:|---:|---|"]
     rows = {
         (job.case, job.images, job.keep, job.method, job.distilled): None for job in fresh if "accuracy" in fresh[job]
@@ -178,7 +178,7 @@ def correlation(records: Records, case: str, images: int) -> str:
 
 
 def against_channels(records: Records, case: str, images: int, keep: int) -> str:
-    """The difference that decides between removing blocks and removing channels."""
+    """The difference in accuracy between removing blocks and removing channels."""
     ours, theirs = (
         accuracies(records, case, images, keep, method, True) for method in ("leave_one_out", "channels_to_latency")
     )
@@ -188,11 +188,11 @@ def against_channels(records: Records, case: str, images: int, keep: int) -> str
 
 
 def page(stored: Iterable[dict[str, Any]], measured: Sequence[dict[str, Any]] = ()) -> str:
-    """All tables, with what they were measured on.
+    """All tables, and the conditions of the measurements.
 
     Args:
         stored: Records of trainings.
-        measured: Records of latencies, as ``latency.py`` writes them.
+        measured: Records of latencies, as written by ``latency.py``.
     """
     records = by_job(stored)
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""One training of one network: on a GPU in bf16 as CUDA graphs, on the CPU in float32."""
+"""Train one network: on a GPU in bf16 with CUDA graphs, on the CPU in float32."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ EVALUATED = 1_000  # images at once
 
 
 def autocast(device: torch.device) -> Any:
-    """bf16 on a GPU; on the CPU it gains nothing here."""
+    """bf16 on a GPU. It saves no time on the CPU."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 def share_of_rate(step: int, steps: int) -> float:
-    """The learning rate over its highest value: linear warm-up, then half a cosine."""
+    """Learning rate divided by its highest value: linear warm-up, then half a cosine."""
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -44,16 +44,16 @@ def fit(
     distillation: timm_eps.Distillation | None = None,
     pruning: dict[str, Any] | None = None,
 ) -> float:
-    """Train a network in place; returns the seconds it took.
+    """Train a network in place. Returns the training time in seconds.
 
     Args:
-        model: A gated network, on the images' device. Without ``pruning`` it has no gates afterwards.
-        training: Images to train on.
-        read: Makes of uint8 images what the network reads.
+        model: A gated network on the images' device. Without ``pruning`` its gates are removed.
+        training: Training images.
+        read: Converts uint8 images to the network's input.
         recipe: Steps, batch size and rates.
         seed: Seed of the order and the augmentation.
         distillation: A teacher whose answers are a part of the loss.
-        pruning: Arguments of ``EpsilonPruner``, which takes a step ``recipe.periods`` times.
+        pruning: Arguments of ``EpsilonPruner``, which takes ``recipe.periods`` steps.
     """
     device = training.labels.device
     optimizer = torch.optim.SGD(
@@ -106,7 +106,7 @@ def logits_of(model: nn.Module, labelled: Labelled, read: Reader) -> Tensor:
 
 
 def accuracy(model: nn.Module, labelled: Labelled, read: Reader) -> float:
-    """Share of the images whose class the network finds."""
+    """Share of correctly classified images."""
     return float((logits_of(model, labelled, read).argmax(1) == labelled.labels).float().mean())
 
 

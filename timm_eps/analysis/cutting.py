@@ -24,7 +24,7 @@ def prune(model: nn.Module, slots: Iterable[str]) -> list[str]:
 
     Returns:
         The slot paths removed now, including branches inside a removed one. A slot is not returned if its removal would
-            change the output. Its branch then stays closed in the model, and a warning is logged.
+        change the output. Its branch then stays closed in the model, and a warning is logged.
 
     Raises:
         ValueError: A slot is unknown, the model has no residual branch, or is wrapped or compiled. The gates are

@@ -1,8 +1,8 @@
-"""The command ``timm-eps``: what the package does, from a shell.
+"""The command ``timm-eps``: the package from a shell.
 
 A verb is a module of this folder with three names. ``HELP`` is one line. ``add_arguments(parser)`` adds the flags.
-``run(args)`` does the work and returns the exit code; it imports the heavy parts. A new verb is one such file and one
-entry in :data:`VERBS`.
+``run(args)`` does the work and returns the exit code; it imports the heavy modules. A new verb needs one such file and
+one entry in :data:`VERBS`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VERBS = ("info", "analyze", "prune", "train", "export", "push", "report")
 
 _NAME = "timm-eps"
 _TRACEBACK = "TIMM_EPS_TRACEBACK"
-# The imports that the extra `train` brings.
+# Libraries of the extra `train`.
 _TRAIN = {"accelerate", "datasets", "matplotlib", "numpy", "PIL", "sklearn", "tqdm"}
 
 
@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb.
 
     Args:
-        argv: Words of the command line without the name of the program; those of this process if None.
+        argv: Words of the command line without the name of the program. Default: the words of this process.
 
     Returns:
-        Exit code: 0, 1 after an error, 2 for a wrong use, 130 after Ctrl-C, 143 after SIGTERM.
+        Exit code: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
 
     Example::
 
@@ -73,7 +73,7 @@ def _build_parser() -> argparse.ArgumentParser:
     for name in VERBS:
         module = import_module(f".{name}", __name__)
         verb = verbs.add_parser(name, help=module.HELP, description=module.HELP, add_help=False, **shape)
-        verb.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # whose line others need
+        verb.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # saves a line of the help
         verb.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         verb.set_defaults(module=module, parser=verb)
         module.add_arguments(verb)
@@ -81,7 +81,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 class _Wide(argparse.HelpFormatter):
-    """Gives flags and their help one line each on a screen of 100 columns."""
+    """Formats each flag and its help in one line, on a screen of 100 columns."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28)
@@ -89,9 +89,9 @@ class _Wide(argparse.HelpFormatter):
 
 @contextmanager
 def _only_answer_on_stdout(args: argparse.Namespace) -> Iterator[None]:
-    """Send what verbs and libraries print to stderr if the answer is JSON; :func:`.output.answer` alone reaches stdout.
+    """Send prints of verbs and libraries to stderr if the answer is JSON. Only :func:`.output.answer` uses stdout.
 
-    Without ``--json`` the text of a verb and what libraries print share stdout.
+    Without ``--json``, verbs and libraries share stdout.
     """
     args.out = sys.stdout
     if not getattr(args, "json", False):
@@ -103,10 +103,10 @@ def _only_answer_on_stdout(args: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def _errors_in_one_line(args: argparse.Namespace) -> Iterator[None]:
-    """End with one line on stderr instead of a traceback, unless the traceback is asked for.
+    """End with one line on stderr instead of a traceback, unless the user asked for the traceback.
 
     Raises:
-        SystemExit: Something was raised.
+        SystemExit: An error was raised.
     """
     if args.traceback or os.environ.get(_TRACEBACK, "0") not in ("", "0"):
         yield
@@ -124,7 +124,7 @@ def _errors_in_one_line(args: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def _extras_named() -> Iterator[None]:
-    """Say how to install a library that is missing.
+    """Name the extra that installs a missing library.
 
     Raises:
         ImportError: A library of an extra is not installed.

@@ -1,4 +1,4 @@
-"""``timm-eps analyze``: what each branch is worth and what it costs."""
+"""``timm-eps analyze``: effect on the loss and cost of each branch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .output import add_json, answer
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "Measure what each residual branch is worth and what it costs. Nothing is trained."
+HELP = "Measure each residual branch: effect on the loss, and cost. Nothing is trained."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,13 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_images(parser)
     add_budgets(parser)
-    parser.add_argument("--output", metavar="JSON", help="write the report, which Analysis.load reads")
-    parser.add_argument("--plot", metavar="PNG", help="draw cost against loss, a point for each branch")
+    parser.add_argument("--output", metavar="JSON", help="file for the report, which Analysis.load reads")
+    parser.add_argument("--plot", metavar="PNG", help="file for a plot of cost against loss, one point per branch")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Analyze, write what was asked for, and print the table and the choice."""
+    """Analyze the network, write the requested files, and print the table and the choice."""
     from .. import analyze
     from ..training import choices
 

@@ -1,4 +1,4 @@
-"""``timm-eps export``: a saved network in a form that needs no timm_eps to load."""
+"""``timm-eps export``: write a saved network in a form that loads without timm_eps."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ HELP = "Write a saved network in a form that loads without timm_eps."
 
 
 class Format(NamedTuple):
-    """A form in which a network is written.
+    """An output format.
 
     Attributes:
-        help: What it is, and what loads it.
-        write: Function of the loaded model and the arguments. It writes to ``args.output`` and returns what the JSON
-            answer says besides format, path and size.
+        help: Description for the help text.
+        write: Function of the loaded model and the arguments. It writes ``args.output`` and returns the fields of the
+            JSON answer besides format, path and size.
     """
 
     help: str
@@ -55,7 +55,7 @@ def _remote_code(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
-# A new format is one entry here.
+# A new format needs one entry here.
 FORMATS: dict[str, Format] = {
     "timm": Format("a directory that stock timm and stock transformers load", _timm),
     "remote_code": Format("a directory that transformers loads with trust_remote_code=True", _remote_code),
@@ -72,13 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=list(FORMATS), required=True, help=listed)
     parser.add_argument("--output", metavar="PATH", required=True, help="directory or file to write")
     parser.add_argument(
-        "--zero_branches", action="store_true", help="timm: write a branch that cannot be left out as zeros"
+        "--zero_branches", action="store_true", help="timm: write branches as zeros if the architecture needs them"
     )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load the network, write it, and say what was written."""
+    """Load the network, write it, and print a summary."""
     if args.zero_branches and args.format != "timm":
         raise UsageError("--zero_branches needs --format timm")
     about = FORMATS[args.format].write(load_saved(args.model), args)

@@ -1,4 +1,4 @@
-"""The images on which verbs compare branches, by the flags of ``train_hf.py``."""
+"""Images for comparing branches, chosen by the flags of ``train_hf.py``."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["SHOWN", "Prepared", "add_budgets", "add_images", "arguments_of", "pr
 
 SHOWN = {
     "dataset_name": ("NAME", "a data set on the Hub, or a directory that datasets reads"),
-    "train_dir": ("DIR", "a directory with one sub-directory of images a class"),
-    "image_size": ("N", "side in pixels; default that of the network"),
+    "train_dir": ("DIR", "a directory with one sub-directory of images per class"),
+    "image_size": ("N", "side in pixels; default: the network's"),
 }
-# Accepted, but left out of the help, which has to fit one screen.
+# Accepted, but hidden, so that the help fits one screen.
 _HIDDEN = (
     "dataset_config_name", "train_split_name", "train_val_split", "image_column_name", "label_column_name", "streaming",
     "corrupt_images", "fold", "crop_pct", "ignore_mismatched_sizes",
 )  # fmt: skip
 _EPILOG = "Without a data set: scikit-learn's digits. The other data flags of `timm-eps train` work, too."
-_MOST = 1024  # choices.ANALYSED, which is not imported for a parser: it brings the libraries of the training
+_MOST = 1024  # equals choices.ANALYSED, whose import would load the training libraries
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which images branches are compared on."""
+    """Add the flags that choose the images."""
     described = {each.name: each.metadata for kind in (DataArguments, ModelArguments) for each in fields(kind)}
     for name in (*SHOWN, *_HIDDEN):
         shown: dict[str, Any] = {"help": argparse.SUPPRESS}
@@ -46,39 +46,43 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def add_budgets(parser: argparse.ArgumentParser, *, required: bool = False) -> Any:
-    """Add the flags that say how much may stay. Returns their group, of which one flag may be given."""
+    """Add the flags of the budgets. Returns their group, which accepts one flag."""
     described = {each.name: each.metadata for each in fields(PruningArguments)}
     group = parser.add_mutually_exclusive_group(required=required)
     for name, kind in BUDGETS.items():
-        help = f"{kind.unit} that may stay: a share (0.5) or a number"
+        help = f"limit on {kind.unit}: a share (0.5) or a number"
         group.add_argument(f"--{name}", **{**described[name], "help": help, "metavar": "X"})
-    size = {**described["latency_batch_size"], "help": "images of the pass that is timed; default 32", "metavar": "N"}
+    size = {
+        **described["latency_batch_size"],
+        "help": "batch size of the timed forward pass; default 32",
+        "metavar": "N",
+    }
     parser.add_argument("--latency_batch_size", **size)
     return group
 
 
 def arguments_of(args: argparse.Namespace, **values: Any) -> Arguments:
-    """The arguments of a training that would begin with the same network, images and budget.
+    """Training arguments for the same network, images and budget.
 
     Args:
-        args: Of a verb with the flags of :func:`add_images`, :func:`add_budgets` and :func:`.networks.add_model`.
+        args: Arguments of a verb that uses :func:`add_images`, :func:`add_budgets` and :func:`.networks.add_model`.
         values: Further arguments by name.
     """
     known = vars(build_parser().parse_args([]))
     given = {name: value for name, value in vars(args).items() if name in known}
-    # A single image to validate on, as none is needed; and no side head, which only a training needs.
+    # One validation image, because none is needed. No side head, because only training needs it.
     read = {"max_train_samples": args.images, "max_eval_samples": 1, "dry_run": True, "side_loss_weight": 0.0}
     return Arguments.of(known | given | read | model_fields(args) | values)
 
 
 class Prepared(NamedTuple):
-    """A network with images to compare its branches on.
+    """A network, and images for comparing its branches.
 
     Attributes:
         model: A transformers model of this package, in evaluation mode on the device of the process.
         batches: Normalised images (B, 3, H, W) with labels (B,), on the same device.
-        is_trained: Whether the classifier was saved with the network for these classes.
-        dataset: What the images are called.
+        is_trained: Whether the saved classifier is for these classes.
+        dataset: Name of the images.
     """
 
     model: Any
@@ -91,10 +95,10 @@ def prepare(given: Arguments) -> Prepared:
     """Read the images and load the network.
 
     Args:
-        given: What :func:`arguments_of` returned.
+        given: Result of :func:`arguments_of`.
 
     Raises:
-        ValueError: The images and the network do not go together, or one of them cannot be read.
+        ValueError: The images do not fit the network, or one of them cannot be read.
         ImportError: A library of the extra ``train`` is not installed.
     """
     import torch

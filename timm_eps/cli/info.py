@@ -1,4 +1,4 @@
-"""``timm-eps info``: what a saved network is, what was removed, and who can load it. No weights are loaded."""
+"""``timm-eps info``: architecture, removed branches and possible loaders of a saved network. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .push import read_results
 
 __all__ = ["HELP", "add_arguments", "describe", "run"]
 
-HELP = "Say what a saved network is, what was removed, what that saves, and who can load it."
+HELP = "Show the architecture, removed branches, savings and possible loaders of a saved network."
 
-# Larger networks are not built to find out whether export_timm can write them.
+# Larger networks are not built for a trial of export_timm.
 _LARGE = 300_000_000
 _RESULTS = (
     "dataset", "eval_split", "eval_accuracy", "eval_images", "dense_eval_accuracy", "test_accuracy", "seed",
@@ -31,23 +31,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is known."""
+    """Print the description."""
     found = describe(args.model)
     answer(args, found, _text(found))
     return 0
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What can be said of a saved network: the JSON object of this verb.
+    """Describe a saved network as the JSON object of this verb.
 
-    The configuration is checked as every loader checks it, and the weights of a directory are compared with it. Those
-    on the Hub are not fetched.
+    The configuration is checked as every loader checks it. The weights of a directory are compared with the
+    configuration. Weights on the Hub are not downloaded.
 
     Args:
         name: A directory, or an id on the Hub.
 
     Raises:
-        ValueError: The configuration or the weights are refused.
+        ValueError: The configuration or the weights are invalid.
         OSError: There is no such model.
     """
     from .. import EpsResNetConfig
@@ -76,7 +76,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _files(name: str) -> tuple[dict[str, int], Path]:
-    """Sizes in bytes by path, and a directory that holds the configuration and the results."""
+    """File sizes in bytes by path, and a directory with the configuration and the results."""
     root = Path(name)
     if root.is_dir():
         if not (root / "config.json").is_file():
@@ -93,7 +93,7 @@ def _files(name: str) -> tuple[dict[str, int], Path]:
 
 
 def _structure(config: Any, classes: int) -> dict[str, Any]:
-    """Branches, parameters and multiply-adds, dense and now, on networks without memory."""
+    """Branches, parameters and multiply-adds, dense and now. The networks are built without memory."""
     import timm
     import torch
 
@@ -136,7 +136,7 @@ def _saving(dense: int, now: int) -> dict[str, float]:
 def _loaders(
     stored: Mapping[str, Any], config: Any, classes: int, files: Mapping[str, int], parameters: int
 ) -> dict[str, Any]:
-    """Who can load the network: with this package, and without."""
+    """Programs that can load the network: with this package, and without."""
     auto = "AutoModelForImageClassification" if classes else "AutoModel"
     is_stock = stored.get("model_type", "timm_wrapper") == "timm_wrapper"
     reason = None if is_stock else _why_not_stock(config, classes, parameters)
@@ -151,7 +151,7 @@ def _loaders(
 
 
 def _why_not_stock(config: Any, classes: int, parameters: int) -> str | None:
-    """Why ``export_timm`` cannot write a network; None if it can. It is tried with random weights."""
+    """Reason why ``export_timm`` cannot write a network, from a trial with random weights. None if it can."""
     import tempfile
 
     import timm

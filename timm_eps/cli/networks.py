@@ -1,4 +1,4 @@
-"""The network that a verb is given: a directory, a model on the Hub, or an architecture of timm."""
+"""The network argument of a verb: a directory, a model on the Hub, or an architecture of timm."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the argument MODEL and ``--pretrained``."""
     parser.add_argument("model", metavar="MODEL", help="a directory, an id on the Hub, or an architecture of timm")
-    parser.add_argument("--pretrained", action="store_true", help="give the architecture timm's pretrained weights")
+    parser.add_argument("--pretrained", action="store_true", help="load timm's pretrained weights for the architecture")
 
 
 def check_name(name: str) -> None:
-    """Check that a saved model can have this name.
+    """Check the name of a saved model.
 
     Raises:
-        ValueError: It is neither a directory nor an id such as ``owner/name``.
+        ValueError: The name is neither a directory nor an id such as ``owner/name``.
     """
     if not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
         raise ValueError(f"{name[:200]!r} is not a directory and not an id on the Hub, such as owner/name.")
@@ -37,7 +37,7 @@ def model_fields(args: argparse.Namespace) -> dict[str, Any]:
     """MODEL and ``--pretrained`` as fields of :class:`~timm_eps.training.arguments.ModelArguments`.
 
     Raises:
-        ValueError: MODEL is of no known kind, or ``--pretrained`` does not go with it.
+        ValueError: MODEL is of no known kind, or does not allow ``--pretrained``.
     """
     import timm
 
@@ -56,10 +56,10 @@ def model_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(fields: ModelArguments) -> Any:
-    """A transformers model of this package, by its own configuration, in evaluation mode on the CPU.
+    """A transformers model of this package with its own configuration, in evaluation mode on the CPU.
 
     Args:
-        fields: What :func:`model_fields` returned, as :class:`~timm_eps.training.arguments.ModelArguments`.
+        fields: Result of :func:`model_fields`, as :class:`~timm_eps.training.arguments.ModelArguments`.
     """
     import timm
 
@@ -71,13 +71,13 @@ def load_model(fields: ModelArguments) -> Any:
 
 
 def load_saved(name: str) -> Any:
-    """A saved model in evaluation mode on the CPU: one of this package, or a stock one of timm, which gets gates.
+    """A saved model in evaluation mode on the CPU: a model of this package, or a stock timm model, which gets gates.
 
     Args:
         name: A directory, or an id on the Hub.
 
     Raises:
-        ValueError: The configuration or the weights are refused; see
+        ValueError: The configuration or the weights are invalid; see
             :meth:`~timm_eps.hf.pretrained_eps_resnet.EpsResNetPreTrainedModel.from_pretrained`.
         OSError: There is no such model.
     """

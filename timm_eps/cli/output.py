@@ -1,4 +1,4 @@
-"""What a verb answers: text for people, or one JSON object for programs."""
+"""Output of a verb: text for people, or one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["UsageError", "add_json", "answer", "saved_percent", "size_text", "ta
 
 
 class UsageError(Exception):
-    """Flags that do not go together. The command ends with exit code 2, as argparse ends it."""
+    """Flags that exclude each other. The command ends with exit code 2, like argparse."""
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -22,10 +22,10 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def answer(args: argparse.Namespace, found: dict[str, Any], text: str) -> None:
-    """Print what a verb found: as JSON after ``--json``, else as text.
+    """Print the result of a verb: as JSON with ``--json``, otherwise as text.
 
     Args:
-        args: Of the verb.
+        args: Arguments of the verb.
         found: The JSON object. A number that is not finite becomes null.
         text: The text, without a line break at the end.
     """
@@ -33,7 +33,7 @@ def answer(args: argparse.Namespace, found: dict[str, Any], text: str) -> None:
 
 
 def table(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column begins at the left, the others end at the right."""
+    """Lines of a table: the first column is aligned left, the others right."""
     cells = [list(row) for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return [
@@ -46,10 +46,10 @@ def table(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def saved_percent(before: float, after: float) -> float:
-    """What is saved from ``before`` to ``after``, in per cent of ``before``."""
+    """Reduction from ``before`` to ``after``, in per cent of ``before``."""
     return 100 * (1 - after / before) if before else 0.0
 
 
 def size_text(size: int) -> str:
-    """A number of bytes: ``1,234 bytes`` or ``5.6 MB``, of a million bytes."""
+    """A number of bytes as text: ``1,234 bytes`` or ``5.6 MB`` (a million bytes)."""
     return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size:,} bytes"

@@ -1,4 +1,4 @@
-"""``timm-eps prune``: branches removed from a network, without training."""
+"""``timm-eps prune``: remove branches from a network, without training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "Remove residual branches and save the smaller network, to be fine-tuned then."
+HELP = "Remove residual branches and save the smaller network for fine-tuning."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,22 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "timm-eps prune MODEL (--slots SLOT ... | --keep X | --target_... X) --output_dir OUT"
     add_model(parser)
     how_much = add_budgets(parser, required=True)
-    how_much.add_argument(
-        "--slots", nargs="+", metavar="SLOT", help="remove these branches, named as analyze names them"
-    )
+    how_much.add_argument("--slots", nargs="+", metavar="SLOT", help="branches to remove, named as in analyze")
     parser.add_argument(
         "--criterion",
         choices=["leave_one_out", "response", "last"],
         metavar="NAME",
         help="leave_one_out (default), response, last (default for an architecture)",
     )
-    parser.add_argument("--output_dir", required=True, metavar="OUT", help="where to save the smaller network")
+    parser.add_argument("--output_dir", required=True, metavar="OUT", help="directory for the smaller network")
     add_images(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Choose branches, remove them, save the network, and compare it with the one before."""
+    """Choose branches, remove them, save the network, and compare it with the original."""
     from .. import prune, save_pretrained
     from ..training.publishing import base_model
 
@@ -69,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _arguments(args: argparse.Namespace) -> Arguments:
-    """The arguments of a training that would begin with this pruning.
+    """Training arguments that would start with this pruning.
 
     Raises:
         UsageError: ``--criterion`` was given with ``--slots``.
@@ -83,7 +81,7 @@ def _arguments(args: argparse.Namespace) -> Arguments:
 
 
 def _load_and_choose(args: argparse.Namespace, given: Arguments) -> tuple[Any, list[str], list[Any], bool]:
-    """The network, the slots to remove, the images and whether the classifier knows their classes."""
+    """The network, the slots to remove, the images, and whether the classifier is for their classes."""
     from ..training import choices
 
     if args.slots is not None:
@@ -104,7 +102,7 @@ def _load_and_choose(args: argparse.Namespace, given: Arguments) -> tuple[Any, l
 
 
 def _copy(model: Any) -> nn.Module:
-    """The network as it is now; it shares the weights."""
+    """A copy of the network that shares the weights."""
     from ..analysis.measure import gated_copy
 
     return gated_copy(model)
@@ -139,7 +137,7 @@ def _accuracies(before: nn.Module, model: Any, batches: list[Any]) -> dict[str, 
 
 
 def _fine_tuning(args: argparse.Namespace, is_trained: bool) -> list[str]:
-    """The command that fine-tunes what was saved, with the network before as its teacher if that knows the classes."""
+    """The command that fine-tunes the saved network. The original network is the teacher if it knows the classes."""
     words = ["timm-eps", "train", "--model_name_or_path", args.output_dir, "--no_gates"]
     for name in ("dataset_name", "dataset_config_name", "train_dir", "image_column_name", "label_column_name"):
         if value := getattr(args, name):

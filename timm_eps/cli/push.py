@@ -1,4 +1,4 @@
-"""``timm-eps push``: a saved network to the Hub, in one commit."""
+"""``timm-eps push``: push a saved network to the Hub in one commit."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ HELP = "Push a saved network to the Hub in one commit, with its card and picture
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this verb."""
     parser.usage = "timm-eps push DIRECTORY REPO_ID [options]"
-    parser.add_argument("directory", metavar="DIRECTORY", help="where the network was saved")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name, or a name of your own; made if needed")
-    parser.add_argument("--private", action="store_true", help="if the repository is made now")
-    parser.add_argument("--revision", metavar="BRANCH", help="the branch to push to; default main")
+    parser.add_argument("directory", metavar="DIRECTORY", help="directory of a saved network")
+    parser.add_argument(
+        "repo_id", metavar="REPO_ID", help="owner/name, or a name under your account; created if needed"
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; default main")
     parser.add_argument("--commit_message", metavar="TEXT", default="Upload model", help="title of the commit")
     add_json(parser)
     parser.epilog = (
-        "The token is the one that `hf auth login` stored, or HF_TOKEN. The results in all_results.json fill the card. "
+        "The token comes from `hf auth login` or HF_TOKEN. The results in all_results.json fill the card. "
         "ONNX, model.pt2 and remote code are pushed if the directory has them."
     )
 

@@ -1,4 +1,4 @@
-"""``timm-eps report``: one HTML file that shows a saved network."""
+"""``timm-eps report``: write one HTML file that shows a saved network."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .push import read_results
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "Write one HTML file that shows what was removed and what that changed."
+HELP = "Write one HTML file that shows the removed branches and their effects."
 
-# What an evaluation reads of the data arguments: the others augment or order training images.
+# The data arguments that matter for evaluation. The others augment or order training images.
 _READ = (
     "dataset_name", "dataset_config_name", "train_dir", "validation_dir", "test_dir", "train_split_name",
     "test_split_name", "train_val_split", "image_column_name", "label_column_name", "max_eval_samples", "streaming",
     "corrupt_images", "image_size", "fold", "dataloader_num_workers",
 )  # fmt: skip
-_ANALYZED = 1024  # images: they tell a rise of the loss of 0.01 from none
+_ANALYZED = 1024  # images; enough to measure a rise of the loss by 0.01
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,17 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="HTML", help="file to write; default DIRECTORY/report.html")
     parser.add_argument("--dense", metavar="PATH|ID", help="dense network to compare answers with, on the images below")
     parser.add_argument(
-        "--analyze", action="store_true", help="measure the worth and the cost of each branch of --dense"
+        "--analyze", action="store_true", help="measure the effect on the loss and the cost of each branch of --dense"
     )
     parser.add_argument("--measure", action="store_true", help="measure the latency now: eager, and ONNX Runtime")
     parser.add_argument("--compile", action="store_true", help="with --measure: torch.compile as well")
     parser.add_argument(
-        "--latency_batch_size", type=int, nargs="+", default=[1, 32], metavar="N", help="with --measure"
+        "--latency_batch_size", type=int, nargs="+", default=[1, 32], metavar="N", help="with --measure: batch sizes"
     )
     parser.add_argument("--device", default="cpu", help="device of the networks; default cpu")
     parser.add_argument("--digits", action="store_true", help="images: scikit-learn's digits")
     parser.add_argument(
-        "--seed", type=int, metavar="N", help="seed of the held-back training images; default the run's"
+        "--seed", type=int, metavar="N", help="seed of the held-out training images; default: the run's"
     )
     for each in fields(DataArguments):
         if each.name in _READ:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the page. Returns the exit code.
 
     Raises:
-        ValueError: An argument lacks another one, or a file is not as expected.
+        ValueError: An argument needs another one, or a file is invalid.
         OSError: A file or the Hub cannot be reached.
     """
     from transformers import logging
@@ -93,7 +93,7 @@ def _check(args: argparse.Namespace, has_images: bool) -> None:
 
 
 def _images(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of ``write_page`` that come from images."""
+    """Arguments of ``write_page`` that depend on images."""
     from ..training.evaluation_images import EvaluationImages, data_arguments
 
     of_run = _results(args.directory)
@@ -123,7 +123,7 @@ def _analysis(args: argparse.Namespace, images: Any) -> Any:
 
 
 def _results(directory: str) -> dict[str, Any]:
-    """The results of the run, which ``write_page`` checks; nothing if they cannot be read."""
+    """The results of the run, which ``write_page`` checks; empty if they cannot be read."""
     try:
         return read_results(Path(directory)) or {}
     except (OSError, ValueError):

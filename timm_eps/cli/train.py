@@ -1,4 +1,4 @@
-"""``timm-eps train``: what ``train_hf.py`` does, with the same flags."""
+"""``timm-eps train``: like ``train_hf.py``, with the same flags."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..training.arguments.parsing import ShowDefaults, add_all_flags
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "Train, or fine-tune and prune: what train_hf.py does, with the same flags."
+HELP = "Train, or fine-tune and prune, like train_hf.py and with the same flags."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hand the words of the command line to the script, which the wheel holds as a module of its own."""
+    """Pass the words of the command line to the script, which is a module of the wheel."""
     import_module("train_hf").main([word for word in args.words if word != "--traceback"])
     return 0

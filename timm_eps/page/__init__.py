@@ -1,1 +1,1 @@
-"""One HTML file that shows what was removed from a network and what that changed."""
+"""One HTML file that shows the removed branches of a network and their effects."""

@@ -1,4 +1,4 @@
-"""The sections of a page that come from answers: accuracy, confused classes, images whose answer changed."""
+"""Sections of a page about answers: accuracy, confused classes, and images whose answer changed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .saved import RunResults, SavedNetwork
 
 __all__ = ["accuracy", "confusion", "examples"]
 
-MOST_CLASSES = 20  # of a heat map and of the list of classes
+MOST_CLASSES = 20  # limit for a heat map and for the list of classes
 MOST_PAIRS = 20
 MOST_EXAMPLES = 24
 
 
 def accuracy(network: SavedNetwork, results: RunResults | None, answers: Answers | None) -> dict[str, Any] | None:
-    """How many images are right, before and after, in all and by class: measured now, or by the run's results."""
+    """Accuracy before and after, overall and by class: measured now, or from the run's results."""
     if answers is not None:
         return {**_measured(answers), "by_class": _measured_classes(network.class_names, answers),
                 "run": _of_run(results)}  # fmt: skip
@@ -87,7 +87,7 @@ def _measured_classes(names: Sequence[str], answers: Answers) -> dict[str, Any] 
 
 
 def _class_rows(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any] | None:
-    """Classes with the places of both accuracies on an axis that begins at a round number."""
+    """Classes with the positions of both accuracies on an axis that starts at a round number."""
     if len(after) < 2:
         return None
     names = list(after)
@@ -113,7 +113,7 @@ def _class_rows(before: Mapping[str, float], after: Mapping[str, float]) -> dict
 
 
 def confusion(names: Sequence[str], answers: Answers | None) -> dict[str, Any] | None:
-    """Which classes are taken for which: heat maps, or the most frequent confusions where there are many classes."""
+    """Confused classes: heat maps, or the most frequent confusions if there are many classes."""
     if answers is None:
         return None
     both = {"Dense": answers.before, "Pruned": answers.after}
@@ -152,14 +152,14 @@ def _cell(names: Sequence[str], true: int, answer: int, images: int, total: int)
     return {
         "text": images or "",
         "kind": "right" if true == answer else "wrong",
-        # A square root shows that there are few confusions at all.
+        # The square root keeps rare confusions visible.
         "shade": round(share if true == answer else math.sqrt(share), 3),
         "title": f"{images} of {total} images of {names[true]!r}: answered {names[answer]!r}",
     }
 
 
 def examples(names: Sequence[str], answers: Answers | None, cfg: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Images whose answer changed: first those that are wrong now, then those that are right now."""
+    """Images whose answer changed: first the newly wrong ones, then the newly right ones."""
     if answers is None or not (answers.lost or answers.won):
         return None
     half = MOST_EXAMPLES // 2

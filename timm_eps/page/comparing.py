@@ -1,4 +1,4 @@
-"""The network that a saved one is compared with, and the pictures of images whose answer changed."""
+"""The dense network for comparison, and thumbnails of images whose answer changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SIDE = 96
 
 
 def load_dense(dense: nn.Module | str | PathLike[str], network: SavedNetwork) -> nn.Module:
-    """The dense network, which must have the classes of the saved one and read images that are normalised alike.
+    """The dense network. It must have the classes and the input normalisation of the saved network.
 
     Args:
         dense: A model, a directory, or a name on the Hub.
@@ -56,7 +56,7 @@ def load_dense(dense: nn.Module | str | PathLike[str], network: SavedNetwork) ->
 
 
 def answers_of(network: SavedNetwork, batches: Iterable[Any], dense: nn.Module | None) -> Answers:
-    """What the saved network and, if it is given, the dense one answer.
+    """The answers of the saved network and, if given, of the dense network.
 
     Raises:
         ValueError: The saved network has no classifier, or the batches do not fit it.
@@ -82,7 +82,7 @@ def thumbnail(image: Tensor, cfg: dict[str, Any]) -> str:
     """An image as a data URI.
 
     Args:
-        image: (C, H, W) as the network reads it. Of other than three channels, the first one is shown in grey.
+        image: The image (C, H, W) as input of the network. With other than three channels, the first is shown in grey.
         cfg: timm's description of the input, with ``mean`` and ``std``.
     """
     from PIL import Image

@@ -1,4 +1,4 @@
-"""Drawings of a page as inline SVG: text that can be selected, colours by class, a title on each mark.
+"""Drawings of a page as inline SVG: selectable text, colours by class, a title on each mark.
 
 A drawing with text is 440 units wide, so that the text stays readable on a phone. All text is escaped.
 """
@@ -27,9 +27,9 @@ class Mark(NamedTuple):
     Attributes:
         x: Horizontal value.
         y: Vertical value.
-        title: What the point is; shown when the pointer rests on it.
+        title: Description of the point, shown under the pointer.
         kind: Class of the mark, which decides its colour: ``kept`` or ``removed``.
-        label: Text beside the point; none if empty.
+        label: Text beside the point; no text if empty.
     """
 
     x: float
@@ -40,11 +40,11 @@ class Mark(NamedTuple):
 
 
 def draw_blocks(blocks: Sequence[dict[str, bool]], name: str) -> Markup:
-    """Draw the blocks of a stage as columns of one cell for each branch, filled where the branch stayed.
+    """Draw the blocks of a stage as columns with one cell per branch. Cells of kept branches are filled.
 
     Args:
         blocks: For each block, its slots and whether each branch stayed.
-        name: What is drawn, for people who do not see it.
+        name: Description of the drawing, for screen readers.
     """
     deepest = max(map(len, blocks))
     row_height = deepest * _CELL + _GAP * 2
@@ -66,7 +66,7 @@ def draw_blocks(blocks: Sequence[dict[str, bool]], name: str) -> Markup:
 
 
 def draw_scatter(marks: Sequence[Mark], x_name: str, y_name: str, name: str) -> Markup:
-    """Draw points; the vertical axis is linear near zero and logarithmic beyond, so that small values stay apart."""
+    """Draw points. The vertical axis is linear near zero and logarithmic beyond, so that small values stay apart."""
     sizes = sorted(abs(mark.y) for mark in marks if mark.y)
     linear = max(sizes[len(sizes) // 4], 1e-4) if sizes else 1.0
     heights = [_symlog(mark.y, linear) for mark in marks]
@@ -90,7 +90,7 @@ def draw_scatter(marks: Sequence[Mark], x_name: str, y_name: str, name: str) -> 
 
 
 def draw_line(marks: Sequence[Mark], x_name: str, y_name: str, name: str) -> Markup:
-    """Draw points that follow each other, joined by a line; both axes are linear and the larger x is on the left."""
+    """Draw points in order, joined by a line. Both axes are linear; the larger x is on the left."""
     across = _Scale.of([mark.x for mark in marks], _WIDTH - _RIGHT, _LEFT, pad=0.05)
     up = _Scale.of([mark.y for mark in marks], _HEIGHT - _BOTTOM, _TOP, pad=0.08)
     points = " ".join(f"{across(mark.x):.1f},{up(mark.y):.1f}" for mark in marks)
@@ -102,7 +102,7 @@ def draw_line(marks: Sequence[Mark], x_name: str, y_name: str, name: str) -> Mar
 
 
 class _Scale(NamedTuple):
-    """From values between ``low`` and ``high`` to places between ``start`` and ``end``."""
+    """Map values between ``low`` and ``high`` to positions between ``start`` and ``end``."""
 
     low: float
     high: float
@@ -119,7 +119,7 @@ class _Scale(NamedTuple):
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, count: int = 5) -> list[float]:
-        """About so many round values in the range."""
+        """Round values in the range, about ``count`` of them."""
         raw = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(step * power for step in (1, 2, 5, 10) if step * power >= raw)
@@ -162,7 +162,7 @@ def _tick(y: float, text: str, is_zero: bool = False) -> str:
 
 
 def _labels(places: Sequence[tuple[float, float, Mark]]) -> list[str]:
-    """A label beside each point: right, left, above or below, where it covers no point and no other label."""
+    """Labels beside the points: right, left, above or below, where they cover no point and no other label."""
     parts: list[str] = []
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in places]
     for x, y, mark in places:

@@ -1,4 +1,4 @@
-"""How a page writes numbers."""
+"""Number formats of a page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def signed(value: float, digits: int = 1) -> str:
-    """A number with its sign, a real minus; what rounds to zero has none."""
+    """A number with its sign, as a real minus. A number that rounds to zero has no sign."""
     text = f"{value:+.{digits}f}"
     return text.lstrip("+-") if not float(text) else text.replace("-", "−")
 

@@ -1,4 +1,4 @@
-"""What a directory holds: the network, its structure by stage, the results of its run, and an analysis; all checked."""
+"""Checked contents of a directory: the network, its structure by stage, the results of its run, and an analysis."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Stage(NamedTuple):
         name: Path of the stage.
         blocks: For each block, its slots and whether each branch stayed.
         dense: Parameters in the dense network.
-        now: Parameters that are left.
+        now: Parameters in the saved network.
     """
 
     name: str
@@ -60,10 +60,10 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class SavedNetwork:
-    """A saved network beside the dense network of its architecture.
+    """A saved network and the dense network of its architecture.
 
     Attributes:
-        directory: Where it is saved.
+        directory: Directory of the saved network.
         model: The transformers model, in evaluation mode.
         build_dense: Builds the dense network with random weights.
         stages: The stages, in order.
@@ -113,10 +113,10 @@ class SavedNetwork:
 
 
 def load_network(directory: str | os.PathLike[str]) -> SavedNetwork:
-    """Load and check a saved network; count what it has, and what the dense network has.
+    """Load and check a saved network, and count the parameters and multiply-adds of both networks.
 
     Raises:
-        ValueError: The directory holds no network of this package, or the files do not fit each other.
+        ValueError: The directory holds no network of this package, or its files contradict each other.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
@@ -155,7 +155,7 @@ def _within(body: nn.Module, path: str) -> int:
 
 @dataclass(frozen=True)
 class RunResults:
-    """What ``all_results.json`` says. A fraction that the run did not measure is None.
+    """Contents of ``all_results.json``. A fraction that the run did not measure is None.
 
     Attributes:
         accuracy: Accuracy of the saved network.
@@ -179,10 +179,10 @@ class RunResults:
 
 
 def load_results(network: SavedNetwork) -> RunResults | None:
-    """Read ``all_results.json`` beside a network; None if there is none.
+    """Read ``all_results.json`` beside a network. None if there is no such file.
 
     Raises:
-        ValueError: It is no JSON, a field that the page shows is of another kind, or it describes another network.
+        ValueError: The file is no JSON, a field shown by the page has another type, or it describes another network.
     """
     path = network.directory / RESULTS
     if not path.is_file():
@@ -256,10 +256,10 @@ def _rates(values: Mapping[str, Any], name: str) -> dict[str, float]:
 
 
 def load_analysis(network: SavedNetwork, given: Analysis | None = None) -> Analysis | None:
-    """The analysis of the dense network: the given one, or ``branches.json`` beside the network; None without either.
+    """The analysis of the dense network: the given one, or ``branches.json`` beside the network. None without either.
 
     Raises:
-        ValueError: It is no analysis, or one of another network.
+        ValueError: The file is no analysis, or describes another network.
     """
     path = network.directory / ANALYSIS
     if given is None and not path.is_file():

@@ -1,4 +1,4 @@
-"""The sections of a page as plain values for its template; a section without data is None."""
+"""The sections of a page as plain values for its template. A section without data is None."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def facts(network: SavedNetwork, found: Mapping[str, Any], timings: Sequence[Tim
         images = "1 image" if timed.batch_size == 1 else f"{timed.batch_size} images"
         detail = f"{milliseconds(timed.now)} instead of {milliseconds(timed.dense)} for {images}, {timed.runtime}."
         low, high = timed.speedup or (timed.ratio, timed.ratio)
-        if low < 1 < high:  # a busy machine
+        if low < 1 < high:  # happens on a busy machine
             detail += f" The measurement is uncertain: the quartiles are {low:.2f} and {high:.2f}."
         name = "Faster" if low >= 1 else "Slower" if high <= 1 else "Speed"
         listed.append(fact(name, f"{timed.ratio:.2f}×", "as fast", detail))
@@ -62,7 +62,7 @@ def fact(name: str, figure: str, unit: str, detail: str) -> dict[str, str]:
 
 
 def structure(network: SavedNetwork) -> dict[str, Any]:
-    """What stayed and what was removed, by stage."""
+    """Kept and removed branches, by stage."""
     return {
         "kept": network.kept,
         "total": len(network.slots),
@@ -100,11 +100,11 @@ def size(network: SavedNetwork) -> list[dict[str, str]]:
 
 
 def latency(timings: Sequence[Timing], is_pruned: bool) -> list[dict[str, Any]]:
-    """Bars of the latency by runtime and batch size; the longest bar of a batch size is 100 % wide.
+    """Bars of the latency by runtime and batch size. The longest bar of a batch size is 100 % wide.
 
     Args:
         timings: Latencies.
-        is_pruned: Whether a branch was removed: a dense network is not compared with itself.
+        is_pruned: Whether a branch was removed. A dense network is not compared with itself.
     """
     if not is_pruned:
         timings = [Timing(timing.runtime, timing.batch_size, None, timing.now) for timing in timings]
@@ -141,7 +141,7 @@ def latency(timings: Sequence[Timing], is_pruned: bool) -> list[dict[str, Any]]:
 
 
 def costs(network: SavedNetwork, analysis: Analysis | None) -> dict[str, Any] | None:
-    """What each branch costs against what the loss rises by without it, and the curve."""
+    """Cost of each branch against the rise of the loss without it, and the curve."""
     if analysis is None:
         return None
     size = max(analysis.batch_sizes, default=None)
@@ -190,7 +190,7 @@ def _number(slot: str) -> str:
 
 
 def provenance(results: RunResults | None) -> dict[str, Any] | None:
-    """How the network was made, by the results of its run."""
+    """Origin of the network, from the results of its run."""
     if results is None:
         return None
     values = results.values

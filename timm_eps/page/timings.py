@@ -1,4 +1,4 @@
-"""Latency by runtime, dense network beside pruned: read from the results of a run, or measured now."""
+"""Latency of the dense and the pruned network by runtime: from the results of a run, or measured now."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Timing(NamedTuple):
     """Time of a forward pass of both networks.
 
     Attributes:
-        runtime: What ran the networks.
-        batch_size: Images of the pass.
+        runtime: Name of the runtime.
+        batch_size: Images per pass.
         dense: Median milliseconds of the dense network; None if it was not measured.
         now: Median milliseconds of the saved network.
-        speedup: Quartiles of the ratio dense to now, turn by turn; None if they are not known.
-        spread: Quartiles of the milliseconds of both, dense first; None if they are not known.
+        speedup: Quartiles of the ratio dense to now, turn by turn; None if unknown.
+        spread: Quartiles of the milliseconds of both, dense first; None if unknown.
     """
 
     runtime: str
@@ -44,7 +44,7 @@ class Timing(NamedTuple):
 
     @property
     def ratio(self) -> float | None:
-        """How many times as fast the saved network is."""
+        """Speed-up of the saved network."""
         return None if self.dense is None else self.dense / self.now
 
 
@@ -88,12 +88,12 @@ def _pair(key: str, value: Any, source: str) -> tuple[float, float]:
 def measure_timings(
     dense: nn.Module, now: nn.Module, batch_sizes: Sequence[int], compiled: bool = False
 ) -> list[Timing]:
-    """Measure both networks in turn on the device of the saved one: eager, compiled if wanted, ONNX Runtime if there.
+    """Measure both networks in turn on the saved one's device: eager, compiled on request, ONNX Runtime if installed.
 
     Args:
-        dense: The dense network, a timm model; its weights do not matter.
+        dense: The dense network, a timm model. Its weights do not matter.
         now: The saved network, a timm model.
-        batch_sizes: Images of a pass.
+        batch_sizes: Images per pass.
         compiled: Whether to measure ``torch.compile`` as well, which takes a minute.
     """
     pairs: dict[str, dict[str, nn.Module]] = {"": {"dense": dense, "now": now}}

@@ -1,4 +1,4 @@
-"""The page as a file."""
+"""Write the page to a file."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def write_page(
     device: torch.device | str = "cpu",
     images_name: str = "",
 ) -> Path:
-    """Write one HTML file that shows a saved network: what was removed, what that saves, and what it changes.
+    """Write one HTML file that shows a saved network: removed branches, savings, and changed answers.
 
-    The page needs no server, no script and no connection. The directory alone gives the structure, the size, how to
-    load the network, and what ``all_results.json`` and ``branches.json`` hold, if they are there. With ``batches`` the
-    page also has the accuracy and the confused classes. With ``dense`` as well, it compares both networks image by
+    The page needs no server, no script and no connection. The directory alone gives the structure, the size, the code
+    for loading, and the contents of ``all_results.json`` and ``branches.json``, if these files exist. With ``batches``
+    the page also has the accuracy and the confused classes. With ``dense`` as well, it compares both networks image by
     image, and shows up to 24 images whose answer changed.
 
     Example::
@@ -50,17 +50,17 @@ def write_page(
         timm_eps.write_page("out", analysis=timm_eps.analyze(teacher, batches))
 
     Args:
-        directory: What :func:`timm_eps.save_pretrained` or ``train_hf.py`` wrote.
+        directory: Directory written by :func:`timm_eps.save_pretrained` or ``train_hf.py``.
         output: The file to write; by default ``report.html`` in the directory.
-        batches: Pairs of images (B, C, H, W), normalised as the network reads them, and labels (B,), or dicts with
+        batches: Pairs of images (B, C, H, W), normalised for the network, and labels (B,), or dicts with
             ``pixel_values`` and ``labels``. They are read once. Use images that no network was trained on.
         dense: The network to compare with: a model, a directory, or a name on the Hub.
         analysis: The report of :func:`timm_eps.analyze` on the dense network; by default ``branches.json``.
-        latency_batch_sizes: Measure the latency now, for batches of so many images: eager mode, and ONNX Runtime where
-            onnx, onnxscript and onnxruntime are installed. Without any, the latencies of the run are shown.
+        latency_batch_sizes: Batch sizes for measuring the latency now: eager mode, and ONNX Runtime if onnx, onnxscript
+            and onnxruntime are installed. Without batch sizes, the page shows the latencies of the run.
         compiled: Whether to measure ``torch.compile`` as well.
-        device: Where the networks answer and are timed.
-        images_name: How the page names the images.
+        device: Device for the answers and the latency.
+        images_name: Name of the images on the page.
 
     Returns:
         Path of the file.
@@ -79,7 +79,7 @@ def write_page(
     network = load_network(directory)
     try:
         network.body.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch's answers where it has no such device
+    except (RuntimeError, AssertionError) as error:  # torch's errors for a missing device
         raise ValueError(f"device {str(device)[:40]!r} cannot be used: {str(error).splitlines()[0][:100]}") from None
     content = _content(network, batches, dense, analysis, latency_batch_sizes, compiled, images_name)
     path = Path(output) if output is not None else network.directory / PAGE
@@ -137,13 +137,13 @@ def _content(
 def _render(content: dict[str, Any]) -> str:
     from jinja2 import Environment, StrictUndefined
 
-    # Names of classes, data sets and repositories come from files of others: everything is escaped.
+    # Names of classes, data sets and repositories come from other people's files, so all text is escaped.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(content)
 
 
 def _write(path: Path, text: str) -> None:
-    """Write the whole page or nothing; half a character of a name in a damaged file becomes a question mark."""
+    """Write the whole page or nothing. Half a character in a damaged name becomes a question mark."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -123,7 +123,7 @@ def load_splits(
 
     Returns:
         Splits ``train`` and ``validation``, and ``test`` if it is named; a name of the validation images; and the
-            number of training images, None for a stream of unknown length.
+        number of training images, None for a stream of unknown length.
 
     Raises:
         ValueError: No images are named, a training or test split does not exist, a stream has no validation split, or a
