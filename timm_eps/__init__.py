@@ -28,6 +28,7 @@ from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery.branches import gates
 from .surgery.parameters import param_groups
 from .surgery.removal import add_gates, remove_closed, removed_slots
+from .surgery.sharding import gathered
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "export_onnx",
     "export_program",
     "export_timm",
+    "gathered",
     "gates",
     "param_groups",
     "prune",

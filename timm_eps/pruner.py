@@ -21,11 +21,13 @@ from .surgery.branches import check_input, gates, timm_body
 from .surgery.checks import warn_of_frozen, warn_of_silent, warn_of_undecayed
 from .surgery.copies import note_copies
 from .surgery.distributed import share_measured
-from .surgery.followers import follow, left_behind
+from .surgery.followers import follow, warn_of_left_behind
 from .surgery.frozen import FrozenBranches
+from .surgery.holding import ALWAYS, free_gates, hold
 from .surgery.loading import LoadedStructure, lost_since
 from .surgery.optimizers import Optimizers, forget, innermost
 from .surgery.removal import add_gates, remove, removed_slots, replay_removed
+from .surgery.sharding import check_optimizers, is_sharded, reshard
 from .thresholds import Thresholds, keep_one_open, ranking_for
 
 _logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class EpsilonPruner:
     Weights that are loaded into the model while it has a pruner may lack branches. These branches are first removed
     from the model, its optimizers and its followers. ``accelerator.register_for_checkpointing(pruner)`` with
     ``accelerator.load_state`` therefore resumes a run. Lightning works as well. The order of loading does not matter.
+    If FSDP2 shards the model, closed branches stay zero until the model is saved.
 
     Args:
         model: Model with gates (any ``eps_*`` model). A timm model without gates gets them here. It must not be wrapped
@@ -213,12 +216,12 @@ class EpsilonPruner:
         Returns:
             The slot paths removed now.
         """
-        found = gates(self.model)
+        found = free_gates(self.model)
         self._streaks = {slot: streak for slot, streak in self._streaks.items() if slot in found}  # see remove_closed
         is_ranked = self._thresholds.is_ranking(self.epoch, len(found))  # before any branch is removed
         is_measured = self._is_measuring
         staying = self._staying
-        responses = self._collect_responses()
+        responses = {slot: value for slot, value in self._collect_responses().items() if slot in found}
         if found and not responses and not self._warned_of_evaluation:
             self._warned_of_evaluation = True
             _logger.warning(
@@ -248,13 +251,7 @@ class EpsilonPruner:
         self.epoch += 1
         self._set_thresholds(self._thresholds.following(record, self._streaks, self._staying, is_ranked))
         self._take_along()
-        for copied in left_behind(self.model, self.followers):
-            _logger.warning(
-                "A copy of the model (%s) is updated in place, like an average of the weights, but it lacks the "
-                "model's closed and removed branches. Its outputs and its updates are wrong. "
-                "Pass it to the pruner: EpsilonPruner(..., followers=[ema]), or pruner.followers.append(ema).",
-                type(copied).__name__,
-            )
+        warn_of_left_behind(self.model, self.followers)
         return removed
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,7 +261,7 @@ class EpsilonPruner:
             "epoch": self.epoch,
             "epsilon": {slot: gate.epsilon for slot, gate in found.items()},
             "removed": removed_slots(self.model),
-            "streaks": {slot: self._streaks[slot] for slot in found},
+            "streaks": {slot: self._streaks.get(slot, self.patience) for slot in found},
             "closed": [slot for slot, gate in found.items() if gate.closed],
             "responses": {slot: float(gate.response) for slot, gate in found.items()},
             "importances": {slot: float(gate.importance) for slot, gate in found.items()},
@@ -284,11 +281,11 @@ class EpsilonPruner:
         found = gates(self.model)
         if isinstance(self.schedule, CostEpsilon):
             self.schedule.load_state_dict(state.get("budget", {}))
-        self._streaks = dict(state["streaks"])
+        for slot, gate in found.items():
+            gate.closed, gate.epsilon = slot in state["closed"], state["epsilon"][slot]
+        self._streaks = {slot: state["streaks"][slot] for slot in free_gates(self.model)}
         self.epoch = state["epoch"]
         self.history = list(state["history"])
-        for slot, gate in found.items():
-            gate.closed = slot in state["closed"]
         self._set_thresholds(state["epsilon"])
         for slot, gate in found.items():
             gate.response.fill_(state["responses"][slot])
@@ -312,6 +309,10 @@ class EpsilonPruner:
     def _remove(self, slots: list[str]) -> list[str]:
         if not self.live_removal or self._stuck.issuperset(slots):
             return []
+        if is_sharded(self.model):
+            hold(self.model, slots)
+            self._streaks = {slot: self._streaks[slot] for slot in free_gates(self.model)}
+            return []
         removed = remove(self.model, slots)
         self._stuck = set(slots).difference(removed)
         for slot in removed:
@@ -319,10 +320,10 @@ class EpsilonPruner:
         return removed
 
     def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
-        found, measuring, staying = gates(self.model), self._is_measuring, self._staying
+        found, measuring, staying = free_gates(self.model), self._is_measuring, self._staying
         if lacking := found.keys() - thresholds.keys():
             raise ValueError(f"The schedule returned no epsilon for {min(lacking)!r}; each branch needs one.")
-        self.epsilon = max(thresholds.values(), default=0.0)
+        self.epsilon = max((value for value in thresholds.values() if value < ALWAYS), default=0.0)
         for slot, gate in found.items():
             gate.epsilon = 0.0 if slot in staying else thresholds[slot]
             gate.reset_response()
@@ -343,8 +344,11 @@ class EpsilonPruner:
 
     def _take_along(self) -> None:
         """Remove from optimizers and followers whatever was removed from the model."""
+        reshard(self.model)
         parameters = set(self.model.parameters())
-        forget(self._optimizers, self._parameters - parameters)
+        # From a sharded model nothing is removed, but sharding has replaced its parameters.
+        take_out = check_optimizers if is_sharded(self.model) else forget
+        take_out(self._optimizers, self._parameters - parameters)
         self._parameters = parameters
         for follower in self.followers:
             follow(self.model, follower)
