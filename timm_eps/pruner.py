@@ -23,7 +23,7 @@ from .surgery.copies import note_copies
 from .surgery.distributed import share_measured
 from .surgery.followers import follow, warn_of_left_behind
 from .surgery.frozen import FrozenBranches
-from .surgery.holding import ALWAYS, free_gates, hold
+from .surgery.holding import ALWAYS, free_gates, held_slots, hold
 from .surgery.loading import LoadedStructure, lost_since
 from .surgery.optimizers import Optimizers, forget, innermost
 from .surgery.removal import add_gates, remove, removed_slots, replay_removed
@@ -49,7 +49,6 @@ class EpsilonPruner:
     Weights that are loaded into the model while it has a pruner may lack branches. These branches are first removed
     from the model, its optimizers and its followers. ``accelerator.register_for_checkpointing(pruner)`` with
     ``accelerator.load_state`` therefore resumes a run. Lightning works as well. The order of loading does not matter.
-    If FSDP2 shards the model, closed branches stay zero until the model is saved.
 
     Args:
         model: Model with gates (any ``eps_*`` model). A timm model without gates gets them here. It must not be wrapped
@@ -65,8 +64,8 @@ class EpsilonPruner:
         warmup_epochs: Number of epochs at the beginning in which every gate is open.
         ramp_epochs: With a budget, number of epochs from the first closed branch to the full budget.
         patience: Number of epochs in a row that a branch must stay closed before it is removed.
-        live_removal: Whether to remove branches during training. Otherwise closed branches stay until
-            :func:`remove_closed` or a save.
+        live_removal: Whether to remove branches during training. Otherwise, and if FSDP2 shards the model, closed
+            branches stay until :func:`remove_closed` or a save.
         criterion: With a budget, ranking of the branches: ``'response'``, the largest of an epoch; ``'importance'``,
             the change of the loss without the branch, measured over the steps of the optimizer; ``'last'``, the last
             branches of the network first; an object of :mod:`timm_eps.criteria`, or your own. With any criterion except
@@ -85,7 +84,7 @@ class EpsilonPruner:
         followers (list): Copies that follow the model; more may be appended.
         history (list[dict]): One record per epoch: ``epoch``, ``epsilon``, ``responses`` (slot to float), ``closed``
             (list of slots, those closed on every batch) and ``removed`` (those removed after it); also
-            ``importances`` if they were measured.
+            ``importances`` if they were measured, and ``held`` (those held closed after it) if FSDP2 shards the model.
 
     Raises:
         ValueError: Not exactly one of ``epsilon``, the budgets and ``schedule`` is given, a value is out of range, the
@@ -238,13 +237,10 @@ class EpsilonPruner:
             self._streaks[opened] = 0
         closed = [slot for slot in responses if found[slot].closed]
         removed = self._remove([slot for slot in closed if self._streaks[slot] >= self.patience])
-        record = {
-            "epoch": self.epoch,
-            "epsilon": self.epsilon,
-            "responses": responses,
-            "closed": closed,
-            "removed": removed,
-        }
+        record = {"epoch": self.epoch, "epsilon": self.epsilon, "responses": responses}
+        record |= {"closed": closed, "removed": removed}
+        if held := found.keys() & held_slots(self.model):
+            record["held"] = sorted(held)
         if is_measured:
             record["importances"] = {slot: float(found[slot].importance) for slot in responses}
         self.history.append(record)

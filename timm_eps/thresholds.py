@@ -16,8 +16,7 @@ from .importance import measured_importances
 from .schedule import BudgetEpsilon, Schedule
 from .surgery.branches import gates, timm_body
 from .surgery.distributed import agreed
-from .surgery.holding import settled_slots
-from .surgery.sharding import gathered
+from .surgery.holding import settled_slots, whole_without_held
 
 __all__ = ["Thresholds", "keep_one_open", "ranking_for"]
 
@@ -93,8 +92,7 @@ class Thresholds:
         kept = None if isinstance(self.schedule, CostEpsilon) else self.schedule.kept(self.total)
         body = timm_body(self.model)
         importances = self._importances(record, streaks)
-        # A criterion may evaluate the network, for which it must be whole.
-        model = body if isinstance(self.ranking, Importance | Last) else gathered(body)
+        model = body if isinstance(self.ranking, Importance | Last) else whole_without_held(body)
         ranks = ranked_by(
             self.ranking, Seen(model, remaining, importances, settled_slots(self.model), set(staying), kept)
         )

@@ -14,10 +14,10 @@ from torch import nn
 
 from ..gate import EpsilonGate
 from .branches import gates
-from .removal import removed_slots
-from .sharding import is_sharded
+from .removal import remove, removed_slots
+from .sharding import gathered, is_sharded
 
-__all__ = ["ALWAYS", "free_gates", "held_slots", "hold", "settled_slots"]
+__all__ = ["ALWAYS", "free_gates", "held_slots", "hold", "settled_slots", "whole_without_held"]
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +48,17 @@ def free_gates(model: nn.Module) -> dict[str, EpsilonGate]:
     """The gates of the branches that are neither removed nor held, by slot."""
     held = set(held_slots(model))
     return {slot: gate for slot, gate in gates(model).items() if slot not in held}
+
+
+def whole_without_held(model: nn.Module) -> nn.Module:
+    """The network that a criterion may evaluate: a whole copy without held branches, or the model if it is not sharded.
+
+    Every process must call this.
+    """
+    whole = gathered(model)
+    if held := held_slots(model):
+        remove(whole, held)
+    return whole
 
 
 def settled_slots(model: nn.Module) -> list[str]:

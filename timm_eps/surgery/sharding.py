@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +32,8 @@ NO_DEEPSPEED = (
     "--use_fsdp --fsdp_version 2."
 )
 
+# Beginnings of the names of attributes that fully_shard sets.
+_FSDP_NAMES = ("__composable_api", "_is_fsdp", "_fsdp")
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -195,15 +197,22 @@ def plain_copy(module: _Module, convert: Callable[[Tensor], Tensor], *, trains_a
     sharded = _sharded_modules(module)
     for part in sharded:
         memo[id(part)] = object.__new__(_plain_class(part))
+        # torch's state holds process groups, which cannot be copied. Its hooks are deleted from the copy.
+        memo |= {id(hook.__self__): _Nothing() for _, _, hook in _fsdp_hooks(part) if hasattr(hook, "__self__")}
     for part in reversed(sharded):
-        memo[id(part)].__setstate__(copy.deepcopy(_without_fsdp(vars(part)), memo))
+        state = {name: value for name, value in vars(part).items() if not name.startswith(_FSDP_NAMES)}
+        memo[id(part)].__setstate__(copy.deepcopy(state, memo))
     duplicate = copy.deepcopy(module, memo)
-    if sharded:
-        for part in duplicate.modules():
-            state = _without_fsdp(vars(part))
-            vars(part).clear()
-            vars(part).update(state)
+    for part in duplicate.modules() if sharded else ():
+        for hooks, key, _ in list(_fsdp_hooks(part)):
+            del hooks[key]
+        for name in [name for name in vars(part) if name.startswith(_FSDP_NAMES)]:
+            delattr(part, name)
     return duplicate
+
+
+class _Nothing:
+    """Stands for torch's state of a sharded module in a copy."""
 
 
 def _plain_class(part: nn.Module) -> type:
@@ -212,17 +221,10 @@ def _plain_class(part: nn.Module) -> type:
     return next(kind for kind in type(part).__mro__ if not issubclass(kind, kinds))
 
 
-def _without_fsdp(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of a module without those of ``fully_shard``, and without its hooks."""
-    kept = {}
-    for name, value in state.items():
-        if name.startswith(("__composable_api", "_is_fsdp", "_fsdp")):
-            continue
-        if name.endswith("_hooks") and isinstance(value, dict):
-            value = type(value)((key, hook) for key, hook in value.items() if not _is_fsdp_hook(hook))
-        kept[name] = value
-    return kept
-
-
-def _is_fsdp_hook(hook: Any) -> bool:
-    return getattr(hook, "__module__", "").startswith("torch.distributed.")
+def _fsdp_hooks(part: nn.Module) -> Iterator[tuple[dict[int, Any], int, Any]]:
+    """The hooks of ``fully_shard`` on a module: the dict of hooks, the key and the hook."""
+    for name, hooks in vars(part).items():
+        if name.endswith("_hooks") and isinstance(hooks, dict):
+            for key, hook in hooks.items():
+                if getattr(hook, "__module__", "").startswith("torch.distributed."):
+                    yield hooks, key, hook
