@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 import torch.distributed as dist
+from timm.utils import distribute_bn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,7 +27,7 @@ from timm_eps.surgery.holding import held_slots
 from timm_eps.surgery.removal import closed_slots, removed_slots
 from timm_eps.surgery.sharding import is_sharded
 
-EPOCHS, CLASSES = 7, 3
+EPOCHS, CLASSES = 5, 3
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 LABELS = torch.randint(CLASSES, (16,), generator=torch.Generator().manual_seed(4))
 BUDGET: dict[str, Any] = {"keep": 4, "warmup_epochs": 1, "ramp_epochs": 3, "patience": 2}
@@ -119,6 +120,7 @@ def compared(budget: dict[str, Any]) -> dict[str, Any]:
 
 def saving(model: nn.Module, out: Path) -> dict[str, Any]:
     """What is saved equals the live model; all loaders see it in test_sharding.py."""
+    distribute_bn(model, 2, reduce=True)  # FSDP2 leaves the statistics of each process as they are
     model.eval()
     with torch.no_grad():
         live = model(IMAGES).logits
@@ -170,8 +172,11 @@ def resumed(out: Path) -> dict[str, Any]:
     """A pruner made after sharding; and a training that stops and goes on, which must not differ from one that does
     not. With importance, clipped gradients, and a budget of parameters."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
 
     budget = {"target_params": 0.5, "criterion": "importance", "warmup_epochs": 1, "ramp_epochs": 2, "patience": 1}
 
@@ -246,10 +251,11 @@ def criterion() -> list[str]:
 
 def script(out: Path) -> dict[str, Any]:
     """train_hf.py with FSDP2, as on GPUs: Accelerate does not shard on CPUs unless it is told that it does."""
-    import train_hf
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
+
+    import train_hf
 
     short = [
         *("--architecture", "eps_resnet20", "--num_threads", "1", "--max_eval_samples", "45", "--keep", "3"),
@@ -259,8 +265,7 @@ def script(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def run(name: str, *arguments: str) -> None:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
-        AcceleratorState._shared_state.clear()
+        AcceleratorState._reset_state(reset_partial_state=True)
         try:
             results = train_hf.main([*short, *arguments, "--output_dir", str(out / name)])
             found[name] = {key: results[key] for key in ("eval_accuracy_by_epoch", "train_loss_by_epoch")}
