@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 
 from ..surgery.sharding import NO_DEEPSPEED
 from .arguments import Arguments, used_arguments
@@ -27,7 +33,10 @@ def start_accelerator(args: Arguments) -> Accelerator:
         dynamo_backend="inductor" if args.training.compile else None,
         mixed_precision=args.training.mixed_precision,
         # Each process has the statistics of its own batches. They are averaged when they are needed.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=args.training.ddp_timeout)),
+        ],
         log_with=(args.checkpoints.report_to or "all") if args.checkpoints.with_tracking else None,
         project_dir=args.output_dir,
     )

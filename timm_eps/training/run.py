@@ -98,7 +98,7 @@ class Run:
         self.loss = torch.zeros((), device=self.device)
         self.graphs: GraphedPasses | None = None
         self.signum = 0
-        self.watch = StepWatch(accelerator.num_processes, self.device)
+        self.watch = StepWatch(accelerator.num_processes, self.device, training.ddp_timeout)
         self.interruption = Interruption()
         self.clock = time.perf_counter()
 

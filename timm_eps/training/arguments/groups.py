@@ -183,6 +183,7 @@ class TrainingArguments:
     model_ema_decay: float = option("of the average, reached after a warm-up", share, 0.9998)
     mixed_precision: str | None = option("default: as accelerate was configured", choices=["no", "fp16", "bf16"])
     num_threads: int | None = option("on the CPU, of each process; default: all cores, divided", at_least(1))
+    ddp_timeout: int = option("seconds to wait for another process before this one ends", at_least(1), 1800)
     compile: bool = flag("by torch.compile; compiles anew after each removal")
     cuda_graphs: bool = flag("start a step's kernels all at once: deep networks train faster")
     channels_last: bool = flag("the memory format that accelerators prefer")
