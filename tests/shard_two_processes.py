@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
@@ -19,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 import timm_eps
 from timm_eps.surgery.branches import gates, slots_by_block
@@ -252,8 +257,7 @@ def criterion() -> list[str]:
 def script(out: Path) -> dict[str, Any]:
     """train_hf.py with FSDP2, as on GPUs: Accelerate does not shard on CPUs unless it is told that it does."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
+    from accelerate.state import AcceleratorState
 
     import train_hf
 
@@ -273,31 +277,85 @@ def script(out: Path) -> dict[str, Any]:
             found[name] = f"{type(error).__name__}: {error}"
         dist.barrier()
 
-    begin = AcceleratorState.__init__
-
-    def sharding(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
     train_hf.publishing.paired_seconds = lambda *_: {"dense_": [1.0] * 3, "": [1.0] * 3}
     Accelerator.end_training = lambda self: None  # it would close the connection that the next run needs
     run("ddp")
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     run("on a CPU")
-    AcceleratorState.__init__ = sharding
-    run("fsdp", "--checkpointing_steps", "5")
-    run("resumed", "--resume_from_checkpoint", str(out / "fsdp/checkpoint-20"))
-    run("dense first", "--teacher", "self", "--num_train_epochs", "2", "--mixed_precision", "bf16")
-    for option in ("--model_ema", "--channels_last", "--compile"):
-        run(option, option)
-    os.environ["FSDP_VERSION"] = "1"
-    run("fsdp1")
+    with sharding_on_cpus():
+        run("fsdp", "--checkpointing_steps", "5")
+        run("resumed", "--resume_from_checkpoint", str(out / "fsdp/checkpoint-20"))
+        run("dense first", "--teacher", "self", "--num_train_epochs", "2", "--mixed_precision", "bf16")
+        for option in ("--model_ema", "--channels_last", "--compile"):
+            run(option, option)
+        os.environ["FSDP_VERSION"] = "1"
+        run("fsdp1")
     return found
 
 
-PARTS = {"resumed": resumed, "criterion": lambda out: criterion(), "script": script}
+@contextmanager
+def sharding_on_cpus() -> Iterator[None]:
+    """Let Accelerate run its code for FSDP2 on CPUs, where it ignores the plugin otherwise."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    begin = AcceleratorState.__init__
+
+    def shards(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    with mock.patch.object(AcceleratorState, "__init__", shards):
+        yield
+
+
+class Images(torch.utils.data.Dataset):
+    """The images as Trainer reads them."""
+
+    def __len__(self) -> int:
+        return len(IMAGES)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": IMAGES[index], "labels": LABELS[index]}
+
+
+def trainer(out: Path) -> dict[str, Any]:
+    """Trainer with FSDP2 to the end, and from a checkpoint of either form to the end."""
+    found = {}
+    with sharding_on_cpus():
+        for form in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+            for resume in (None, str(out / form / "checkpoint-6")):
+                callback = timm_eps.EpsilonCallback(keep=4, warmup_epochs=1, ramp_epochs=2, patience=1)
+                arguments = TrainingArguments(
+                    str(out / form),
+                    num_train_epochs=4, per_device_train_batch_size=4, weight_decay=0.5, learning_rate=0.02,
+                    report_to=[], save_strategy="epoch", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+                    fsdp=True, fsdp_config={"state_dict_type": form},
+                )  # fmt: skip
+                it = Trainer(network(), arguments, train_dataset=Images(), callbacks=[callback])
+                it.train(resume_from_checkpoint=resume)
+                weights = b"".join(value.numpy().tobytes() for value in parameters_of(it.model).values())
+                distribute_bn(it.model, 2, reduce=True)
+                it.model.eval()
+                with torch.no_grad():
+                    live = it.model(IMAGES).logits
+                it.save_model(out / form / "by trainer")
+                timm_eps.save_pretrained(it.model, out / form / "saved")
+                dist.barrier()
+                saved = [path for path in (out / form / "by trainer", out / form / "saved") if path.exists()]
+                loaded = [timm.create_model(f"local-dir:{path}", pretrained=True).eval() for path in saved]
+                with torch.no_grad():
+                    equal = [torch.equal(each(IMAGES), live) for each in loaded]
+                found[f"{form}, {'resumed' if resume else 'whole'}"] = {
+                    "held": held_slots(it.model), "weights": hashlib.sha256(weights).hexdigest(), "equal": equal,
+                }  # fmt: skip
+    os.environ.pop("ACCELERATE_USE_FSDP")
+    return found
+
+
+PARTS = {"trainer": trainer, "resumed": resumed, "criterion": lambda out: criterion(), "script": script}
 
 
 def main(out: Path, *names: str) -> None:

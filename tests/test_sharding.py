@@ -140,7 +140,7 @@ def test_a_plain_copy_of_a_whole_model_keeps_what_needs_no_gradient():
 def more(tmp_path_factory) -> dict:
     """What takes longer, in one more start."""
     out = tmp_path_factory.mktemp("sharded")
-    found = start(out, "resumed", "criterion", "script")
+    found = start(out, "resumed", "criterion", "trainer", "script")
     return {"out": out, 0: found[0], 1: found[1]}
 
 
@@ -159,6 +159,17 @@ def test_a_resumed_training_holds_the_same_branches_and_ends_with_the_same_weigh
 def test_a_measured_criterion_closes_the_same_in_both(more):
     assert more[0]["criterion"] == more[1]["criterion"]
     assert len(more[0]["criterion"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "files"), [("FULL_STATE_DICT", 2), ("SHARDED_STATE_DICT", 1)])
+def test_trainer_resumes_bit_for_bit_and_saves_what_it_trained(more, form, files):
+    """With sharded checkpoints Trainer's own save_model writes no model."""
+    for rank in (0, 1):
+        whole, resumed = (more[rank]["trainer"][f"{form}, {kind}"] for kind in ("whole", "resumed"))
+        assert len(whole["held"]) == 5
+        assert whole["equal"] == [True] * files
+        assert resumed == whole
 
 
 @pytest.mark.slow
