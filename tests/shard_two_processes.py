@@ -243,6 +243,29 @@ def gathering(model: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def inside() -> dict[str, Any]:
+    """A network in an outer module, which alone is sharded: an evaluation leaves it with whole parameters."""
+    outer = nn.Sequential(network().timm_model)
+    body = outer[0]
+    pruner = timm_eps.EpsilonPruner(body, epsilon=1e9, patience=1)
+    fully_shard(outer, mesh=init_device_mesh("cpu", (2,)))
+    pruner.optimizer = sgd(body)
+    outer(IMAGES).square().mean().backward()
+    pruner.optimizer.step()
+    outer.eval()
+    with torch.no_grad():
+        live = outer(IMAGES)
+        pruner.step()
+        held = outer(IMAGES)
+        return {
+            "removed": removed_slots(body),
+            "held": len(held_slots(body)),
+            "equal": torch.equal(timm_eps.gathered(body)(IMAGES), held),
+            "changed": not torch.equal(live, held),
+            "taught": torch.equal(timm_eps.Distillation.of_itself(body).answer(IMAGES), held),
+        }
+
+
 def criterion() -> list[str]:
     """Which branches a measured criterion closes first, with whole copies of the network."""
     order = timm_eps.LeaveOneOut([(IMAGES, LABELS)], loss=F.cross_entropy)
@@ -367,7 +390,7 @@ def main(out: Path, *names: str) -> None:
         found = compared(BUDGET)
         model = found.pop("model")
         found |= {"warnings": records.messages, "gathering": gathering(model), "saving": saving(model, out)}
-        found["refusals"] = refusals(model, out)
+        found |= {"inside": inside(), "refusals": refusals(model, out)}
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

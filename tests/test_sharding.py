@@ -82,6 +82,11 @@ def test_a_gathered_copy_is_a_plain_network(both):
     assert both[1]["gathering"] == {**expected, "on main": False}
 
 
+def test_a_network_in_a_sharded_module_is_sharded_also_after_an_evaluation(both):
+    for rank in (0, 1):
+        assert both[rank]["inside"] == {"removed": [], "held": 8, "equal": True, "changed": True, "taught": True}
+
+
 @pytest.mark.parametrize("what", ["remove_closed", "export_timm", "analyze"])
 def test_what_needs_a_whole_network_names_the_remedy(both, what):
     for rank in (0, 1):

@@ -55,7 +55,9 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a part of the model is sharded by ``fully_shard``, or a parameter is a ``DTensor``."""
-    return bool(_sharded_modules(model)) or any(map(is_sharded_tensor, model.parameters()))
+    # A forward pass may leave whole parameters. torch's mark on the modules is there also if an outer module was sharded.
+    is_marked = any(getattr(part, "_is_fsdp_managed_module", False) for part in model.modules())
+    return is_marked or bool(_sharded_modules(model)) or any(map(is_sharded_tensor, model.parameters()))
 
 
 def check_wrapper(model: nn.Module) -> None:
@@ -99,7 +101,8 @@ def check_optimizers(optimizers: Iterable[Optimizer], stale: set[nn.Parameter]) 
         optimizers: Optimizers of the model.
         stale: Parameters that the model does not have any more.
     """
-    if any(parameter in stale for one in optimizers for group in one.param_groups for parameter in group["params"]):
+    held = (parameter for one in optimizers for group in one.param_groups for parameter in group["params"])
+    if any(parameter in stale and not is_sharded_tensor(parameter) for parameter in held):
         raise ValueError(
             "The optimizer was created before fully_shard, so it has parameters that the model no longer has. Create "
             "it after fully_shard, and set pruner.optimizer = optimizer."
@@ -145,7 +148,9 @@ def gathered(model: _Module, *, on_main: bool = False) -> Any:
     is_main = dist.get_rank() == 0
 
     def whole(tensor: Any) -> Tensor:
-        value = tensor.full_tensor() if is_sharded_tensor(tensor) else tensor
+        value = tensor
+        if is_sharded_tensor(tensor):  # offloaded to the CPU, it is exchanged on the device of the processes
+            value = tensor.to(tensor.device_mesh.device_type).full_tensor()
         if not on_main:
             return value.clone()
         return value.to("cpu", copy=True) if is_main else torch.empty_like(value, device="meta")
