@@ -53,6 +53,7 @@ def test_one_line(said, expected):
             "script: error: Another process of this training has not answered within --ddp_timeout seconds, so",
             "",
         ),
+        (RuntimeError("Application timeout caused pair closure"), "script: error: Another process of this", ""),
         (KeyboardInterrupt(), 130, "script: Stopped by SIGINT.\n"),
         (
             InterruptionError(signal.SIGTERM, 3, Path("c")),

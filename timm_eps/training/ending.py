@@ -39,7 +39,8 @@ def _of_another_process(error: str) -> str | None:
     if re.search("closed by peer|reset by peer|Broken pipe|remote process exit", error):
         return "has ended"
     # A process that was stopped, or a machine that is not reachable, does not close its connections.
-    return "has not answered within --ddp_timeout seconds" if "Timed out waiting" in error else None
+    is_silent = re.search("Timed out waiting|Application timeout|wait timeout after", error)
+    return "has not answered within --ddp_timeout seconds" if is_silent else None
 
 
 @contextmanager
