@@ -128,6 +128,7 @@ def train(args: Arguments, accelerator: Accelerator, images: ImageData, **begun:
         run.stop_if_told(is_end=True)
     # Without the autocast of mixed precision around forward, so that the results are those of the saved model.
     accelerator.unwrap_model(run.network, keep_fp32_wrapper=False, keep_torch_compile=False)
+    run.gather()
     run.final.to(memory_format=torch.contiguous_format)
     validated = evaluate(args, accelerator, images, run.final)
     tested = evaluate(args, accelerator, images, run.final, "test") if "test" in images.splits else None
@@ -202,7 +203,7 @@ def end_epoch(run: Run) -> None:
         run.scheduler.step(pruner.discarded if restarts else None)
     run.lap()
     if training.eval_strategy == "epoch":
-        values["eval_accuracy"] = evaluate(run.args, run.accelerator, run.images, run.final).accuracy
+        values["eval_accuracy"] = evaluate(run.args, run.accelerator, run.images, timm_eps.gathered(run.final)).accuracy
         progress.accuracies.append(values["eval_accuracy"])
     progress.epoch, progress.batch = progress.epoch + 1, 0
     run.loss.zero_()

@@ -43,7 +43,17 @@ def test_one_line(said, expected):
         (ValueError("a\nb."), "script: error: a b.", ""),
         (OSError(28, "No space left on device"), "script: error: [Errno 28] No space left on device.", ""),
         (HTTP_ERRORS[-1]("cannot connect"), "script: error: cannot connect.", ""),
-        (RuntimeError("[pair.cc] Connection closed by peer [::1]"), "script: error: Another process of this", ""),
+        (
+            RuntimeError("[pair.cc] Connection closed by peer [::1]"),
+            "script: error: Another process of this training has ended, so this one ends, too. If",
+            "",
+        ),
+        (
+            RuntimeError("[gloo] Timed out waiting 10000ms for recv operation to complete"),
+            "script: error: Another process of this training has not answered within --ddp_timeout seconds, so",
+            "",
+        ),
+        (RuntimeError("Application timeout caused pair closure"), "script: error: Another process of this", ""),
         (KeyboardInterrupt(), 130, "script: Stopped by SIGINT.\n"),
         (
             InterruptionError(signal.SIGTERM, 3, Path("c")),

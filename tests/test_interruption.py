@@ -41,7 +41,8 @@ from timm_eps.hub.failures import one_line
 from timm_eps.training import checkpoints, publishing, run_checkpoints
 from timm_eps.training.directory_lock import LOCK
 from timm_eps.training.interruption import Interruption, InterruptionError
-from timm_eps.training.run import CHECKPOINT_FILES, Run
+from timm_eps.training.run import Run
+from timm_eps.training.sharded import CHECKPOINT_FILES
 
 ROOT = Path(__file__).parent.parent
 whole = test_resume.whole  # an uninterrupted run

@@ -491,13 +491,6 @@ def test_no_weight_decay_warns(tmp_path, weight_decay, caplog):
     assert any("weight_decay is 0" in text for text in warned) == (weight_decay == 0)
 
 
-@pytest.mark.parametrize("sharding", [dict(fsdp=True, deepspeed=None), dict(fsdp=None, deepspeed="config.json")])
-def test_sharded_parameters_are_refused(sharding):
-    callback = EpsilonCallback(keep=4)
-    with pytest.raises(ValueError, match="train without fsdp and deepspeed"):
-        callback.on_init_end(SimpleNamespace(**sharding), None, None, model=fresh_model(), optimizer=None)
-
-
 @pytest.fixture(scope="module")
 def plain_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint of a training without the callback."""

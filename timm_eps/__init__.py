@@ -28,6 +28,7 @@ from .schedule import BudgetEpsilon, ConstantEpsilon
 from .surgery.branches import gates
 from .surgery.parameters import param_groups
 from .surgery.removal import add_gates, remove_closed, removed_slots
+from .surgery.sharding import gathered
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "export_program",
     "export_timm",
     "gates",
+    "gathered",
     "param_groups",
     "prune",
     "push_to_hub",

@@ -15,7 +15,9 @@ from .budget import Budget, TargetLatency, budget_from, check_reachable
 from .schedule import BudgetEpsilon, ConstantEpsilon, Schedule
 from .surgery.branches import gates, input_size, probe_batch, timm_body
 from .surgery.distributed import agreed
+from .surgery.holding import settled_slots
 from .surgery.removal import removed_slots
+from .surgery.sharding import gathered
 
 __all__ = ["CostEpsilon", "schedule_from"]
 
@@ -132,7 +134,7 @@ class _Counts:
 
     def left(self, slots: Iterable[str]) -> float:
         """Size without these branches and the removed ones."""
-        key = frozenset((*slots, *removed_slots(self.body)))
+        key = frozenset((*slots, *settled_slots(self.body)))
         if key not in self._known:
             here = [slot for slot in key if slot in gates(self.body)]
             self._known[key] = self.budget.count(network_without(self.body, here), input_size(self.body))
@@ -156,14 +158,14 @@ class _Times:
 
     def __init__(self, body: nn.Module, batch_size: int) -> None:
         self.body, self.batch_size = body, batch_size
-        found = branch_times(pruned_copy(body, []), probe_batch(body, batch_size))
+        found = branch_times(pruned_copy(gathered(body), []), probe_batch(body, batch_size))
         self.dense, self.none, *saved = agreed([found.dense, found.none, *found.saved.values()], body)
         self.saved = dict(zip(found.saved, saved, strict=True))
         self._known: dict[frozenset[str], float] = {}
 
     def left(self, slots: Iterable[str]) -> float:
         """Time predicted from the time of each branch at the beginning of the training."""
-        without = {*slots, *removed_slots(self.body)}
+        without = {*slots, *settled_slots(self.body)}
         return max(self.dense - sum(self.saved.get(slot, 0.0) for slot in without), self.none)
 
     def least(self) -> float:
@@ -172,10 +174,11 @@ class _Times:
 
     def measured(self, slots: Iterable[str]) -> float:
         """Time measured in turn with the network without branches, so that the drift of the machine cancels out."""
-        key = frozenset((*slots, *removed_slots(self.body)))
+        key = frozenset((*slots, *settled_slots(self.body)))
         if key not in self._known:
             here = [slot for slot in key if slot in gates(self.body)]
-            nets = {"none": pruned_copy(self.body, gates(self.body)), "pruned": pruned_copy(self.body, here)}
+            body = gathered(self.body)
+            nets = {"none": pruned_copy(body, gates(body)), "pruned": pruned_copy(body, here)}
             found = milliseconds(nets, probe_batch(self.body, self.batch_size))
             [self._known[key]] = agreed([found["pruned"] * self.none / found["none"]], self.body)
         return self._known[key]

@@ -21,11 +21,13 @@ from .surgery.branches import check_input, gates, timm_body
 from .surgery.checks import warn_of_frozen, warn_of_silent, warn_of_undecayed
 from .surgery.copies import note_copies
 from .surgery.distributed import share_measured
-from .surgery.followers import follow, left_behind
+from .surgery.followers import follow, warn_of_left_behind
 from .surgery.frozen import FrozenBranches
+from .surgery.holding import ALWAYS, free_gates, held_slots, hold
 from .surgery.loading import LoadedStructure, lost_since
 from .surgery.optimizers import Optimizers, forget, innermost
 from .surgery.removal import add_gates, remove, removed_slots, replay_removed
+from .surgery.sharding import check_optimizers, is_sharded, reshard
 from .thresholds import Thresholds, keep_one_open, ranking_for
 
 _logger = logging.getLogger(__name__)
@@ -62,8 +64,8 @@ class EpsilonPruner:
         warmup_epochs: Number of epochs at the beginning in which every gate is open.
         ramp_epochs: With a budget, number of epochs from the first closed branch to the full budget.
         patience: Number of epochs in a row that a branch must stay closed before it is removed.
-        live_removal: Whether to remove branches during training. Otherwise closed branches stay until
-            :func:`remove_closed` or a save.
+        live_removal: Whether to remove branches during training. Otherwise, and if FSDP2 shards the model, closed
+            branches stay until :func:`remove_closed` or a save.
         criterion: With a budget, ranking of the branches: ``'response'``, the largest of an epoch; ``'importance'``,
             the change of the loss without the branch, measured over the steps of the optimizer; ``'last'``, the last
             branches of the network first; an object of :mod:`timm_eps.criteria`, or your own. With any criterion except
@@ -84,7 +86,8 @@ class EpsilonPruner:
         followers (list): Copies that follow the model; more may be appended.
         history (list[dict]): One record per epoch: ``epoch``, ``epsilon``, ``responses`` (slot to float, of the
             measured branches), ``closed`` (list of slots, those closed on every batch) and ``removed`` (those removed
-            after it); also ``importances`` if they were measured.
+            after it); also ``importances`` if they were measured, and ``held`` (those held closed after it) if FSDP2
+            shards the model.
 
     Raises:
         ValueError: Not exactly one of ``epsilon``, the budgets and ``schedule`` is given, a value is out of range, the
@@ -221,11 +224,11 @@ class EpsilonPruner:
         Returns:
             The slot paths removed now.
         """
-        found = gates(self.model)
+        found = free_gates(self.model)
         self._streaks = {slot: streak for slot, streak in self._streaks.items() if slot in found}  # see remove_closed
         is_ranked, is_measured = self._is_ranking, self._is_measuring  # in the finished epoch
         staying = self._staying
-        responses = self._collect_responses()
+        responses = {slot: value for slot, value in self._collect_responses().items() if slot in found}
         is_looking = any(gate.is_active() for gate in found.values())
         if is_looking and not responses and not self._warned_of_evaluation:
             self._warned_of_evaluation = True
@@ -243,26 +246,17 @@ class EpsilonPruner:
             self._streaks[opened] = 0
         closed = [slot for slot in responses if found[slot].closed]
         removed = self._remove([slot for slot in closed if self._streaks[slot] >= self.patience])
-        record = {
-            "epoch": self.epoch,
-            "epsilon": self.epsilon,
-            "responses": responses,
-            "closed": closed,
-            "removed": removed,
-        }
+        record = {"epoch": self.epoch, "epsilon": self.epsilon, "responses": responses}
+        record |= {"closed": closed, "removed": removed}
+        if held := found.keys() & held_slots(self.model):
+            record["held"] = sorted(held)
         if is_measured:
             record["importances"] = {slot: float(found[slot].importance) for slot in responses}
         self.history.append(record)
         self.epoch += 1
         self._set_thresholds(self._thresholds.following(record, self._streaks, self._staying, is_ranked, self._done))
         self._take_along()
-        for copied in left_behind(self.model, self.followers):
-            _logger.warning(
-                "A copy of the model (%s) is updated in place, like an average of the weights, but it lacks the "
-                "model's closed and removed branches. Its outputs and its updates are wrong. "
-                "Pass it to the pruner: EpsilonPruner(..., followers=[ema]), or pruner.followers.append(ema).",
-                type(copied).__name__,
-            )
+        warn_of_left_behind(self.model, self.followers)
         return removed
 
     def state_dict(self) -> dict[str, Any]:
@@ -272,7 +266,7 @@ class EpsilonPruner:
             "epoch": self.epoch,
             "epsilon": {slot: gate.epsilon for slot, gate in found.items()},
             "removed": removed_slots(self.model),
-            "streaks": {slot: self._streaks[slot] for slot in found},
+            "streaks": {slot: self._streaks.get(slot, self.patience) for slot in found},
             "closed": [slot for slot, gate in found.items() if gate.closed],
             "responses": {slot: float(gate.response) for slot, gate in found.items()},
             "importances": {slot: float(gate.importance) for slot, gate in found.items()},
@@ -292,11 +286,11 @@ class EpsilonPruner:
         found = gates(self.model)
         if isinstance(self.schedule, CostEpsilon):
             self.schedule.load_state_dict(state.get("budget", {}))
-        self._streaks = dict(state["streaks"])
+        for slot, gate in found.items():
+            gate.closed, gate.epsilon = slot in state["closed"], state["epsilon"][slot]
+        self._streaks = {slot: state["streaks"][slot] for slot in free_gates(self.model)}
         self.epoch = state["epoch"]
         self.history = list(state["history"])
-        for slot, gate in found.items():
-            gate.closed = slot in state["closed"]
         self._set_thresholds(state["epsilon"])
         for slot, gate in found.items():
             gate.response.fill_(state["responses"][slot])
@@ -320,6 +314,10 @@ class EpsilonPruner:
     def _remove(self, slots: list[str]) -> list[str]:
         if not self.live_removal or self._stuck.issuperset(slots):
             return []
+        if is_sharded(self.model):
+            hold(self.model, slots)
+            self._streaks = {slot: self._streaks[slot] for slot in free_gates(self.model)}
+            return []
         removed = remove(self.model, slots)
         self._stuck = set(slots).difference(removed)
         for slot in removed:
@@ -327,13 +325,13 @@ class EpsilonPruner:
         return removed
 
     def _set_thresholds(self, thresholds: Mapping[str, float]) -> None:
-        found, staying, when = gates(self.model), self._staying, (self.epoch, self._done)
+        found, staying, when = free_gates(self.model), self._staying, (self.epoch, self._done)
         self._is_ranking = self._thresholds.is_ranking(*when)
         self._is_measuring = measuring = self._thresholds.is_measuring(*when)
         reading = self.measure_always or self._thresholds.reads_responses(*when)
         if lacking := found.keys() - thresholds.keys():
             raise ValueError(f"The schedule returned no epsilon for {min(lacking)!r}; each branch needs one.")
-        self.epsilon = max(thresholds.values(), default=0.0)
+        self.epsilon = max((value for value in thresholds.values() if value < ALWAYS), default=0.0)
         for slot, gate in found.items():
             gate.epsilon = 0.0 if slot in staying else thresholds[slot]
             gate.reset_response()
@@ -356,8 +354,11 @@ class EpsilonPruner:
 
     def _take_along(self) -> None:
         """Remove from optimizers and followers whatever was removed from the model."""
+        reshard(self.model)
         parameters = set(self.model.parameters())
-        forget(self._optimizers, self._parameters - parameters)
+        # From a sharded model nothing is removed, but sharding has replaced its parameters.
+        take_out = check_optimizers if is_sharded(self.model) else forget
+        take_out(self._optimizers, self._parameters - parameters)
         self._parameters = parameters
         for follower in self.followers:
             follow(self.model, follower)

@@ -290,7 +290,7 @@ def draw_blocks(
             for slot, value in record["responses"].items():
                 response[row, position[slot]] = value
             closed_at += [(position[slot], row + 1) for slot in record["closed"]]
-            removed_at += [(position[slot], row + 1) for slot in record["removed"]]
+            removed_at += [(position[slot], row + 1) for slot in (*record["removed"], *record.get("held", ()))]
         positive = response[np.isfinite(response) & (response > 0)]
         low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
         image = heat.imshow(

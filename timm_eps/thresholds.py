@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from .cost_schedule import CostEpsilon
-from .criteria import Criterion, Response, Seen, criterion_from, ranked_by
+from .criteria import Criterion, Importance, Last, Response, Seen, criterion_from, ranked_by
 from .importance import measured_importances
 from .schedule import BudgetEpsilon, Schedule
 from .surgery.branches import gates, timm_body
 from .surgery.distributed import agreed
-from .surgery.removal import removed_slots
+from .surgery.holding import settled_slots, whole_without_held
 
 __all__ = ["Thresholds", "keep_one_open", "ranking_for"]
 
@@ -62,7 +62,7 @@ class Thresholds:
         """
         if not isinstance(self.schedule, BudgetEpsilon):
             return False
-        return self.schedule.is_due(epoch + 1, self.total, {*removed_slots(self.model), *done})
+        return self.schedule.is_due(epoch + 1, self.total, {*settled_slots(self.model), *done})
 
     def is_measuring(self, epoch: int, done: Collection[str] = ()) -> bool:
         """Whether ranking the branches after an epoch needs importances; see :meth:`is_ranking`."""
@@ -109,8 +109,9 @@ class Thresholds:
         kept = None if isinstance(self.schedule, CostEpsilon) else self.schedule.kept(self.total)
         body = timm_body(self.model)
         importances = self._importances(record, streaks)
+        model = body if isinstance(self.ranking, Importance | Last) else whole_without_held(body)
         ranks = ranked_by(
-            self.ranking, Seen(body, remaining, importances, removed_slots(self.model), set(staying), kept)
+            self.ranking, Seen(model, remaining, importances, settled_slots(self.model), set(staying), kept)
         )
         # The ranks may differ between processes: all processes use the ranks of the first one.
         ranks = dict(zip(ranks, agreed(list(ranks.values()), body), strict=True))

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         exported_program=(directory / PROGRAM).is_file(),
         remote_code=(directory / CODE_FILES[0]).is_file(),
     )
+    assert commit is not None, "a loaded model is whole"
     found = {"repo_url": str(commit.repo_url), "commit": commit.oid, "commit_url": commit.commit_url}
     answer(args, found, f"Pushed to {commit.repo_url} ({commit.oid[:7]}).")
     return 0

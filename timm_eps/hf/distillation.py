@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..surgery.sharding import gathered, is_sharded
+
 __all__ = ["Distillation", "distillation_loss"]
 
 
@@ -97,9 +99,12 @@ class Distillation:
         """Distillation from a frozen copy of a network in its current state.
 
         Call it after the dense network was fine-tuned and before branches are removed. The arguments are those of the
-        class. The side head and the teacher of a transformers model are not copied.
+        class. The side head and the teacher of a transformers model are not copied. Every process must call this for a
+        model sharded by FSDP2.
         """
-        return cls(copy.deepcopy(getattr(model, "timm_model", model)).requires_grad_(False), weight, temperature)
+        network = getattr(model, "timm_model", model)
+        whole = gathered(network) if is_sharded(network) else copy.deepcopy(network)
+        return cls(whole.requires_grad_(False), weight, temperature)
 
     def loss(self, student_logits: Tensor, labels_loss: Tensor, images: Tensor) -> Tensor:
         """The training loss: ``(1 - weight) * labels_loss + weight * distillation_loss``.

@@ -24,8 +24,9 @@ from ..files.strict_loading import align_weights
 from ..files.weight_checks import check_numbers
 from ..models.cifar_blocks import init_weights
 from ..models.stored import set_closed
-from ..surgery.branches import gates, timm_body
+from ..surgery.branches import gates, slots_by_block, timm_body
 from ..surgery.removal import add_gates, closed_slots, collapsed_copy, removed_slots, structure_of
+from ..surgery.sharding import filled, gathered, is_sharded
 from ..surgery.wrapping import recorded
 from .configuration_eps_resnet import EpsResNetConfig
 from .model_files import TransformersFiles, bind_weights, check_outputs, check_rebuilt, staged
@@ -57,7 +58,6 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
     keeps_training_parts: bool | str = False
     is_headless = False
     loads_leniently: bool = False
-    _no_split_modules = ["PreActBasic"]  # noqa: RUF012  the parent's declaration
 
     def post_init(self) -> None:
         # When loading, only the config knows the input of this model, which probes and image processors need.
@@ -66,6 +66,9 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
         if not any(parameter.is_meta for parameter in self.timm_model.parameters()):
             for module in self.timm_model.modules():
                 module._is_hf_initialized = True  # timm has initialised it
+        # The blocks are what device_map="auto" keeps on one device, and what FSDP shards one by one.
+        paths = slots_by_block(self.timm_model, gates(self.timm_model))
+        self._no_split_modules = sorted({type(self.timm_model.get_submodule(path)).__name__ for path in paths})
         super().post_init()
 
     @classmethod
@@ -144,12 +147,18 @@ class EpsResNetPreTrainedModel(TimmWrapperPreTrainedModel):
 
         The files are written to a temporary directory first. Then the network is rebuilt from the configuration, and
         its names, shapes and outputs are compared. Only then the files are moved into place. The arguments are those of
-        :meth:`transformers.PreTrainedModel.save_pretrained`.
+        :meth:`transformers.PreTrainedModel.save_pretrained`. Every process must call this for a model sharded by FSDP2,
+        unless the whole ``state_dict`` is passed; the first process writes.
 
         Raises:
             ValueError: The configuration cannot describe the network, for example after modules were replaced by hand;
                 or weights are NaN or infinite, or have several precisions.
         """
+        if is_sharded(self):
+            whole = gathered(self, on_main=True) if state_dict is None else filled(self, state_dict)
+            if whole is not None and is_main_process:
+                whole.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+            return
         is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name)
         keeps_parts = self.keeps_training_parts is True or bool(self.keeps_training_parts and is_checkpoint)
         if keeps_parts:

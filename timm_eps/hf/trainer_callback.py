@@ -27,6 +27,7 @@ from ..surgery.loading import LoadedStructure, keys_of
 from ..surgery.optimizers import Optimizers, forget, innermost
 from ..surgery.parameters import bounding_parameters
 from ..surgery.removal import removed_slots, replay_removed
+from ..surgery.sharding import NO_DEEPSPEED, NO_FSDP1
 from .pretrained_eps_resnet import EpsResNetPreTrainedModel
 
 __all__ = ["EpsilonCallback"]
@@ -84,7 +85,8 @@ class EpsilonCallback(TrainerCallback, ExportableState):
     branches and side head. The gates need ``weight_decay``: set it in the TrainingArguments. Trainer does not decay
     biases and some norms. The callback decays those that bound a branch's response, decoupled from the gradient.
 
-    Under DistributedDataParallel all processes make the same decisions, based on the responses of all processes.
+    Under DistributedDataParallel all processes make the same decisions, based on the responses of all processes. Under
+    FSDP2 closed branches stay zero, and ``trainer.save_model()`` leaves them out.
 
     Args:
         epsilon: Threshold of the paper. Not allowed with a budget.
@@ -111,8 +113,8 @@ class EpsilonCallback(TrainerCallback, ExportableState):
     Raises:
         ValueError: Raised when the Trainer is created, or its training begins. The model is not one of this package's
             transformers classes, the arguments do not fit it, the run resumes from a checkpoint of another network or
-            without the pruner's state, ``load_best_model_at_end`` is set, the parameters are sharded (FSDP, DeepSpeed),
-            or Trainer would run the model on several GPUs in one process (``nn.DataParallel``).
+            without the pruner's state, ``load_best_model_at_end`` is set, the parameters are sharded by FSDP1 or
+            DeepSpeed, or Trainer would run the model on several GPUs in one process (``nn.DataParallel``).
     """
 
     def __init__(
@@ -164,8 +166,10 @@ class EpsilonCallback(TrainerCallback, ExportableState):
         return {"args": args, "attributes": {"saved": self.pruner.state_dict() if self.pruner else None}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.fsdp or args.deepspeed:
-            raise ValueError("Blocks cannot be removed from sharded parameters; train without fsdp and deepspeed.")
+        if args.deepspeed:
+            raise ValueError(NO_DEEPSPEED)
+        if args.fsdp and args.fsdp_plugin_args["fsdp_version"] == 1:
+            raise ValueError(NO_FSDP1)
         if args.n_gpu > 1:
             raise ValueError(
                 f"Trainer would run the model on {args.n_gpu} GPUs with nn.DataParallel, which keeps only the "

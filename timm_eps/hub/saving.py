@@ -32,6 +32,7 @@ from ..hf.pretrained_eps_resnet import EpsResNetPreTrainedModel
 from ..report import draw_blocks
 from ..surgery.branches import gates, input_size, timm_body
 from ..surgery.removal import check_gated, closed_slots, natural_order, removed_slots
+from ..surgery.sharding import gathered
 from .card import render_card
 from .commit import NOTHING, asking, commit_files
 from .onnx_export import export_onnx
@@ -70,6 +71,9 @@ def save_pretrained(
     branches and the side head are left out. The model itself is unchanged. Optional files left over from an earlier
     save are deleted, because they describe a different model.
 
+    If the parameters of the model are sharded over processes (FSDP2), every process must call this. The first process
+    gets the whole weights and writes the files.
+
     All files are written to a temporary directory first, so the previous save stays intact if this one fails or is
     killed. Then they are renamed one by one, configuration and weights last. The configuration contains the digest of
     the weights. If a process is killed between these two renames, loading reports that the files do not match.
@@ -98,6 +102,9 @@ def save_pretrained(
         OSError: The directory cannot be written.
     """
     check_gated(model)
+    model = gathered(model, on_main=True)
+    if model is None:  # another process writes the sharded model
+        return
     if remote_code:
         check_remote_code(timm_body(model))
     wrapper = _as_transformers(model, label_names)
@@ -151,7 +158,7 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str = "Upload model",
     **saving: Any,
-) -> CommitInfo:
+) -> CommitInfo | None:
     """Push the files of :func:`save_pretrained`, including the card, to the Hub in one commit.
 
     The weights are uploaded before the commit, so a push that fails in between publishes nothing. The next push does
@@ -176,6 +183,9 @@ def push_to_hub(
     The messages of the last three errors say whether the model was published. If the answer to the commit was an error,
     the Hub is asked again.
     """
+    model = gathered(model, on_main=True)
+    if model is None:  # another process pushes the sharded model
+        return None
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as name:
         # Save first, so that errors in the model occur before the repository is created. The card needs the full name.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..files.edits import SLOT_NAME
 from ..gate import EpsilonGate
 from .feature_nets import is_taken_apart, network_in
+from .sharding import check_wrapper
 from .tracing import Call, Trace, fresh, leads_to, meta_copy, shapes, tensors, trace
 
 __all__ = [
@@ -58,6 +59,7 @@ def timm_body(model: nn.Module) -> nn.Module:
             f"Got a model wrapped in {type(model).__name__}; pass the model itself (wrapper.module, or "
             "accelerator.unwrap_model(wrapper)) and wrap it again after removing blocks."
         )
+    check_wrapper(model)
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "Got a compiled model; pass the model itself (the argument of torch.compile, or model._orig_mod). "

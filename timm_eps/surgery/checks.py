@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from .branches import evaluating, gates, probe_batch, timm_body
 from .optimizers import decays
 from .parameters import bounding_parameters
+from .sharding import gathered
 
 __all__ = ["is_zero_scale", "silent_branches", "warn_of_frozen", "warn_of_silent", "warn_of_undecayed"]
 
@@ -72,7 +73,10 @@ def shortened(names: Iterable[str], shown: int = 3) -> str:
 
 def warn_of_silent(model: nn.Module) -> None:
     """Warn about branches that start at zero, because ε follows their responses."""
-    body = timm_body(model)
+    whole = gathered(model, on_main=True)
+    if whole is None:  # another process of a sharded model warns
+        return
+    body = timm_body(whole)
     if silent := silent_branches(body):
         _logger.warning(
             "%d of %d branches of %s output zero, because their last scale is zero: %s. A budget treats them as empty, "

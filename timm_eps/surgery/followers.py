@@ -6,6 +6,7 @@ the model by their order.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +17,9 @@ from .branches import gates, timm_body
 from .copies import note_copies
 from .removal import add_gates, closed_slots, removed_slots, replay_removed
 
-__all__ = ["follow", "left_behind"]
+__all__ = ["follow", "left_behind", "warn_of_left_behind"]
+
+_logger = logging.getLogger(__name__)
 
 
 def follow(model: nn.Module, follower: Any) -> None:
@@ -73,6 +76,17 @@ def left_behind(model: nn.Module, followers: Iterable[Any]) -> list[nn.Module]:
     ]
     copies.named.update(found)
     return found
+
+
+def warn_of_left_behind(model: nn.Module, followers: Iterable[Any]) -> None:
+    """Warn about each copy that :func:`left_behind` finds."""
+    for copied in left_behind(model, followers):
+        _logger.warning(
+            "A copy of the model (%s) is updated in place, like an average of the weights, but it lacks the model's "
+            "closed and removed branches. Its outputs and its updates are wrong. Pass it to the pruner: "
+            "EpsilonPruner(..., followers=[ema]), or pruner.followers.append(ema).",
+            type(copied).__name__,
+        )
 
 
 def _is_updated(network: nn.Module) -> bool:

@@ -13,7 +13,7 @@ class FrozenBranches:
     """Finds frozen branches. Branches may be frozen and unfrozen while the model trains."""
 
     def __init__(self) -> None:
-        self._parameters: dict[str, list[nn.Parameter]] = {}  # branches of partly frozen blocks
+        self._parameters: dict[str, list[str]] = {}  # names, of branches in partly frozen blocks
 
     def of(self, body: nn.Module) -> set[str]:
         """The slots of branches whose parameters all need no gradient. Branches without parameters are not included."""
@@ -28,6 +28,6 @@ class FrozenBranches:
 
     def _is_frozen(self, body: nn.Module, slot: str) -> bool:
         if slot not in self._parameters:
-            self._parameters[slot] = list(branch_parameters(body, [slot]).values())
-        parameters = self._parameters[slot]
+            self._parameters[slot] = list(branch_parameters(body, [slot]))
+        parameters = [body.get_parameter(name) for name in self._parameters[slot]]
         return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)

@@ -37,6 +37,7 @@ from .collapse import Plan, plan_by_key, plan_collapse
 from .copies import note_copies
 from .feature_nets import is_stock_features, spelled_as
 from .module_hooks import carrying_hooks
+from .sharding import refuse_sharded
 from .tracing import tensors
 from .wrapping import guard_features, guard_saving
 
@@ -174,6 +175,7 @@ def remove(model: nn.Module, slots: Iterable[str]) -> list[str]:
         ValueError: A slot is unknown or its gate is open, or the model is on the meta device.
     """
     body = timm_body(model)
+    refuse_sharded(model, "Branches cannot be removed")
     if any(parameter.is_meta for parameter in body.parameters()):
         raise ValueError(
             f"This {type(body).__name__} is on the meta device, where a removal cannot be checked. Load its weights "
@@ -224,6 +226,7 @@ def replay_removed(model: nn.Module, removed: Iterable[str], key: Hashable = Non
     _check_known(slots, found, body, "removed: ")
     if not slots:
         return
+    refuse_sharded(model, "Branches cannot be removed")
     with carrying_hooks(body, _replaced(body, slots)):
         _carry_out(body, plan_by_key(body, slots, key))
     if more := found.keys() - gates(body).keys() - slots:
@@ -254,6 +257,7 @@ def _carry_out(body: nn.Module, plans: Iterable[Plan]) -> Callable[[], None]:
 
 def collapsed_copy(model: _Model) -> _Model:
     """A copy in evaluation mode with the same outputs and without the closed branches."""
+    refuse_sharded(model, "Closed branches cannot be removed from a copy")
     duplicate = copy.deepcopy(model).eval()
     remove(duplicate, closed_slots(duplicate))
     return duplicate

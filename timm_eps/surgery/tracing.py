@@ -6,13 +6,14 @@ on everything that its graph leads back to, for any weights and any images.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+
+from .sharding import is_sharded_tensor, plain_copy, refuse_sharded
 
 __all__ = [
     "Call",
@@ -108,14 +109,18 @@ def _leaves(graph: set[Any]) -> set[int]:
 
 def meta_copy(module: _Module) -> _Module:
     """A copy on the meta device in evaluation mode, with all parameters in the graph. It takes no memory."""
-    return _copy(module, lambda tensor: torch.empty_like(tensor, device="meta")).eval()
+    return _copy(module, _on_meta).eval()
 
 
 def shared_copy(module: _Module) -> _Module:
     """A copy in evaluation mode with new modules and shared tensors. Closing its gates does not affect the original.
 
     It takes hardly any memory. Users' hooks are left out.
+
+    Raises:
+        ValueError: The model is sharded, so that no process has whole tensors to share.
     """
+    refuse_sharded(module, "A network cannot be evaluated without some of its branches")
     return _copy(module, lambda tensor: tensor).eval()
 
 
@@ -165,6 +170,12 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
+def _on_meta(tensor: Tensor) -> Tensor:
+    if is_sharded_tensor(tensor):  # its shape is that of the whole
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return torch.empty_like(tensor, device="meta")
+
+
 def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not tensor.is_floating_point():
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
@@ -172,13 +183,7 @@ def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _copy(module: _Module, convert: Callable[[Tensor], Tensor]) -> _Module:
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        for tensor in tree_leaves([vars(part), part._parameters, part._buffers]):
-            if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                new = convert(tensor.detach())
-                memo[id(tensor)] = nn.Parameter(new, _is_float(new)) if isinstance(tensor, nn.Parameter) else new
-    duplicate = copy.deepcopy(module, memo)
+    duplicate = plain_copy(module, convert, trains_all=True)
     for part in duplicate.modules():
         # Users' hooks are not meant for such runs. torch's own hooks compute weights.
         for hooks in (part._forward_hooks, part._forward_pre_hooks):

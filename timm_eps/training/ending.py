@@ -34,6 +34,15 @@ def reading_images() -> Iterator[None]:
         ) from error
 
 
+def _of_another_process(error: str) -> str | None:
+    """What happened to another process, from a message of gloo or NCCL; None if the error is of another kind."""
+    if re.search("closed by peer|reset by peer|Broken pipe|remote process exit", error):
+        return "has ended"
+    # A process that was stopped, or a machine that is not reachable, does not close its connections.
+    is_silent = re.search("Timed out waiting|Application timeout|wait timeout after", error)
+    return "has not answered within --ddp_timeout seconds" if is_silent else None
+
+
 @contextmanager
 def as_script(name: str) -> Iterator[None]:
     """End a script that fails, or is told to stop, with one line: exit code 1, 143 (SIGTERM) or 130 (SIGINT).
@@ -57,6 +66,9 @@ def as_script(name: str) -> Iterator[None]:
     except _TOLD_ERRORS as error:
         raise SystemExit(f"{name}: error: {one_line(error, limit=2000)}.") from error
     except RuntimeError as error:  # from torch.distributed
-        if not re.search("closed by peer|reset by peer", str(error)):
+        if (what := _of_another_process(str(error))) is None:
             raise
-        raise SystemExit(f"{name}: error: Another process of this training ended ({one_line(error)}).") from error
+        raise SystemExit(
+            f"{name}: error: Another process of this training {what}, so this one ends, too. If there is a checkpoint, "
+            "start all processes again with the same arguments and --resume_from_checkpoint."
+        ) from error

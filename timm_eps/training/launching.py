@@ -5,13 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 
+from ..surgery.sharding import NO_DEEPSPEED
 from .arguments import Arguments, used_arguments
 from .interruption import InterruptionError
+from .sharded import check_sharded_options
 
 __all__ = ["available_cores", "start_accelerator", "trackers"]
 
@@ -25,17 +33,14 @@ def start_accelerator(args: Arguments) -> Accelerator:
         dynamo_backend="inductor" if args.training.compile else None,
         mixed_precision=args.training.mixed_precision,
         # Each process has the statistics of its own batches. They are averaged when they are needed.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=args.training.ddp_timeout)),
+        ],
         log_with=(args.checkpoints.report_to or "all") if args.checkpoints.with_tracking else None,
         project_dir=args.output_dir,
     )
-    kinds = [accelerator.distributed_type.value]
-    kinds += [kind for kind in ("FSDP", "DEEPSPEED") if parse_flag_from_env(f"ACCELERATE_USE_{kind}")]  # CPUs ignore it
-    if kinds[-1] not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU"):
-        raise ValueError(
-            f"Blocks cannot be removed from a model under {kinds[-1]}, which shards or moves its "
-            "parameters. Launch with plain data parallelism (--multi_gpu, or torchrun)."
-        )
+    _check_kind(args, accelerator)
     if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", 1))):
         raise ValueError(f"{started} processes were started, but Accelerate connected {accelerator.num_processes}.")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -50,6 +55,25 @@ def start_accelerator(args: Arguments) -> Accelerator:
         share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(args.training.num_threads or max(1, share))
     return accelerator
+
+
+def _check_kind(args: Arguments, accelerator: Accelerator) -> None:
+    """Raise ValueError if the processes do not share a model in a way that this training supports."""
+    kind = accelerator.distributed_type.value
+    if kind == "DEEPSPEED" or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(NO_DEEPSPEED)
+    if kind == "FSDP":
+        check_sharded_options(args, accelerator)
+    elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            f"Accelerate does not shard parameters in this run ({kind}): it does so only with several processes on "
+            "accelerators. Launch without --use_fsdp."
+        )
+    elif kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU"):
+        raise ValueError(
+            f"A training under {kind} is not supported. Launch with plain data parallelism (--multi_gpu, or torchrun), "
+            "or with FSDP2 (--use_fsdp --fsdp_version 2)."
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..surgery.branches import gates
+from ..surgery.sharding import is_sharded_tensor
 
 __all__ = ["all_finite", "check_random_states", "load_own", "read_tensors", "save_own", "write_tensors"]
 
@@ -91,6 +92,9 @@ def check_random_states(path: Path) -> None:
 
 
 def all_finite(model: nn.Module) -> Tensor:
-    """Whether all values for a checkpoint of a model are finite: 0-dimensional bool, on the model's device."""
-    checks = [value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point()]
-    return torch.stack(checks).all()
+    """Whether all values for a checkpoint of a model are finite: 0-dimensional bool, on the model's device.
+
+    Of sharded parameters these are the values of this process.
+    """
+    values = [value.to_local() if is_sharded_tensor(value) else value for value in model.state_dict().values()]
+    return torch.stack([value.isfinite().all() for value in values if value.is_floating_point()]).all()

@@ -157,10 +157,12 @@ def check_pruner(stored: Any, epoch: int) -> None:
     for number, one in enumerate(stored["history"]):
         name = f"pruner.history.{number}"
         measured = isinstance(one, dict) and "importances" in one
-        check_like(one, record | ({"importances": None} if measured else {}), name)
+        is_sharded = isinstance(one, dict) and "held" in one
+        held: dict[str, Any] = {"held": []} if is_sharded else {}
+        check_like(one, record | held | ({"importances": None} if measured else {}), name)
         for each in ("responses", "importances") if measured else ("responses",):
             _check_numbers(one[each], f"{name}.{each}", float)
-        for each in ("closed", "removed"):
+        for each in ("closed", "removed", *held):
             _check_slots(one[each], f"{name}.{each}")
 
 

@@ -249,6 +249,7 @@ def push(args: SavingArguments, output_dir: str, model: nn.Module, repo_id: str,
             f"The push of {output_dir} to {repo_id} failed: {one_line(error, limit=1000)}. "
             f"To try again: hf upload {repo_id} {output_dir}"
         ) from error
+    assert commit is not None, "the trained model is whole"
     print(f"Pushed to {commit.repo_url} ({commit.oid[:7]}).")
 
 

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from ..pruner import EpsilonPruner
+from ..surgery.sharding import gathered
 from . import build, checkpoints, data
 from .arguments import Arguments
 from .cuda_graphs import GraphedPasses
@@ -29,12 +30,10 @@ from .interruption import Interruption, InterruptionError
 from .losses import label_mixer, smooth_labels
 from .process_state import all_finite
 from .progress import Progress
+from .sharded import checkpoint_files
 from .step_watch import StepWatch
 
-__all__ = ["CHECKPOINT_FILES", "Run"]
-
-# Files that every checkpoint must contain, for any list of files.
-CHECKPOINT_FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "training.json")
+__all__ = ["Run"]
 
 
 class Run:
@@ -98,7 +97,7 @@ class Run:
         self.loss = torch.zeros((), device=self.device)
         self.graphs: GraphedPasses | None = None
         self.signum = 0
-        self.watch = StepWatch(accelerator.num_processes, self.device)
+        self.watch = StepWatch(accelerator.num_processes, self.device, training.ddp_timeout)
         self.interruption = Interruption()
         self.clock = time.perf_counter()
 
@@ -106,6 +105,10 @@ class Run:
     def final(self) -> nn.Module:
         """The network to test and save: the average of the weights if there is one."""
         return self.model if self.average is None else self.average.module
+
+    def gather(self) -> None:
+        """End the training: each process gets the whole network if its parameters were sharded. All must call this."""
+        self.model = gathered(self.model)
 
     @property
     def learning_rate(self) -> float:
@@ -216,7 +219,8 @@ class Run:
         if self.pruner:
             if self.pruner.discarded < self.pruner.total - self.pruner.wanted:
                 return False
-            changed = [index for index, record in enumerate(self.pruner.history) if record["removed"]]
+            history = enumerate(self.pruner.history)
+            changed = [index for index, record in history if record["removed"] or record.get("held")]
             accuracies = accuracies[max(changed, default=-1) + 1 :]
         return len(accuracies) - (accuracies.index(max(accuracies)) if accuracies else 0) > patience
 
@@ -259,12 +263,12 @@ class Run:
 
     def interrupted(self, signum: int) -> InterruptionError:
         """The error for a training that was told to stop."""
-        last = checkpoints.newest_whole(self.directory, CHECKPOINT_FILES)
+        last = checkpoints.newest_whole(self.directory, checkpoint_files())
         return InterruptionError(signum, self.progress.step, last)
 
     def remedy(self, going_on: bool = True) -> str:
         """How to continue from a checkpoint, for error messages."""
-        last = checkpoints.newest_whole(self.directory, CHECKPOINT_FILES)
+        last = checkpoints.newest_whole(self.directory, checkpoint_files())
         if last is None:
             return "There is no checkpoint."
         return f"Go on with --resume_from_checkpoint, from {last}." if going_on else f"{last} is whole."

@@ -12,12 +12,14 @@ import torch
 from ..hub.failures import WRITE_ERRORS, one_line
 from ..surgery.distributed import rewrap
 from ..surgery.removal import removed_slots
+from ..surgery.sharding import is_sharded
 from . import checkpoints
 from .arguments import Arguments, binding_arguments
 from .average import load_average, save_average
 from .process_state import check_random_states, load_own, save_own
 from .progress import Progress, check_like, check_pruner, dump_json, load_state
-from .run import CHECKPOINT_FILES, Run
+from .run import Run
+from .sharded import checkpoint_files
 
 __all__ = ["find_checkpoint", "resume", "save", "save_if_due"]
 
@@ -30,9 +32,9 @@ def find_checkpoint(args: Arguments, directory: Path) -> Path | None:
     """
     wanted = args.checkpoints.resume_from_checkpoint
     if wanted == "latest" or (wanted and directory != Path(args.output_dir)):
-        return checkpoints.newest_whole(directory, CHECKPOINT_FILES)
+        return checkpoints.newest_whole(directory, checkpoint_files())
     if wanted:
-        if reason := checkpoints.why_torn(wanted, CHECKPOINT_FILES):
+        if reason := checkpoints.why_torn(wanted, checkpoint_files()):
             raise ValueError(
                 f"--resume_from_checkpoint {wanted} is not an intact checkpoint ({reason}); 'latest' finds the last "
                 "intact one."
@@ -117,6 +119,7 @@ def _identity(run: Run) -> dict[str, Any]:
         "number of processes": run.draws.processes,
         "gates": "off, as the dense network" if run.is_dense or run.args.pruning.no_gates else "on",
         "mixed precision": run.accelerator.mixed_precision,
+        **({"sharded parameters": True} if is_sharded(run.model) else {}),
         "batches an epoch": len(run.batches),  # last, because it follows from the others
     }
     return json.loads(json.dumps(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +28,13 @@ class StepWatch:
     Args:
         processes: Number of processes; if it is 1, nothing is exchanged. All of them must construct this.
         device: Device of the loss.
+        timeout: Seconds to wait for another process before this one raises RuntimeError.
     """
 
-    def __init__(self, processes: int, device: torch.device) -> None:
+    def __init__(self, processes: int, device: torch.device, timeout: float = 1800) -> None:
         # A separate group on CPUs, because the results of NCCL's collectives are on the GPU.
-        self._group: Any = dist.new_group(backend="gloo") if processes > 1 else None
+        wait = timedelta(seconds=timeout)
+        self._group: Any = dist.new_group(backend="gloo", timeout=wait) if processes > 1 else None
         self._exchanged: tuple[dist.Work, Tensor] | None = None
         self._host = torch.zeros((), pin_memory=True) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None

@@ -205,6 +205,7 @@ class TrainingArguments:
     num_threads: int | None = option(
         "CPU threads per process; default: the cores divided by the processes", at_least(1)
     )
+    ddp_timeout: int = option("seconds to wait for another process before this one ends", at_least(1), 1800)
     compile: bool = flag("use torch.compile; it compiles again after each removal")
     cuda_graphs: bool = flag("launch all kernels of a step at once; deep networks train faster")
     channels_last: bool = flag("use the memory format that accelerators prefer")

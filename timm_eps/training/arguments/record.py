@@ -19,6 +19,7 @@ _UNSAID = (
     "config", "output_dir", "compare_dense", "dry_run", "license", "train_dir", "validation_dir", "test_dir",
     "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "checkpointing_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "with_tracking", "report_to", "logging_steps",
+    "ddp_timeout",
 )  # fmt: skip
 # Values without information for a reader.
 _PLAIN: dict[str, Any] = {
