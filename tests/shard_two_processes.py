@@ -389,7 +389,7 @@ def main(out: Path, *names: str) -> None:
         logging.getLogger("timm_eps").addHandler(records)
         found = compared(BUDGET)
         model = found.pop("model")
-        found |= {"warnings": records.messages, "gathering": gathering(model), "saving": saving(model, out)}
+        found |= {"warnings": list(records.messages), "gathering": gathering(model), "saving": saving(model, out)}
         found |= {"inside": inside(), "refusals": refusals(model, out)}
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()

@@ -55,7 +55,7 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a part of the model is sharded by ``fully_shard``, or a parameter is a ``DTensor``."""
-    # A forward pass may leave whole parameters. torch marks the modules also if an outer module was sharded.
+    # A forward pass may leave whole parameters. torch marks the modules, also if only an outer module was sharded.
     is_marked = any(getattr(part, "_is_fsdp_managed_module", False) for part in model.modules())
     return is_marked or bool(_sharded_modules(model)) or any(map(is_sharded_tensor, model.parameters()))
 
