@@ -25,6 +25,8 @@ import timm_eps
 from timm_eps.hub import saving as hub_module
 
 # The requests of a push to a repository that is there, to a branch, in their order.
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
 REQUESTS = (
     "GET /api/whoami-v2", "POST /api/repos/create", "POST /api/models/me/faults/branch/", "GET /api/models/me/faults/",
     "POST /api/validate-yaml", "POST /api/models/me/faults/preupload/", "POST /me/faults.git/info/lfs/objects/batch",

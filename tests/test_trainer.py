@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
@@ -174,15 +173,6 @@ def _no_progress_bars():
     yield
     if shown:
         hf_logging.enable_progress_bar()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_garbage_collection():
-    """Each training begins with a collection, which takes half a second over all that torch and transformers hold."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
