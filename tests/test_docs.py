@@ -47,7 +47,7 @@ def test_code_runs(document, tmp_path, monkeypatch, times_measured_once):
     code = blocks((ROOT / document).read_text(encoding="utf-8"))
     assert code
     # A small network, whose proofs take seconds less.
-    code = [block.replace('"tf_efficientnet_lite0"', '"test_convnext"') for block in code]
+    code = [block.replace('"tf_efficientnet_lite0"', '"test_resnet"') for block in code]
     run(code, document, {})
     if document in SAVING:
         assert (tmp_path / "out" / "model.safetensors").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -39,10 +40,16 @@ def test_registered():
     assert all(timm.models.is_model_in_modules(name, ["eps_resnet"]) for name in NAMES)
 
 
+@functools.cache
+def on_meta(name: str) -> nn.Module:
+    """Not to be changed."""
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_depth_and_parameters(depth):
-    with torch.device("meta"):
-        model = timm.create_model(f"eps_resnet{depth}")
+    model = on_meta(f"eps_resnet{depth}")
     assert sum(p.numel() for p in model.parameters()) == paper_parameters(depth)
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert len(layers) == depth
@@ -122,8 +129,7 @@ def test_forward_backward(name, removed):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_default_cfg(name):
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = on_meta(name)
     cfg = model.default_cfg
     assert cfg["architecture"] == name
     assert cfg["input_size"] == (3, 32, 32)

@@ -23,6 +23,8 @@ from timm_eps.hub.onnx_forms import forms_table, measure_forms
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
 # Four classes of images, told apart by the quarter that is bright.
 WITHOUT_PACKAGE = """
 import sys, numpy, onnxruntime
