@@ -86,7 +86,7 @@ def test_fields_of_later_versions_are_changed_too(fuzzer, tmp_path):
     base = Base("later", sound.path, sound.directory, sound.size, sound.slots, sound.closed)
     base.directory.entries[CONFIG] = json.dumps(config).encode()
     notes, bound = [], {True: 0, False: 0}
-    for number in range(300):
+    for number in range(150):
         directory, changes = mutate(base, {"later": base}, Path(tmp_path), random.Random(number))
         notes += changes
         changed = directory.text(WEIGHTS)
