@@ -106,11 +106,8 @@ def times_measured_once(monkeypatch):
     """For tests that do not depend on time measurements."""
     from timm_eps.analysis import measure
 
-    latency, inside = measure.paired_latency, measure._block_milliseconds
     monkeypatch.setattr(measure, "_SECONDS", 0.0)
     monkeypatch.setattr(measure, "_LEAST_REPEATS", 1)
-    monkeypatch.setattr(measure, "paired_latency", lambda nets, batch, repeats=1, warmup=0: latency(nets, batch, 1, 0))
-    monkeypatch.setattr(measure, "_block_milliseconds", lambda *measured: inside(*measured, warmup=0))
 
 
 @pytest.fixture
