@@ -23,6 +23,8 @@ from timm_eps import cli
 from timm_eps.analysis.measure import size_of
 from timm_eps.cli import VERBS, export, main
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
 ROOT = Path(__file__).parent.parent
 REMOVED = SLOTS[4:6]
 FEW = ["--images", "16", "--latency_batch_size", "2"]

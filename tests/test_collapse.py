@@ -53,6 +53,8 @@ FAMILIES = {
 PARTLY_FREED = ["efficientvim_m1"]
 # The others are slow tests.
 COVER = ["test_resnet", "test_byobnet", "test_convnext", "test_vit", "test_coatnet"]
+# Of which the order of removal is tried by default: convolutions, and both of them and attention.
+ORDERED = ["test_resnet", "test_coatnet"]
 CASES = [pytest.param(name, marks=[] if name in COVER else [pytest.mark.slow]) for name in FAMILIES]
 
 
@@ -108,7 +110,7 @@ def test_removed_equals_shut(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(FAMILIES, *(list(FAMILIES).index(name) for name in ORDERED)))
 def test_order_does_not_matter(name):
     """One by one, all at once, from the list alone, on the meta device: the network is the same."""
     model = gated(name, **FAMILIES[name])
@@ -174,12 +176,14 @@ def test_gates_inside_a_removed_branch_go_with_it():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["test_resnet", "test_byobnet", "resnetv2_18", "rexnetr_100", "test_convnext"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["test_resnet", "test_byobnet", "resnetv2_18", "rexnetr_100", "test_convnext"], 0, 4)
+)
 def test_other_resolutions(name):
     """A removal planned at one image size holds at other sizes."""
     model = gated(name, **FAMILIES[name])
     close(model, *half_of(model, 0))
-    images = [torch.randn(1, 3, size, size + 32) for size in (96, 224)]
+    images = [torch.randn(1, 3, size, size + 32) for size in (64, 192)]
     before = [model(x) for x in images]
     timm_eps.remove_closed(model)
     assert all(torch.equal(model(x), y) for x, y in zip(images, before, strict=True))
@@ -195,7 +199,7 @@ def pruned_twin(name: str, **kwargs) -> nn.Module:
 INTERFACES = ["test_resnet", "test_convnext", "test_vit", "test_nfnet", "test_byobnet", "test_vit_relpos"]
 
 
-@pytest.mark.parametrize("name", mostly_slow(INTERFACES, 0, 2, 4))
+@pytest.mark.parametrize("name", mostly_slow(INTERFACES, 0, 2))
 def test_interfaces_after_removal(name):
     model = pruned_twin(name)
     batch = probe_batch(model)
@@ -264,7 +268,9 @@ class Picky(timm.models.vision_transformer.Block):
         return x + branch
 
 
-@pytest.mark.parametrize("error", [AssertionError, AttributeError, KeyError, NotImplementedError, ValueError])
+@pytest.mark.parametrize(
+    "error", mostly_slow([AssertionError, AttributeError, KeyError, NotImplementedError, ValueError], 0, 4)
+)
 def test_a_block_refuses_a_single_zero_by_any_error(error):
     """Before torch 2.10, torch.stack raises an AssertionError on the meta device."""
     model = timm.create_model("test_vit", num_classes=3).eval()

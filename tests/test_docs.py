@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import timm_eps
+from timm_eps.analysis import measure
 
 ROOT = Path(__file__).parent.parent
 CODE = ["README.md", "docs/start.md", "docs/concepts.md", "docs/shrink.md", "docs/ship.md", "docs/train.md"]
@@ -22,8 +23,14 @@ REFERENCE = ROOT / "docs/reference.md"
 
 
 @pytest.fixture(autouse=True)
-def quick(times_measured_once):
-    """One thread, because threads of tiny layers wait for each other on a busy machine; each time is measured once."""
+def quick(times_measured_once, monkeypatch):
+    """One thread, because threads of tiny layers wait for each other on a busy machine.
+
+    Each time is measured once and without warm-up: no page depends on it.
+    """
+    latency, inside = measure.paired_latency, measure._block_milliseconds
+    monkeypatch.setattr(measure, "paired_latency", lambda nets, batch, *_: latency(nets, batch, 1, 0))
+    monkeypatch.setattr(measure, "_block_milliseconds", lambda *measured: inside(*measured, warmup=0))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -47,7 +54,7 @@ def test_code_runs(document, tmp_path, monkeypatch, times_measured_once):
     code = blocks((ROOT / document).read_text(encoding="utf-8"))
     assert code
     # The proofs take seconds less on a small network.
-    code = [block.replace('"tf_efficientnet_lite0"', '"test_convnext"') for block in code]
+    code = [block.replace('"tf_efficientnet_lite0"', '"test_resnet"') for block in code]
     run(code, document, {})
     if document in SAVING:
         assert (tmp_path / "out" / "model.safetensors").exists()

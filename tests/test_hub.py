@@ -16,6 +16,8 @@ import timm_eps
 from timm_eps.hub import saving as hub
 from timm_eps.surgery.branches import gates
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
 RESULTS = {
     "architecture": "eps_resnet20",
     "arguments": {"keep": 0.5, "num_train_epochs": 3},
@@ -74,7 +76,8 @@ def test_a_wrapped_model_with_results(model, tmp_path):
     assert wrapper.config.id2label == names
 
 
-def test_picture_shows_the_history(model, tmp_path):
+def test_picture_shows_the_history(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_eps.hub.saving.draw_blocks", timm_eps.report.draw_blocks)
     pruner = timm_eps.EpsilonPruner(tiny_net(), epsilon=1.0, patience=2)
     for _ in range(4):
         for index, gate in enumerate(gates(pruner.model).values()):

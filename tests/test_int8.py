@@ -23,6 +23,8 @@ from timm_eps.hub.onnx_forms import forms_table, measure_forms
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
 # Four classes of images: the bright quarter tells the class.
 WITHOUT_PACKAGE = """
 import sys, numpy, onnxruntime

@@ -431,8 +431,9 @@ def test_truncated_weights(model, tmp_path):
         AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
-def test_compiled_in_training(model, images, labels):
+def test_compiled_in_training(images, labels):
     torch._dynamo.reset()
+    model = EpsResNetForImageClassification(tiny_config(model_args={"layers": [1, 2, 1]})).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images, labels=labels).loss, model(images, labels=labels).loss)
     compiled(images, labels=labels).loss.backward()

@@ -41,6 +41,8 @@ from timm_eps.hub import onnx_export
 from timm_eps.hub import saving as hub_module
 from timm_eps.surgery.branches import probe_batch
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
 ROOT = Path(__file__).parent.parent
 
 ALWAYS = {".gitattributes", "README.md", "blocks.png", "config.json", "model.safetensors"}

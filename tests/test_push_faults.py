@@ -24,6 +24,8 @@ from loopback_hub import FAULTS
 import timm_eps
 from timm_eps.hub import saving as hub_module
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
 # The requests of a push to a branch of an existing repository, in order.
 REQUESTS = (
     "GET /api/whoami-v2", "POST /api/repos/create", "POST /api/models/me/faults/branch/", "GET /api/models/me/faults/",

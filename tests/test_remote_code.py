@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
 BEIT = {"num_classes": 5, "depth": 2, "img_size": 32, "embed_dim": 48, "num_heads": 3}
 NETWORKS = {
     "whole_blocks": ("eps_test_resnet", {"num_classes": 5}, ["layer1.0.drop_path", "layer3.0.drop_path"]),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import mostly_slow
+from conftest import draw_nothing, mostly_slow
 from PIL import Image
 from safetensors.torch import save_file
 from test_train_hf import _one_thread, without_times  # noqa: F401  the fixture is for all tests here as well
@@ -37,6 +37,7 @@ def train_only(patched: pytest.MonkeyPatch) -> None:
     """Skip the steps after the training: other tests cover them, and they take longer than these trainings."""
     patched.setattr(train_hf.publishing, "check_reload", lambda *_: "not tried")
     patched.setattr(train_hf.publishing, "paired_seconds", lambda pair, *_: dict.fromkeys(pair, [1.0] * 3))
+    draw_nothing(patched)
 
 
 REAL_SAVE = train_hf.publishing.save
@@ -347,7 +348,7 @@ def test_only_the_last_ones_are_kept(whole, tmp_path, limit, monkeypatch):
 
 
 KILLED = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
@@ -382,6 +383,7 @@ def save_weights(model, output_dir, remedy, *, results, **others):
     (Path(output_dir) / "all_results.json").write_text(json.dumps(results))
 
 train_hf.publishing.save = save_weights
+gc.freeze()
 for moment, arguments in json.loads(sys.argv[1]):
     if child := os.fork():  # one start of torch for all
         print(moment, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

@@ -25,6 +25,8 @@ from transformers import (
 )
 from transformers import logging as hf_logging
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
 NAMES = ["pruned", "stage_first", "one_channel", "unpruned", "uneven", "headless", "pixel_mean"]
 LABELS = list("abcde")
 REMOTE = {"trust_remote_code": True}

@@ -31,6 +31,8 @@ from timm_eps.files.weight_checks import check_numbers
 from timm_eps.hf.model_files import staged
 from timm_eps.surgery.branches import gates
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
 REMOVED = {
     "eps_resnet20": ["stages.1.blocks.1.drop_path"],
     "eps_test_vit": ["blocks.2.drop_path1"],

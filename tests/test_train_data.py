@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import encoded, make_dataset, mostly_slow, write_splits
+from conftest import draw_nothing, encoded, make_dataset, mostly_slow, write_splits
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
@@ -39,6 +39,7 @@ def _one_thread(monkeypatch):
     monkeypatch.setattr(
         train_hf.publishing, "paired_seconds", lambda networks, images: dict.fromkeys(networks, [1.0] * 3)
     )
+    draw_nothing(monkeypatch)
     yield
     torch.set_num_threads(threads)
 

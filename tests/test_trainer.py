@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
@@ -176,15 +175,6 @@ def _no_progress_bars():
         hf_logging.enable_progress_bar()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_garbage_collection():
-    """Each training starts with a garbage collection, which takes half a second with torch and transformers loaded."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Uninterrupted runs, started on first use: (trainer, spy, directory)."""
@@ -295,7 +285,7 @@ def checkpoint_step(spy: Spy, state: str, mid_epoch: bool = False) -> int:
         *mostly_slow([("at an epoch's last step", state) for state in STATES[1:]], 1),
     ],
 )
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", mostly_slow(OPTIMIZERS, 1))  # SGD has no state to restore
 def test_resumed_run_is_the_uninterrupted_one(trained, tmp_path, optimizer, state, saved, start, caplog):
     whole, spy, out = trained(optimizer, "epoch" if saved == "after an epoch" else "steps")
     assert whole.model.side_head is not None
