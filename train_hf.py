@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object, is_compiled_module, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -193,9 +193,7 @@ def end_epoch(run: Run) -> None:
     if pruner:
         values["epsilon"] = pruner.epsilon
         if pruner.step():  # (3)
-            rewrap(run.network)  # (4) DistributedDataParallel still has the removed parameters
-            if is_compiled_module(run.network):
-                torch.compiler.reset()  # otherwise torch stops compiling after a number of structures
+            rewrap(run.network)  # (4) DistributedDataParallel and torch.compile still have the removed branches
         values["blocks"] = pruner.total - pruner.discarded
         values |= {f"response/{slot}": value for slot, value in pruner.history[-1]["responses"].items()}
     if training.lr_scheduler != "cosine":

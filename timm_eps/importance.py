@@ -11,16 +11,19 @@ import torch
 from .gate import EpsilonGate
 from .surgery.branches import stage_of
 
-__all__ = ["importance_ranks", "measured_importances", "note_step", "sum_gradients"]
+__all__ = ["importance_ranks", "measure", "measured_importances", "note_step"]
 
 
-def sum_gradients(gates: Iterable[EpsilonGate]) -> None:
-    """Start to measure importance over optimizer steps: :func:`note_step` is called before each step.
+def measure(gate: EpsilonGate, *, over_steps: bool) -> None:
+    """Start to measure the importance of a gate's branch.
 
-    :meth:`EpsilonGate.measure_importance` treats each backward pass as a step. Here the gradients of several passes
-    accumulate, like the gradients of parameters.
+    Args:
+        gate: The gate.
+        over_steps: Whether :func:`note_step` is called before each step of the optimizer. The gradients of several
+            backward passes then accumulate, like the gradients of parameters. Otherwise each backward pass is a step.
     """
-    for gate in gates:
+    gate.measure_importance(not over_steps)
+    if over_steps:
         gate.gain = torch.ones((), device=gate.threshold.device, requires_grad=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import numbers
 import weakref
 from collections.abc import Iterable, Mapping
@@ -14,11 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from .budget import Budget
 from .cost_schedule import CostEpsilon, schedule_from
 from .criteria import Criterion
-from .gate import EpsilonGate
-from .importance import note_step, sum_gradients
+from .importance import measure, note_step
 from .schedule import BudgetEpsilon, Schedule
 from .surgery.branches import check_input, gates, timm_body
-from .surgery.checks import warn_of_frozen, warn_of_silent, warn_of_undecayed
+from .surgery.checks import warn_of_evaluation, warn_of_frozen, warn_of_silent, warn_of_undecayed
 from .surgery.copies import note_copies
 from .surgery.distributed import share_measured
 from .surgery.followers import follow, warn_of_left_behind
@@ -29,8 +27,6 @@ from .surgery.optimizers import Optimizers, forget, innermost
 from .surgery.removal import add_gates, remove, removed_slots, replay_removed
 from .surgery.sharding import check_optimizers, is_sharded, reshard
 from .thresholds import Thresholds, keep_one_open, ranking_for
-
-_logger = logging.getLogger(__name__)
 
 __all__ = ["EpsilonPruner"]
 
@@ -176,14 +172,7 @@ class EpsilonPruner:
         self._handles = [one.register_step_pre_hook(before_step) for one in self._optimizers]
         for gate in gates(self.model).values():
             if gate.gain is not None:
-                self._measure(gate)
-
-    def _measure(self, gate: EpsilonGate) -> None:
-        """Measure a gate's importance over optimizer steps, or over backward passes if there is no optimizer."""
-        if self._optimizers:
-            sum_gradients([gate])
-        else:
-            gate.measure_importance()
+                measure(gate, over_steps=bool(self._optimizers))
 
     def _note_step(self) -> None:
         if self._is_measuring:
@@ -192,9 +181,7 @@ class EpsilonPruner:
     @property
     def _done(self) -> list[str]:
         """Slots of the branches that are closed for good, but not removed before the training ends."""
-        if self.live_removal:
-            return []
-        return [slot for slot, streak in self._streaks.items() if streak >= self.patience]
+        return [] if self.live_removal else [slot for slot, n in self._streaks.items() if n >= self.patience]
 
     @property
     def schedule(self) -> Schedule:
@@ -226,16 +213,12 @@ class EpsilonPruner:
         """
         found = free_gates(self.model)
         self._streaks = {slot: streak for slot, streak in self._streaks.items() if slot in found}  # see remove_closed
-        is_ranked, is_measured = self._is_ranking, self._is_measuring  # in the finished epoch
-        staying = self._staying
+        is_ranked, is_measured, staying = self._is_ranking, self._is_measuring, self._staying  # in the finished epoch
         responses = {slot: value for slot, value in self._collect_responses().items() if slot in found}
         is_looking = any(gate.is_active() for gate in found.values())
         if is_looking and not responses and not self._warned_of_evaluation:
             self._warned_of_evaluation = True
-            _logger.warning(
-                "No branch saw a batch in training mode before this step(), so no branch can close. Call model.train() "
-                "before the training batches, and model.eval() only to evaluate."
-            )
+            warn_of_evaluation()
         for slot, response in responses.items():
             # In the gate's precision: otherwise a response equal to ε would be treated differently than in training.
             # NaN is not below ε: a diverged branch stays open.
@@ -338,7 +321,7 @@ class EpsilonPruner:
             # A closed branch that may open again is measured, too.
             gate.measures_response = reading or gate.closed
             if measuring and gate.gain is None:
-                self._measure(gate)
+                measure(gate, over_steps=bool(self._optimizers))
             elif not measuring:
                 gate.gain = None
 

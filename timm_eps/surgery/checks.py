@@ -13,7 +13,14 @@ from .optimizers import decays
 from .parameters import bounding_parameters
 from .sharding import gathered
 
-__all__ = ["is_zero_scale", "silent_branches", "warn_of_frozen", "warn_of_silent", "warn_of_undecayed"]
+__all__ = [
+    "is_zero_scale",
+    "silent_branches",
+    "warn_of_evaluation",
+    "warn_of_frozen",
+    "warn_of_silent",
+    "warn_of_undecayed",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +76,14 @@ def shortened(names: Iterable[str], shown: int = 3) -> str:
     """The first of some names, and the number of the others."""
     names = list(names)
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def warn_of_evaluation() -> None:
+    """Warn that no branch saw a batch in training mode in an epoch in which responses are measured."""
+    _logger.warning(
+        "No branch saw a batch in training mode before this step(), so no branch can close. Call model.train() before "
+        "the training batches, and model.eval() only to evaluate."
+    )
 
 
 def warn_of_silent(model: nn.Module) -> None:

@@ -80,7 +80,13 @@ def wrap_again(wrapper: DistributedDataParallel) -> None:
 
 
 def rewrap(network: nn.Module) -> None:
-    """:func:`wrap_again` for the DDP wrapper in a network, at any depth. Does nothing without one."""
+    """Tell the wrappers of a network, at any depth, that its structure has changed.
+
+    DistributedDataParallel is initialised again (:func:`wrap_again`). ``torch.compile`` forgets the old structures,
+    because it stops compiling after a number of them.
+    """
+    if any(hasattr(module, "_orig_mod") for module in network.modules()):
+        torch.compiler.reset()
     for module in network.modules():
         if isinstance(module, DistributedDataParallel):
             wrap_again(module)
