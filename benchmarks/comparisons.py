@@ -120,6 +120,8 @@ _FASHION = replace(
     title="Fashion-MNIST: 60,000 + 10,000 real images, 28x28 read as 32x32, 10 classes (`benchmarks/fashion.py`)",
     config=ROOT / "benchmarks/fashion.json",
     classes=len(fashion.CLASSES),
+    early="budget_with_dense_compute",
+    changed={"other_criterion": ("--criterion", "response")},
     rows=("dense", "budget", "other_criterion", *_MAIN[2:]),
 )
 _FASHION110 = replace(

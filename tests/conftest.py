@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # pytest-xdist's main process reads this file too, and runs n
     import datasets
     import torch
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two processes with two threads each wait for each other
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # xdist already uses one process per core
 
@@ -34,7 +35,7 @@ LONGEST = [
     "test_processes", "test_docs", "test_fine_tuning", "test_push", "test_train_hf", "test_fuzz_checkpoints",
     "test_interruption", "test_resume", "test_trainer", "test_collapse", "test_timm_contract", "test_remote_code",
     "test_standalone", "test_stored", "test_analysis", "test_pruner", "test_modeling", "test_cli", "test_benchmarks",
-    "test_followers", "test_train_data",
+    "test_sharding", "test_followers", "test_train_data",
 ]  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def test_sound_directories(fuzzer):
 def test_hostile_directories(fuzzer):
     """A hundred; ten thousand each of two seeds are slow."""
     summary = Summary()
-    for case in fuzzer.run(range(100)):
+    for case in fuzzer.run(range(60)):
         summary.add(case)
     assert summary.outcomes["auto"].keys() >= {"loaded", "refused"}
     assert summary.is_clean(), summary.text()
@@ -86,7 +86,7 @@ def test_fields_of_later_versions_are_changed_too(fuzzer, tmp_path):
     base = Base("later", sound.path, sound.directory, sound.size, sound.slots, sound.closed)
     base.directory.entries[CONFIG] = json.dumps(config).encode()
     notes, bound = [], {True: 0, False: 0}
-    for number in range(150):
+    for number in range(100):
         directory, changes = mutate(base, {"later": base}, Path(tmp_path), random.Random(number))
         notes += changes
         changed = directory.text(WEIGHTS)

@@ -58,6 +58,7 @@ def ready(hub, saved, monkeypatch):
     """A Hub with a first model. Yields a function that pushes the second one; clients retry without waiting."""
     monkeypatch.setattr(_http, "time", types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
     monkeypatch.setattr(hub_module, "save_pretrained", lambda model, path, **_: copy(model, path))
+    monkeypatch.setattr(hub_module, "gathered", lambda path, **_: path)
     client = type(get_session())  # the client class of httpx or of its successor
     set_client_factory(lambda: client(timeout=0.2, follow_redirects=True))
     timm_eps.push_to_hub(saved[0], "faults", revision="draft")

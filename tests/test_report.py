@@ -53,6 +53,7 @@ def test_peak_memory_counts_what_is_gone_again():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can forget a peak")
+@pytest.mark.slow
 def test_a_peak_of_memory_is_forgotten():
     program = (
         "import torch; from timm_eps.report import peak_memory, reset_peak_memory; torch.ones(2**26); "

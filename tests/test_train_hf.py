@@ -144,7 +144,6 @@ def test_config_file_and_flags(tmp_path):
     ("arguments", "message"),
     [
         (["--keep", "0.5", "--epsilon", "1"], "--epsilon and --keep exclude each other"),
-        (["--compile", "--cuda_graphs"], "--cuda_graphs and --compile exclude each other"),
         (["--cuda_graphs", "--gradient_accumulation_steps", "2"], "--cuda_graphs needs --gradient_accumulation"),
         (["--no_gates", "--compare_dense"], "--no_gates and --compare_dense exclude each other"),
         (["--dataset_name", "a", "--train_dir", "b"], "--dataset_name and --train_dir exclude each other"),
