@@ -265,6 +265,7 @@ def test_gradient_checkpointing(architecture):
         torch.testing.assert_close(one.grad, other.grad, msg=name)
 
 
+@pytest.mark.slow
 def test_classifier_of_another_size_in_a_twin(tmp_path):
     for architecture in ("eps_test_resnet", "eps_test_vit"):
         model = EpsResNetForImageClassification(config_of(architecture))

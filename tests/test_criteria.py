@@ -87,6 +87,7 @@ def test_a_target_on_the_ramp(unit, criterion):
     assert pruner.history[0]["removed"] == []
 
 
+@pytest.mark.slow
 def test_absolute_targets_and_fractions_agree():
     half = count_parameters(tiny_net(num_classes=5)) // 2
     torch.manual_seed(0)
@@ -124,6 +125,7 @@ def test_leave_one_out_ranks_by_the_rise_of_the_loss():
     assert ranks[SLOTS[3]] < min(rises.values())
 
 
+@pytest.mark.slow
 def test_leave_one_out_on_a_ramp_removes_what_hurts_least():
     model = tiny_net(num_classes=5)
     batches = [(torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,)))]
@@ -302,6 +304,7 @@ def test_nothing_is_touched_before_the_arguments_are_checked():
     assert not optimizer._optimizer_step_pre_hooks
 
 
+@pytest.mark.slow
 def test_the_batch_size_of_a_latency_is_its_own(monkeypatch):
     model = tiny_net(num_classes=5)
     data = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 5)]

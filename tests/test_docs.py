@@ -86,7 +86,13 @@ def test_reference_has_every_public_name():
     assert set(timm_eps.__all__) <= set(names_in_reference())
 
 
-@pytest.mark.parametrize("name", timm_eps.__all__)
+# Each of these analyzes a network or measures its latency. The pages run the same code by default.
+LONG = {"Analysis", "Budget", "write_page"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in timm_eps.__all__]
+)
 def test_docstring_has_an_example_that_runs(name, tmp_path, monkeypatch, times_measured_once):
     monkeypatch.chdir(tmp_path)
     examples = literal_blocks(getattr(timm_eps, name).__doc__)

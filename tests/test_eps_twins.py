@@ -100,7 +100,7 @@ def test_networks_from_scratch_do_not_start_dead(name):
     assert smallest_response(timm.create_model(f"eps_{name}")) > 0.01
 
 
-@pytest.mark.parametrize("name", mostly_slow(["test_resnet", "test_vit", "test_convnext", "test_mambaout"], 1))
+@pytest.mark.parametrize("name", mostly_slow(["test_resnet", "test_vit", "test_convnext", "test_mambaout"], 0))
 def test_saved_by_name_and_loaded_everywhere(name, tmp_path):
     """A pruned network of any family is one directory for timm, AutoModel and pipeline, with equal logits."""
     torch.manual_seed(0)
@@ -246,6 +246,7 @@ def test_weight_decay_empties_a_branch_only_where_it_reaches_the_last_norm():
     assert response_after(decay_last_norm=False) > 0.7
 
 
+@pytest.mark.slow
 def test_architectures_of_other_packages_are_not_gated():
     code = (
         "import timm.models, torch, sys\n"

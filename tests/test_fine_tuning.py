@@ -160,7 +160,6 @@ def test_branches_in_order_leave_one_and_refuse_the_impossible():
             ("leave_one_out", ["--target_macs", "0.5"], lambda found: found["macs"] <= 0.5 * found["dense_macs"]),
         ],
         1,
-        2,
     ),
 )
 def test_a_saved_network_is_cut_and_fine_tuned(dense, tmp_path, criterion, budget, holds):
@@ -273,7 +272,7 @@ EXTRAS = {
 }
 
 
-@pytest.mark.parametrize("kind", mostly_slow(EXTRAS, 0, 3))
+@pytest.mark.parametrize("kind", mostly_slow(EXTRAS, 3))
 def test_a_run_that_is_stopped_goes_on_as_it_would_have(dense, tmp_path, kind):
     arguments = [*EXTRAS[kind], "--num_train_epochs", "3", "--checkpointing_steps", "5", "--patience", "1"]
     whole = run(dense, tmp_path / "whole", *arguments)

@@ -43,7 +43,7 @@ def test_sound_directories(fuzzer):
 
 
 def test_hostile_directories(fuzzer):
-    """A hundred; ten thousand each of two seeds are slow."""
+    """Sixty cases. The slow test runs ten thousand cases for each of two seeds."""
     summary = Summary()
     for case in fuzzer.run(range(60)):
         summary.add(case)
@@ -67,6 +67,7 @@ def test_every_planted_fault_is_found(fuzzer):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_case_can_be_repeated(fuzzer):
     numbers = range(1000, 1012)
     first = {number: fuzzer.draw(number)[1:3] for number in numbers}
@@ -86,7 +87,7 @@ def test_fields_of_later_versions_are_changed_too(fuzzer, tmp_path):
     base = Base("later", sound.path, sound.directory, sound.size, sound.slots, sound.closed)
     base.directory.entries[CONFIG] = json.dumps(config).encode()
     notes, bound = [], {True: 0, False: 0}
-    for number in range(100):
+    for number in range(150):
         directory, changes = mutate(base, {"later": base}, Path(tmp_path), random.Random(number))
         notes += changes
         changed = directory.text(WEIGHTS)

@@ -88,7 +88,7 @@ def test_the_papers_runs_are_there():
         assert (f"eps_resnetv2_{depth}", "imagenet", epsilon) in pairs
 
 
-@pytest.mark.parametrize("name", mostly_slow(CONFIGS, 3, 8))
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, 3))
 def test_takes_a_step(name, published, tmp_path):
     args = parse(
         name, *("--max_train_samples", "4", "--max_eval_samples", "2", "--num_train_epochs", "1"),

@@ -110,6 +110,7 @@ def test_told_while_it_evaluates(whole, tmp_path, monkeypatch):
     assert outcome(out) == outcome(whole)
 
 
+@pytest.mark.slow
 def test_the_dense_half_is_taken_up_too(tmp_path, monkeypatch):
     both = ["--compare_dense", "--num_train_epochs", "2", "--ramp_epochs", "1", "--checkpointing_steps", "epoch"]
     run(tmp_path / "whole", *both)
@@ -412,6 +413,7 @@ def test_a_process_that_reads_images_dies(tmp_path, monkeypatch):
     run(out, *arguments, *LATEST)
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_a_terminal_goes_to_those_who_read_images_too(tmp_path, monkeypatch):
     arguments, out = [*of_files(tmp_path / "data"), *EVERY_3], tmp_path / "out"
 

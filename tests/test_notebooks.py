@@ -132,6 +132,7 @@ def test_first_cell_installs_only_what_is_missing(name, monkeypatch):
     assert "..[train]" in command
 
 
+@pytest.mark.slow
 def test_from_scratch(folder):
     seen = run(SCRATCH, **QUICK[SCRATCH])
     assert 4 <= len(timm_eps.gates(seen["model"])) < 9

@@ -24,7 +24,7 @@ def test_a_second_run_continues(tmp_path, monkeypatch, capsys):
     """A part that failed or took too long runs again, a finished one does not."""
     count = "import pathlib, sys; pathlib.Path(sys.argv[1]).open('a').write('x')"
     commands = {"good": count, "bad": f"{count}; sys.exit(3)", "slow": f"{count}; import time; time.sleep(60)"}
-    parts = [on_gpu.Part(name, 2, ["-c", code, str(tmp_path / name)], []) for name, code in commands.items()]
+    parts = [on_gpu.Part(name, 1, ["-c", code, str(tmp_path / name)], []) for name, code in commands.items()]
     monkeypatch.setattr(on_gpu, "parts", lambda: parts)
     monkeypatch.setattr(on_gpu, "ROOT", tmp_path)
     monkeypatch.setattr(on_gpu, "DIRECTORY", tmp_path)

@@ -185,6 +185,7 @@ def store_case(directory: Path, path: Path) -> None:
     torch.save({**case, "pooled": net.forward_head(features, pre_logits=True)}, path)
 
 
+@pytest.mark.slow
 def test_trained_pushed_loaded_and_tuned_on_other_labels(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     first = ["--architecture", "eps_resnet20", "--keep", "5", *SHORT]

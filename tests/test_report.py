@@ -44,6 +44,7 @@ def number_printed_by(program: str) -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell")
+@pytest.mark.slow
 def test_peak_memory_counts_what_is_gone_again():
     program = (
         "import torch; from timm_eps.report import peak_memory; before = peak_memory(); torch.ones(2**26); "

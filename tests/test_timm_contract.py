@@ -428,7 +428,7 @@ PRUNED = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(PRUNED, 0, 2))
+@pytest.mark.parametrize("name", mostly_slow(PRUNED, 0))
 def test_pruned_twins_script_and_trace(name):
     """Tools that accept timm's own network accept it with open or closed gates, and without whole or half blocks."""
     found = try_tools(base_name(name), COVER[name][1])

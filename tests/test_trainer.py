@@ -746,7 +746,7 @@ def from_timm_anew():
     )
 
 
-@pytest.mark.parametrize("make", mostly_slow([from_config_anew, from_timm_anew], 1))
+@pytest.mark.parametrize("make", mostly_slow([from_config_anew, from_timm_anew]))
 def test_model_init_resumes(tmp_path, make, caplog):
     """In a new Trainer, and again in the same one."""
 
