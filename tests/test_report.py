@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import SLOTS, tiny_net
+from PIL import Image
 from test_hub import RESULTS
 from torch import nn
 
@@ -133,3 +135,16 @@ def test_picture_is_reproducible(tmp_path):
     for path in paths:
         draw_blocks(SLOTS, SLOTS[:2], [], path, "title")
     assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize("removed", [[], ["stages.0.blocks.1.drop_path"]])
+def test_branches_that_were_not_measured_are_not_drawn_as_removed(tmp_path, removed):
+    """Grey cells belong to removed branches. White cells belong to branches whose gate was the identity."""
+    slots = [f"stages.0.blocks.{index}.drop_path" for index in range(3)]
+    base = {"epsilon": 0.0, "closed": [], "removed": []}
+    first = {**base, "epoch": 0, "responses": dict.fromkeys(slots, 1.0), "removed": removed}
+    history = [first, *({**base, "epoch": epoch, "responses": {}} for epoch in range(1, 9))]
+    draw_blocks(slots, removed, history, tmp_path / "blocks.png", "a title")
+    pixels = np.asarray(Image.open(tmp_path / "blocks.png").convert("RGB"))
+    grey = (pixels == (0xE5, 0xE7, 0xE9)).all(2).mean()
+    assert (grey > 0.1) == bool(removed)

@@ -261,7 +261,7 @@ def draw_blocks(
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.figure import Figure
 
     position = {slot: index for index, slot in enumerate(slots)}
@@ -285,18 +285,25 @@ def draw_blocks(
     last = strip
     if history:
         response = np.full((len(history), len(slots)), np.nan)
+        unmeasured = np.full(response.shape, np.nan)
         closed_at, removed_at = [], []
+        measured = set().union(*(record["responses"] for record in history))
+        there = {slot for slot in slots if slot in measured or slot not in gone}
         for row, record in enumerate(history):
             for slot, value in record["responses"].items():
                 response[row, position[slot]] = value
+            for slot in there - record["responses"].keys():
+                unmeasured[row, position[slot]] = 1.0
+            there -= set(record["removed"])
             closed_at += [(position[slot], row + 1) for slot in record["closed"]]
             removed_at += [(position[slot], row + 1) for slot in (*record["removed"], *record.get("held", ()))]
         positive = response[np.isfinite(response) & (response > 0)]
         low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
-        image = heat.imshow(
-            np.clip(response, low, None), aspect="auto", cmap="viridis", interpolation="nearest",
-            norm=LogNorm(low, max(high, low * 1.01)), extent=(-0.5, len(slots) - 0.5, len(history) + 0.5, 0.5),
-        )  # fmt: skip
+        extent = (-0.5, len(slots) - 0.5, len(history) + 0.5, 0.5)
+        cells: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
+        heat.imshow(unmeasured, cmap=ListedColormap(["white"]), **cells)
+        colours = LogNorm(low, max(high, low * 1.01))
+        image = heat.imshow(np.clip(response, low, None), cmap="viridis", norm=colours, **cells)
         heat.set_facecolor(gone_colour)
         if closed_at:
             heat.scatter(*zip(*closed_at, strict=True), marker="s", s=5, color="#e74c3c", label="closed in this epoch")
@@ -305,7 +312,9 @@ def draw_blocks(
         heat.set_ylabel("epoch")
         if closed_at:
             figure.legend(loc="outside lower right", ncols=2, fontsize=9, frameon=False)
-        figure.colorbar(image, ax=heat, label="response: largest |F| of the epoch", pad=0.01, format="%g")
+        figure.colorbar(
+            image, ax=heat, label="response: largest |F| of the epoch (white: not measured)", pad=0.01, format="%g"
+        )
         last = heat
     for border in borders:
         for axis in {strip, last}:
