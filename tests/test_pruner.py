@@ -895,10 +895,21 @@ class Rising:
         return dict.fromkeys(responses, 0.01 * epoch)
 
 
+class AlwaysRising(timm_eps.BudgetEpsilon):
+    """A budget of a user, with an ε of its own in every epoch."""
+
+    def __call__(self, epoch, responses, total):
+        return dict.fromkeys(responses, 0.01 * epoch)
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [{"schedule": Rising()}, {"keep": 3, "warmup_epochs": 3, "measure_always": True}],
-    ids=["own", "always"],
+    [
+        {"schedule": Rising()},
+        {"schedule": AlwaysRising(3, warmup_epochs=3)},
+        {"keep": 3, "warmup_epochs": 3, "measure_always": True},
+    ],
+    ids=["own", "own budget", "always"],
 )
 def test_all_responses_are_measured_for_who_reads_them(arguments):
     pruner, active = trained(**arguments, epochs=4)

@@ -70,9 +70,15 @@ class Thresholds:
 
     def reads_responses(self, epoch: int, done: Collection[str] = ()) -> bool:
         """Whether the thresholds after an epoch depend on the responses of all branches; see :meth:`is_ranking`."""
-        if isinstance(self.schedule, BudgetEpsilon):
+        if self._is_plain_budget:
             return self.is_ranking(epoch, done)
         return getattr(self.schedule, "reads_responses", True)
+
+    @property
+    def _is_plain_budget(self) -> bool:
+        """Whether the schedule sets ε only while branches must close. A subclass with its own call may do more."""
+        kind = type(self.schedule)
+        return issubclass(kind, BudgetEpsilon) and kind.__call__ is BudgetEpsilon.__call__
 
     def first(self) -> dict[str, float]:
         """ε of each branch in the first epoch. With a budget all branches stay open, since it needs responses first."""
@@ -98,7 +104,7 @@ class Thresholds:
         epoch, responses = record["epoch"] + 1, record["responses"]
         remaining = {slot: math.inf if slot in staying else responses.get(slot, math.inf) for slot in streaks}
         found = gates(self.model)
-        if isinstance(self.schedule, BudgetEpsilon) and not is_ranked:
+        if not is_ranked and (self._is_plain_budget or not isinstance(self.ranking, Response)):
             return {slot: found[slot].epsilon if slot in done else 0.0 for slot in streaks}
         if isinstance(self.ranking, Response):
             thresholds = self.schedule(epoch, remaining, self.total)
