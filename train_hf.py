@@ -19,10 +19,6 @@ blocks.png, all_results.json.
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: threads sleep while they wait
-
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
