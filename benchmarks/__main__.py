@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import curves, fashion, glyphs, plan, results
+from benchmarks import curves, fashion, glyphs, latency, plan, results
 from benchmarks.comparisons import COMPARISONS, FEW, ROOT
 from benchmarks.jobs import KEEPS_MEMORY, Job, Runner, Store
 from benchmarks.methods import METHODS
@@ -38,15 +38,9 @@ def measure_latency(store: Store, job: Job, threads: int) -> None:
     if job in store.results or not {"dense", "budget"} <= runs.keys():
         return
     compared = COMPARISONS[job.data]
-    task = {
-        "found": {
-            method: {name: run[name] for name in ("params", "removed", "ratio") if name in run}
-            for method, run in runs.items()
-        },
-        "architecture": compared.recipe().model.name, "classes": compared.classes, "sides": compared.sides,
-        "repeats": 24, "threads": threads,
-    }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.latency", json.dumps(task)]
+    recipe = compared.recipe()
+    task = latency.task_for(runs, recipe.model.name, compared.classes, compared.sides, threads)
+    command = [sys.executable, "-m", latency.__name__, task]
     environment = {**os.environ, **KEEPS_MEMORY}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     store.add(job, json.loads(done.stdout))

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.pretrained.structures import without_gates
 from timm_eps import report
 from timm_eps.surgery.branches import gates
 
@@ -33,11 +34,10 @@ STATES = ("plain", "idle", "work", "importance")
 def build(args: argparse.Namespace, state: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = timm.create_model(args.architecture).to(args.device).train()
-    for slot, gate in gates(model).items():
-        if state == "plain":
-            block, _, name = slot.rpartition(".")
-            setattr(model.get_submodule(block), name, gate.drop_path)
-        elif state != "idle":
+    if state == "plain":
+        without_gates(model)
+    elif state != "idle":
+        for gate in gates(model).values():
             gate.epsilon = 1e-6  # the gate works, but does not close
             gate.measure_importance(state == "importance")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -54,7 +54,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tenso
 
 def peak_memory(args: argparse.Namespace, state: str) -> int:
     """Peak bytes of a process that only runs three steps."""
-    command = [sys.executable, __file__, "--only", state, "--architecture", args.architecture]
+    command = [sys.executable, "-m", "benchmarks.gate_cost", "--only", state, "--architecture", args.architecture]
     command += ["--batch_size", str(args.batch_size), "--image_size", str(args.image_size), "--device", args.device]
     command += ["--compile"] * args.compile
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,6 +209,26 @@ def without_blocks(architecture: str, classes: int) -> nn.Module:
     """The network without any block."""
     everything = list(gates(timm.create_model(architecture)))
     return reparameterize_model(timm.create_model(architecture, num_classes=classes, removed=everything).eval())
+
+
+def task_for(
+    runs: Mapping[str, Mapping[str, Any]], architecture: str, classes: int, sides: Sequence[int], threads: int,
+    repeats: int = 24,
+) -> str:  # fmt: skip
+    """The argument of this program.
+
+    Args:
+        runs: Results of runs by method.
+        architecture: timm name of the dense network.
+        classes: Number of classes.
+        sides: Sides of the images in pixels.
+        threads: Threads on the CPU.
+        repeats: Passes of each network.
+    """
+    wanted = ("params", "removed", "ratio")
+    found = {method: {name: run[name] for name in wanted if name in run} for method, run in runs.items()}
+    task = {"found": found, "architecture": architecture, "classes": classes, "sides": sides}
+    return json.dumps({**task, "repeats": repeats, "threads": threads})
 
 
 def main() -> None:

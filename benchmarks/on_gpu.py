@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.comparisons import COMPARISONS, ROOT
 from benchmarks.jobs import Store
+from benchmarks.latency import task_for
 from benchmarks.plan import table
 from benchmarks.pretrained.prepare import DIRECTORY, IMAGES
 
@@ -52,25 +53,11 @@ class Part:
     needs_images: bool = False
 
 
-def latency_task(architecture: str, **found: dict[str, Any]) -> str:
-    """The argument of ``benchmarks.latency``, for networks by method."""
-    is_dry = architecture != "eps_resnet110"
-    sides, repeats = ((8,), 1) if is_dry else ((8, 32), 24)
-    task = {"found": found, "architecture": architecture, "classes": 10, "sides": sides, "repeats": repeats}
-    return json.dumps({**task, "threads": 2})
-
-
-def structures() -> dict[str, dict[str, Any]]:
-    """The networks of the first seed in the stored results, by method."""
+def timed_runs() -> dict[str, dict[str, Any]]:
+    """The stored results of the first seed of a comparison, by method."""
     store = Store(ROOT / "benchmarks/results.json")
-    runs = {
-        job.method: store.results[job] for job in table(TIMED, COMPARISONS[TIMED].pairs[:1]) if job in store.results
-    }
-    wanted = ("params", "removed", "ratio")
-    return {
-        method: {name: runs[method][name] for name in wanted if name in runs[method]}
-        for method in ("dense", "budget", "torch_pruning_to_size")
-    }
+    runs = {job.method: store.results.get(job, {}) for job in table(TIMED, COMPARISONS[TIMED].pairs[:1])}
+    return {method: runs[method] for method in ("dense", "budget", "torch_pruning_to_size")}
 
 
 def parts() -> list[Part]:
@@ -95,8 +82,8 @@ def parts() -> list[Part]:
         ),
         Part(
             "latency", 180,
-            ["-m", "benchmarks.latency", latency_task("eps_resnet110", **structures())],
-            ["-m", "benchmarks.latency", latency_task("eps_resnet20", **sizes)],
+            ["-m", "benchmarks.latency", task_for(timed_runs(), "eps_resnet110", 10, (8, 32), threads=2)],
+            ["-m", "benchmarks.latency", task_for(sizes, "eps_resnet20", 10, (8,), threads=2, repeats=1)],
         ),
         Part(
             "tests", 120,

@@ -193,7 +193,7 @@ class Connection(BaseHTTPRequestHandler):
     """A client's connection. Its attributes describe the request that is being answered."""
 
     protocol_version = "HTTP/1.1"  # the client keeps its connections open
-    wbufsize = -1  # header and content in one write; with two, delayed acknowledgement costs 40 ms per reply
+    wbufsize = -1  # one write for header and content: a second one costs 40 ms per reply
 
     def __init__(self, hub: LoopbackHub, *connection: Any) -> None:
         self.hub = hub

@@ -154,15 +154,14 @@ def check_pruner(stored: Any, epoch: int) -> None:
     for name in ("closed", "removed"):
         _check_slots(stored[name], f"pruner.{name}")
     record: dict[str, Any] = {"epoch": 0, "epsilon": 0.0, "closed": [], "removed": [], "responses": None}
+    optional: dict[str, Any] = {"importances": None, "held": []}
     for number, one in enumerate(stored["history"]):
         name = f"pruner.history.{number}"
-        measured = isinstance(one, dict) and "importances" in one
-        is_sharded = isinstance(one, dict) and "held" in one
-        held: dict[str, Any] = {"held": []} if is_sharded else {}
-        check_like(one, record | held | ({"importances": None} if measured else {}), name)
-        for each in ("responses", "importances") if measured else ("responses",):
+        expected = record | {key: like for key, like in optional.items() if isinstance(one, dict) and key in one}
+        check_like(one, expected, name)
+        for each in expected.keys() & {"responses", "importances"}:
             _check_numbers(one[each], f"{name}.{each}", float)
-        for each in ("closed", "removed", *held):
+        for each in expected.keys() & {"closed", "removed", "held"}:
             _check_slots(one[each], f"{name}.{each}")
 
 
