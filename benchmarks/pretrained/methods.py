@@ -33,7 +33,7 @@ from timm_eps.surgery.branches import gates, stage_of
 
 ANALYSED, BATCH = 2_048, 512  # training images for comparing losses
 SHARES = {"warmup_epochs": 3, "ramp_epochs": 12}  # of 50 periods
-TIMED_BATCH, TIMED_REPEATS = 32, 9
+TIMED_REPEATS = 9
 TIMING_CORES = frozenset({0, 1})
 
 
@@ -208,7 +208,7 @@ class Bench:
         networks = {"dense": copy.deepcopy(whole), "pruned": pruned}
         for network in networks.values():
             structures.without_gates(network)
-        batch = torch.rand_like(structures.sample(self.case, TIMED_BATCH))
+        batch = torch.rand_like(structures.sample(self.case, self.case.timed_batch))
         seconds: dict[str, list[float]] = defaultdict(list)
 
         def is_as_fast(ratio: float) -> bool:

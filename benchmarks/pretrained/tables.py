@@ -12,7 +12,7 @@ from typing import Any
 from scipy.stats import spearmanr, t
 
 from benchmarks.pretrained.cases import CASES
-from benchmarks.pretrained.methods import METHODS, TIMED_BATCH, Job
+from benchmarks.pretrained.methods import METHODS, Job
 from benchmarks.pretrained.run import job_of
 from benchmarks.results import mean_and_spread
 
@@ -211,7 +211,7 @@ def page(stored: Iterable[dict[str, Any]], measured: Sequence[dict[str, Any]] = 
             lines += [
                 f"{steps:,} steps of {about.recipes[images].batch_size} images each. Intervals are 95 % intervals of "
                 'paired differences over the seeds. "As fast" means the latency of the leave-one-out network in eager '
-                f"mode, at batch {TIMED_BATCH}, on two CPU cores. {correlation(records, case, images)} "
+                f"mode, at batch {about.timed_batch}, on two CPU cores. {correlation(records, case, images)} "
                 f"Hardware: {'; '.join(hardware)}.",
                 "",
             ]
