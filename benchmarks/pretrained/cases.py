@@ -45,6 +45,7 @@ class Case:
         smaller: A smaller sibling with its own pretrained weights, if branches can be cut until both have one
             architecture.
         timed_batch: Images per pass where latency decides how much another method removes.
+        analysed: Highest number of training images on which losses are compared.
     """
 
     title: str
@@ -57,6 +58,7 @@ class Case:
     pretraining: tuple[Recipe, tuple[int, ...]] | None = field(default=None)
     smaller: Case | None = None
     timed_batch: int = 32
+    analysed: int = 2_048
 
 
 _RECIPES = {600: Recipe(400), 6_000: Recipe(1_200), 60_000: Recipe(2_400)}
@@ -113,7 +115,7 @@ _QUICK_RECIPES = {600: Recipe(120, batch_size=32, periods=30), 6_000: Recipe(600
 
 
 def _quick(case: Case, **changes: Any) -> Case:
-    settings = {"title": case.title.replace("96x96", "48x48"), "side": 48, "recipes": _QUICK_RECIPES, **changes}
+    settings = {"title": case.title.replace("96x96", "48x48"), "side": 48, "recipes": _QUICK_RECIPES, "analysed": 1_024, **changes}
     settings["title"] += ", for two cores"
     return replace(case, **settings)
 
@@ -129,7 +131,7 @@ CASES |= {
         side=16,
         recipes={
             600: Recipe(200, batch_size=32, learning_rate=0.02, periods=40),
-            6_000: Recipe(500, batch_size=64, learning_rate=0.02),
+            6_000: Recipe(400, batch_size=48, learning_rate=0.02),
         },
         pretraining=(Recipe(2_000, batch_size=64, learning_rate=0.1, weight_decay=5e-4), OTHERS),
         # A pass of 32 images of 16x16 is mostly overhead of the operations: channels would hardly save time.

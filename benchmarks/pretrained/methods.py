@@ -31,7 +31,7 @@ from benchmarks.structures import evenly
 from timm_eps import report
 from timm_eps.surgery.branches import gates, stage_of
 
-ANALYSED, BATCH = 2_048, 512  # training images for comparing losses
+BATCH = 512  # images at once for comparing losses
 SHARES = {"warmup_epochs": 3, "ramp_epochs": 12}  # of 50 periods
 TIMED_REPEATS = 9
 TIMING_CORES = frozenset({0, 1})
@@ -120,7 +120,7 @@ class Bench:
         return images.load(self.data, "test", self.case.classes, self.device)
 
     def analysed(self) -> images.Labelled:
-        return self.training.take(torch.arange(min(ANALYSED, len(self.training)), device=self.device))
+        return self.training.take(torch.arange(min(self.case.analysed, len(self.training)), device=self.device))
 
     def network(self, case: Case | None = None, weights: bool = True) -> nn.Module:
         """A gated network with the pretrained weights and a new classifier."""
@@ -153,7 +153,7 @@ class Bench:
         self.place("dense.part").rename(self.place("dense.safetensors"))
         analysed = self.analysed()
         batches = [(self.read(batch.images), batch.labels) for batch in analysed.batches(BATCH)]
-        report = timm_eps.analyze(self.dense(), batches, batch_sizes=(), rerank=len(self.slots()), progress=False)
+        report = timm_eps.analyze(self.dense(), batches, batch_sizes=(), progress=False)
         found: dict[str, Any] = {
             "loss": training.loss(self.dense(), analysed, self.read),
             "rises": {branch.slot: branch.rise for branch in report.branches},
