@@ -115,7 +115,13 @@ _QUICK_RECIPES = {600: Recipe(120, batch_size=32, periods=30), 6_000: Recipe(600
 
 
 def _quick(case: Case, **changes: Any) -> Case:
-    settings = {"title": case.title.replace("96x96", "48x48"), "side": 48, "recipes": _QUICK_RECIPES, "analysed": 1_024, **changes}
+    settings = {
+        "title": case.title.replace("96x96", "48x48"),
+        "side": 48,
+        "recipes": _QUICK_RECIPES,
+        "analysed": 1_024,
+        **changes,
+    }
     settings["title"] += ", for two cores"
     return replace(case, **settings)
 
