@@ -247,7 +247,15 @@ def test_a_failure_is_recorded_and_tried_again(tmp_path, in_this_process):
 
 def record(method: str, seed: int, accuracy: float, keep: int = 3, distilled: bool = True, **more) -> dict:
     job = dict(case="lite0", method=method, images=600, keep=keep, seed=seed, distilled=distilled)
-    return {**job, "accuracy": accuracy, "params": 2_000_000, "macs": 40_000_000, "hardware": "a card", **more}
+    return {
+        **job,
+        "accuracy": accuracy,
+        "params": 2_000_000,
+        "macs": 40_000_000,
+        "hardware": "a card",
+        "seconds": 30.0 if distilled else 20.0,
+        **more,
+    }
 
 
 def test_intervals_are_students_of_paired_differences():
@@ -288,8 +296,10 @@ def test_the_page_compares_with_dense_and_with_the_best_simple_cut(tmp_path):
         for seed in range(2)
     ]
     lines = tables.page(stored, measured).splitlines()
-    assert next(line for line in lines if line.startswith("| leave-one-out ")).endswith(" 40.00 | 0.53 |")
+    assert next(line for line in lines if line.startswith("| leave-one-out ")).endswith(" 40.00 | 2.50 | yes | 0.53 |")
     assert any(line.endswith("| eager at 1, of dense |") for line in lines)
-    records += [record("channels_to_latency", seed, 0.905) for seed in range(3)]
+    records += [record("channels_to_latency", seed, 0.905, ratio=0.3) for seed in range(3)]
+    line = next(line for line in tables.page(records).splitlines() if line.startswith("| Torch-Pruning, as fast "))
+    assert line.endswith(" 40.00 | 2.50 |  |")
     line = "Leave-one-out minus Torch-Pruning of the same speed, both distilled, in points: +0.60 [+0.35, +0.85]."
     assert line in tables.page(records)

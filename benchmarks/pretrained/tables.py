@@ -13,6 +13,7 @@ from scipy.stats import spearmanr, t
 
 from benchmarks.pretrained.cases import CASES
 from benchmarks.pretrained.methods import METHODS, Job
+from benchmarks.pretrained.plan import KEEPS_ALL
 from benchmarks.pretrained.run import job_of
 from benchmarks.results import mean_and_spread
 
@@ -57,6 +58,7 @@ def accuracies(records: Records, case: str, images: int, keep: int, method: str,
         job.seed: record["accuracy"]
         for job, record in records.items()
         if (job.case, job.images, job.keep, job.method, job.distilled) == (case, images, keep, method, distilled)
+        and "accuracy" in record
     }
 
 
@@ -99,43 +101,51 @@ def table(
     latencies = latencies or {}
     dense, taught = (accuracies(records, case, images, 0, "dense", distilled) for distilled in (False, True))
     simple_name, simple = best_simple(records, case, images, keep)
-    lines = [
-        "| | distilled | seeds | accuracy, % | to dense, points | to distilled dense | "
-        f"to the best simple cut{f' ({simple_name})' if simple_name else ''} | parameters, M | multiply-adds, M |"
-        + "".join(f" {name}, of dense |" for name in latencies),
-        "|---|---|" + "---:|" * (7 + len(latencies)),
+    columns = [
+        *("", "distilled", "seeds", "accuracy, %", "to dense, points", "to distilled dense"),
+        f"to the best simple cut{f' ({simple_name})' if simple_name else ''}",
+        *("parameters, M", "multiply-adds, M", "training time", "loads"),
+        *(f"{name}, of dense" for name in latencies),
     ]
-    rows = []
-    for method in METHODS:
-        for distilled in (False, True):
-            for kept in (0, keep):
-                runs = [
-                    record
-                    for job, record in records.items()
-                    if (job.case, job.images, job.keep, job.method, job.distilled)
-                    == (case, images, kept, method, distilled)
-                    and "accuracy" in record
-                ]
-                if not runs:
-                    continue
-                values = {record["seed"]: record["accuracy"] for record in runs}
-                percent = [100 * value for value in values.values()]
-                spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
-                mean = statistics.mean(percent)
-                cells = [
-                    METHODS[method].name,
-                    "yes" if distilled else "",
-                    str(len(runs)),
-                    f"{mean:.2f}{spread}",
-                    "" if (method, distilled) == ("dense", False) else interval(paired(values, dense)),
-                    "" if (method, distilled) == ("dense", True) else interval(paired(values, taught)),
-                    "" if values == simple else interval(paired(values, simple)),
-                    _mean(runs, "params"),
-                    _mean(runs, "macs"),
-                    *(column.get(method, "") for column in latencies.values()),
-                ]
-                rows.append("| " + " | ".join(cells) + " |")
-    return [*lines, *rows]
+    lines = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+    for method, distilled in ((method, distilled) for method in METHODS for distilled in (False, True)):
+        kept = 0 if method in KEEPS_ALL else keep
+        values = accuracies(records, case, images, kept, method, distilled)
+        if not values:
+            continue
+        runs = [records[Job(case, method, images, kept, seed, distilled)] for seed in values]
+        cells = [
+            METHODS[method].name,
+            "yes" if distilled else "",
+            str(len(runs)),
+            mean_and_spread([100 * value for value in values.values()], "{:.2f}"),
+            "" if values == dense else interval(paired(values, dense)),
+            "" if values == taught else interval(paired(values, taught)),
+            "" if values == simple else interval(paired(values, simple)),
+            _mean(runs, "params"),
+            _mean(runs, "macs"),
+            training_time(records, runs),
+            "" if "ratio" in runs[0] else "yes",
+            *(column.get(method, "") for column in latencies.values()),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def training_time(records: Records, runs: Sequence[dict[str, Any]]) -> str:
+    """Training time relative to one training of the dense network: the mean over the seeds.
+
+    Methods that need the fine-tuned dense network, as a teacher or for its losses, pay for its training too. The simple
+    cuts need its losses only for the predictions of this comparison.
+    """
+    ratios = []
+    for run in runs:
+        dense = records.get(Job(run["case"], "dense", run["images"], 0, run["seed"]))
+        needs_losses = METHODS[run["method"]].after_dense and not run["method"].startswith(SIMPLE)
+        if dense is not None:
+            before = dense["seconds"] if run["distilled"] or needs_losses else 0.0
+            ratios.append((before + run["seconds"]) / dense["seconds"])
+    return f"{statistics.mean(ratios):.2f}" if ratios else ""
 
 
 def compared(fresh: Records, stored: Records) -> str:
@@ -160,21 +170,20 @@ def _mean(runs: Sequence[dict[str, Any]], key: str) -> str:
     return f"{statistics.mean(run[key] for run in runs) / 1e6:.2f}"
 
 
-def correlation(records: Records, case: str, images: int) -> str:
+def correlation(records: Records, case: str, images: int, keep: int) -> str:
     """Rank correlation, within seeds, of the predicted rise of the loss with the accuracy after training."""
     pairs: dict[int, list[tuple[float, float]]] = {}
     for job, record in records.items():
-        if (job.case, job.images) == (case, images) and job.distilled and "predicted_rise" in record:
+        fits = (job.case, job.images, job.keep, job.distilled) == (case, images, keep, True)
+        if fits and "predicted_rise" in record:
             pairs.setdefault(job.seed, []).append((record["predicted_rise"], record["accuracy"]))
     found = [float(spearmanr(*zip(*values, strict=True)).statistic) for values in pairs.values() if len(values) > 3]
     if not found:
         return ""
     total = sum(len(values) for values in pairs.values() if len(values) > 3)
     mean = f"{statistics.mean(found):+.2f}".replace("-", "−")
-    return (
-        "Rank correlation between the predicted rise of the loss and the accuracy after distilled training: "
-        f"{mean} on average over {len(found)} seeds, {total} structures in all."
-    )
+    what = "Rank correlation of the predicted rise of the loss with the accuracy after distilled training, within seeds"
+    return f"{what}: {mean} on average over {len(found)} seeds, {total} structures in all."
 
 
 def against_channels(records: Records, case: str, images: int, keep: int) -> str:
@@ -187,6 +196,16 @@ def against_channels(records: Records, case: str, images: int, keep: int) -> str
     return f"{what}: {found}." if found else ""
 
 
+LEGEND = """\
+- *Distilled*: the dense network, fine-tuned on the same images, is the teacher.
+- Differences are in points, with 95 % intervals of paired differences over the seeds.
+- *As fast*: as fast as the leave-one-out network in eager mode, on two CPU cores.
+- *Training time* is relative to one training of the dense network. It includes that training if the method needs it,
+  as a teacher or for its losses. Several trainings shared the device, so small differences say nothing.
+- *Loads*: timm and `AutoModel` build and load the saved network.
+"""
+
+
 def page(stored: Iterable[dict[str, Any]], measured: Sequence[dict[str, Any]] = ()) -> str:
     """All tables, and the conditions of the measurements.
 
@@ -195,7 +214,7 @@ def page(stored: Iterable[dict[str, Any]], measured: Sequence[dict[str, Any]] = 
         measured: Records of latencies, as written by ``latency.py``.
     """
     records = by_job(stored)
-    lines: list[str] = []
+    lines = [LEGEND]
     for case, about in CASES.items():
         counts = sorted({job.images for job in records if job.case == case and job.images})
         for images in counts:
@@ -206,13 +225,12 @@ def page(stored: Iterable[dict[str, Any]], measured: Sequence[dict[str, Any]] = 
                 lines += [f"### {about.title}; {images:,} images, {keep} branches stay", ""]
                 latencies = latency_ratios(measured, case, images, keep)
                 lines += [*table(records, case, images, keep, latencies), ""]
-                lines += [line, ""] if (line := against_channels(records, case, images, keep)) else []
+                for sentence in (against_channels, correlation):
+                    lines += [line, ""] if (line := sentence(records, case, images, keep)) else []
             hardware = sorted({records[job]["hardware"] for job in of_case})
             lines += [
-                f"{steps:,} steps of {about.recipes[images].batch_size} images each. Intervals are 95 % intervals of "
-                'paired differences over the seeds. "As fast" means the latency of the leave-one-out network in eager '
-                f"mode, at batch {about.timed_batch}, on two CPU cores. {correlation(records, case, images)} "
-                f"Hardware: {'; '.join(hardware)}.",
+                f"{steps:,} steps of {about.recipes[images].batch_size} images each. Speed was compared at batch "
+                f"{about.timed_batch}. Hardware: {'; '.join(hardware)}.",
                 "",
             ]
     return "\n".join(lines)
