@@ -25,6 +25,11 @@ MORE_RANDOM = tuple((f"random{draw}", True) for draw in range(1, 5))
 SIBLINGS = (("dense", False), ("sibling", True), ("smaller", True), ("sibling", False))
 CRITERIA = (("dense", False), ("last", True), ("leave_one_out", True), ("leave_one_out_per_size", True), ("even", True))
 MAIN = (("dense", False), ("dense", True), *MATTER, ("random", True))
+# The fewest rows that answer the question: is it better than simple cuts, and than removing channels, at one speed?
+ESSENTIAL = (
+    ("dense", False), ("dense", True), ("last", True), ("leave_one_out", True), ("channels_to_latency", True),
+    ("even", True),
+)  # fmt: skip
 GROUPS = {
     "dense": (("dense", False),),
     "distilled": DISTILLED,
@@ -35,6 +40,7 @@ GROUPS = {
     "siblings": SIBLINGS,
     "criteria": CRITERIA,
     "main": MAIN,
+    "essential": ESSENTIAL,
 }
 KEEPS_ALL = ("dense", "dense_longer", "scratch", "smaller")
 
