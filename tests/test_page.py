@@ -21,6 +21,7 @@ from conftest import SLOTS, make_dataset, tiny_net, write_splits
 from torch import nn
 
 import timm_eps
+from timm_eps import cli
 from timm_eps.analysis.answers import compare_answers, paired_difference
 from timm_eps.analysis.report import Analysis
 from timm_eps.analysis.worth import Branch, Step
@@ -376,8 +377,8 @@ def test_the_verb_compares_on_a_data_set(tmp_path, capsys):
     saved(tmp_path / "dense", labels=["a", "b", "c"], num_classes=3, removed=[])
     out = str(tmp_path / "page.html")
     words = [str(tmp_path / "out"), "--dataset_name", data, "--dense", str(tmp_path / "dense"), "--output", out]
-    assert verb.run(parse(*words)) == 0
-    assert out in capsys.readouterr().out
+    assert cli.main(["report", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"page": out, "bytes": Path(out).stat().st_size}
     found = read(tmp_path / "page.html")
     assert "of 30" in found.text
     assert "95 % interval" in found.text

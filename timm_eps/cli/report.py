@@ -9,6 +9,7 @@ from typing import Any
 
 from ..training.arguments import DataArguments
 from .images import SHOWN
+from .output import add_json, answer, size_text
 from .push import read_results
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 metavar, text = SHOWN.get(each.name, ("DIR", "directory of the evaluation images"))
                 shown = {"metavar": metavar, "help": f"images: {text}"}
             parser.add_argument(f"--{each.name}", **{**each.metadata, **shown})
+    add_json(parser)
     parser.epilog = "The other data flags of `timm-eps train` work, too."
 
 
@@ -76,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
         compiled=args.compile,
         **(_images(args) if has_images else {}),
     )
-    print(f"Wrote {path} ({path.stat().st_size / 1000:.0f} kB).")
+    size = path.stat().st_size
+    answer(args, {"page": str(path), "bytes": size}, f"Wrote {path} ({size_text(size)}).")
     return 0
 
 
