@@ -27,7 +27,7 @@ import timm_eps
 from benchmarks import channels
 from benchmarks.pretrained import images, structures, training
 from benchmarks.pretrained.cases import CASES, Case
-from benchmarks.structures import evenly
+from benchmarks.structures import evenly, stage_by_stage
 from timm_eps import report
 from timm_eps.surgery.branches import gates, stage_of
 
@@ -298,6 +298,11 @@ def even(bench: Bench) -> Start:
     return bench.without(evenly(bench.slots(), bench.job.keep))
 
 
+def stage_ends(bench: Bench) -> Start:
+    """Remove the last branches of each stage. Each stage keeps its share."""
+    return bench.without(stage_by_stage({slot: -place for place, slot in enumerate(bench.slots())}, bench.job.keep))
+
+
 def at_random(bench: Bench, draw: int = 0) -> Start:
     # The seed is a string. Integers made of seed and draw would give neighbouring seeds the same structures.
     return bench.without(random.Random(f"{bench.job.seed}-{draw}").sample(bench.slots(), bench.to_remove()))
@@ -312,6 +317,13 @@ def leave_one_out_per_size(bench: Bench) -> Start:
     found = bench.analysis()
     shares = {slot: rise / found["parameters"][slot] for slot, rise in found["rises"].items()}
     return bench.without(sorted(shares, key=shares.__getitem__)[: bench.to_remove()])
+
+
+def leave_one_out_by_stage(bench: Bench) -> Start:
+    """Remove the branches that close first on the curve of the analysis. Each stage keeps its share."""
+    closed = [slot for slots, *_ in bench.analysis()["curve"] for slot in slots]
+    ranks = {slot: closed.index(slot) if slot in closed else len(closed) for slot in bench.slots()}
+    return bench.without(stage_by_stage(ranks, bench.job.keep))
 
 
 def leave_one_out_tuned(bench: Bench) -> Start:
@@ -373,12 +385,14 @@ METHODS = {
     "scratch": Method("dense, from scratch", scratch),
     "last": Method("last branches removed", last, after_dense=True),
     "even": Method("evenly spread", even, after_dense=True),
+    "stage_ends": Method("last branches of each stage removed", stage_ends, after_dense=True),
     "random": Method("random", at_random, after_dense=True),
     **{
         f"random{draw}": Method("random", functools.partial(at_random, draw=draw), after_dense=True)
         for draw in range(1, 5)
     },
     "leave_one_out": Method("leave-one-out", leave_one_out, after_dense=True),
+    "leave_one_out_by_stage": Method("leave-one-out, stage by stage", leave_one_out_by_stage, after_dense=True),
     "leave_one_out_per_size": Method("leave-one-out, by parameter", leave_one_out_per_size, after_dense=True),
     "leave_one_out_tuned": Method("leave-one-out, from the fine-tuned weights", leave_one_out_tuned, after_dense=True),
     "ramp_response": Method("ε on the ramp, by response", functools.partial(ramp, criterion="response")),

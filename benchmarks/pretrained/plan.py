@@ -24,6 +24,10 @@ TUNED = (("leave_one_out_tuned", True), ("channels_to_size_tuned", True), ("chan
 MORE_RANDOM = tuple((f"random{draw}", True) for draw in range(1, 5))
 SIBLINGS = (("dense", False), ("sibling", True), ("smaller", True), ("sibling", False))
 CRITERIA = (("dense", False), ("last", True), ("leave_one_out", True), ("leave_one_out_per_size", True), ("even", True))
+STRUCTURES = (
+    ("dense", False), ("last", True), ("even", True), ("stage_ends", True), ("leave_one_out", True),
+    ("leave_one_out_by_stage", True),
+)  # fmt: skip
 MAIN = (("dense", False), ("dense", True), *MATTER, ("random", True))
 # The fewest rows that answer the question: is it better than simple cuts, and than removing channels, at one speed?
 ESSENTIAL = (
@@ -39,6 +43,7 @@ GROUPS = {
     "more_random": MORE_RANDOM,
     "siblings": SIBLINGS,
     "criteria": CRITERIA,
+    "structures": STRUCTURES,
     "main": MAIN,
     "essential": ESSENTIAL,
 }

@@ -91,6 +91,8 @@ def run(
                 break
             if not all(need in available for need in job.needs()):
                 continue
+            if not enough_cores() and running and any(one.method == "speed" for one in (job, *running.values())):
+                break  # latency is measured with nothing beside it
             if elapsed + longest.get(_kind(job), 0.0) > budget_seconds:
                 continue
             pending.remove(job)

@@ -17,7 +17,7 @@ from benchmarks.pretrained.plan import KEEPS_ALL
 from benchmarks.pretrained.run import job_of
 from benchmarks.results import mean_and_spread
 
-SIMPLE = ("last", "even", "random")
+SIMPLE = ("last", "even", "random", "stage_ends")
 Records = dict[Job, dict[str, Any]]
 
 
