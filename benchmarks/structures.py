@@ -16,7 +16,7 @@ def evenly(slots: Sequence[str], keep: int) -> list[str]:
 
 
 def stage_by_stage(ranks: Mapping[str, float], keep: int) -> list[str]:
-    """The slots to remove so that ``keep`` slots stay and each stage keeps its share. In a stage, low ranks go first."""
+    """The slots to remove so that ``keep`` stay and each stage keeps its share. In a stage, low ranks go first."""
     counts = Counter(map(stage_of, ranks))
     places = shares(counts, keep, dict.fromkeys(counts, int(keep >= len(counts))))
     removed = []
