@@ -31,8 +31,8 @@ from .surgery.branches import gates, stage_of
 from .surgery.removal import closed_slots, natural_order
 
 __all__ = [
-    "CRITERIA", "Criterion", "Importance", "Last", "LeaveOneOut", "Response", "Seen", "criterion_from", "last_first",
-    "ranked_by",
+    "CRITERIA", "ORDERS", "Criterion", "Importance", "Last", "LeaveOneOut", "Response", "Seen", "StageEnds",
+    "criterion_from", "ranked_by", "stage_ends_first",
 ]  # fmt: skip
 
 
@@ -94,16 +94,48 @@ class Importance:
         return ranks
 
 
-def last_first(slots: Iterable[str]) -> dict[str, float]:
-    """Ranks that close the last branches of a network first."""
+def last_first(slots: Iterable[str], removed: Iterable[str] = ()) -> dict[str, float]:
+    """Ranks that close the last branches of a network first. The removed branches change nothing."""
     return {slot: -index for index, slot in enumerate(sorted(slots, key=natural_order))}
+
+
+def stage_ends_first(slots: Iterable[str], removed: Iterable[str] = ()) -> dict[str, float]:
+    """Ranks that close the last branches of each stage first, so that all stages lose the same share of their branches.
+
+    Among equal shares, later stages come first.
+
+    Args:
+        slots: Slots of the branches to rank.
+        removed: Slots of the removed branches, which had their places in the stages too.
+    """
+    there = list(slots)
+    stages: dict[str, list[str]] = {}
+    for slot in sorted({*there, *removed}, key=natural_order):
+        stages.setdefault(stage_of(slot), []).append(slot)
+    shares = {
+        slot: ((len(own) - place) / len(own), -number)
+        for number, own in enumerate(stages.values())
+        for place, slot in enumerate(own)
+    }
+    return {slot: rank for rank, slot in enumerate(sorted(there, key=shares.__getitem__))}
+
+
+class StageEnds:
+    """The last branches of each stage close first. All stages shrink in parallel, and keep their first branches.
+
+    This needs no images. The first branches of a stage adapt the features to its resolution and width; the later ones
+    refine them, each a little (Greff, Srivastava, Schmidhuber, "Highway and Residual Networks Learn Unrolled Iterative
+    Estimation", ICLR 2017).
+    """
+
+    def __call__(self, seen: Seen) -> Mapping[str, float]:
+        return stage_ends_first(seen.responses, seen.removed)
 
 
 class Last:
     """The last branches of the network close first.
 
-    This is a simple baseline. It is hard to beat on a pretrained network: late blocks are large, and most specific to
-    the classes of the pretraining.
+    A simple baseline. A network with long stages loses whole stages by it.
     """
 
     def __call__(self, seen: Seen) -> Mapping[str, float]:
@@ -137,9 +169,12 @@ class LeaveOneOut:
         return rises | {slot: least for slot in closed if slot in gates(net)}
 
 
-CRITERIA: dict[str, type[Response | Importance | Last]] = {
+# Orders of removal that follow from the structure alone: functions of the slots and of the removed slots.
+ORDERS = {"stage_ends": stage_ends_first, "last": last_first}
+CRITERIA: dict[str, type[Response | Importance | StageEnds | Last]] = {
     "response": Response,
     "importance": Importance,
+    "stage_ends": StageEnds,
     "last": Last,
 }
 

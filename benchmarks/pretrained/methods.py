@@ -29,6 +29,7 @@ from benchmarks.pretrained import images, structures, training
 from benchmarks.pretrained.cases import CASES, Case
 from benchmarks.structures import evenly, stage_by_stage
 from timm_eps import report
+from timm_eps.criteria import stage_ends_first
 from timm_eps.surgery.branches import gates, stage_of
 
 BATCH = 512  # images at once for comparing losses
@@ -299,8 +300,8 @@ def even(bench: Bench) -> Start:
 
 
 def stage_ends(bench: Bench) -> Start:
-    """Remove the last branches of each stage. Each stage keeps its share."""
-    return bench.without(stage_by_stage({slot: -place for place, slot in enumerate(bench.slots())}, bench.job.keep))
+    ranks = stage_ends_first(bench.slots())
+    return bench.without(sorted(ranks, key=ranks.__getitem__)[: bench.to_remove()])
 
 
 def at_random(bench: Bench, draw: int = 0) -> Start:

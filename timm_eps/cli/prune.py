@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how_much.add_argument("--slots", nargs="+", metavar="SLOT", help="branches to remove, named as in analyze")
     parser.add_argument(
         "--criterion",
-        choices=["leave_one_out", "response", "last"],
+        choices=["leave_one_out", "response", "stage_ends", "last"],
         metavar="NAME",
-        help="leave_one_out (default), response, last (default for an architecture)",
+        help="leave_one_out (default), response, stage_ends (default for an architecture), last",
     )
     parser.add_argument("--output_dir", required=True, metavar="OUT", help="directory for the smaller network")
     add_images(parser)
@@ -76,24 +76,25 @@ def _arguments(args: argparse.Namespace) -> Arguments:
         raise UsageError("--criterion needs --keep or a target")
     given = arguments_of(args)
     if not args.criterion:
-        given.pruning.criterion = "leave_one_out" if given.model.model_name_or_path else "last"
+        given.pruning.criterion = "leave_one_out" if given.model.model_name_or_path else "stage_ends"
     return given
 
 
 def _load_and_choose(args: argparse.Namespace, given: Arguments) -> tuple[Any, list[str], list[Any], bool]:
     """The network, the slots to remove, the images, and whether the classifier is for their classes."""
+    from ..criteria import ORDERS
     from ..training import choices
 
     if args.slots is not None:
         return load_model(given.model), args.slots, [], False
-    if given.pruning.criterion == "last":
+    if given.pruning.criterion in ORDERS:
         model = load_model(given.model)
         return model, choices.choose_slots(given.pruning, model, []), [], False
     prepared = prepare(given)
     if not prepared.is_trained and given.pruning.criterion == "leave_one_out":
         raise ValueError(
             "--criterion leave_one_out needs a classifier that was trained on the classes of the images. Fine-tune "
-            "the network first, or use --criterion last."
+            "the network first, or use --criterion stage_ends."
         )
     record = Path(args.output_dir) / "branches.json"
     record.parent.mkdir(parents=True, exist_ok=True)

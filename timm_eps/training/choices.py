@@ -14,7 +14,7 @@ from ..analysis.analyze import analyze
 from ..analysis.measure import gated_copy, open_slots
 from ..analysis.report import Analysis
 from ..budget import BUDGETS, Budget, TargetLatency, check_reachable
-from ..criteria import Criterion, LeaveOneOut, last_first
+from ..criteria import ORDERS, Criterion, LeaveOneOut
 from ..hf.agreement import are_placeholders, differing_statistics
 from ..surgery.branches import gates, timm_body
 from ..surgery.removal import removed_slots
@@ -60,7 +60,8 @@ def choose_slots(
     Args:
         args: Arguments with a budget.
         model: Network by which branches are chosen.
-        batches: Normalised training images and labels, on the model's device; unused by ``--criterion last``.
+        batches: Normalised training images and labels, on the model's device; unused by the orders
+            ``stage_ends`` and ``last``.
         record: Path where ``--criterion leave_one_out`` writes its measurements, as JSON.
         progress: Whether to show a progress bar.
 
@@ -77,7 +78,8 @@ def choose_slots(
     if args.criterion == "response":
         report = analyze(model, batches, batch_sizes=(), rerank=1, progress=progress)
         return first_within(model, {branch.slot: branch.response for branch in report.branches}, budget)
-    return first_within(model, last_first(open_slots(gated_copy(model))), budget)
+    ranks = ORDERS[str(args.criterion)](open_slots(gated_copy(model)), removed_slots(model))
+    return first_within(model, ranks, budget)
 
 
 def _analyze(args: PruningArguments, model: nn.Module, batches: Batches, progress: bool) -> Analysis:

@@ -20,7 +20,7 @@ def fill_in(args: Arguments) -> None:
         pruning.keep = 0.25
     at_start = has_weights and not pruning.no_gates and not has_threshold
     fill(pruning, prune_at="start" if at_start else "ramp")
-    fill(pruning, criterion="last" if pruning.prune_at == "start" else "response")
+    fill(pruning, criterion="stage_ends" if pruning.prune_at == "start" else "response")
     rate = {"sgd": 0.1, "adamw": 0.001}[training.optimizer]
     if has_weights:
         fill(

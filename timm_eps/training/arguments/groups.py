@@ -121,9 +121,9 @@ class PruningArguments:
     )
     criterion: str = option(
         "order of removal, by smallest response; by smallest estimated change of the loss (importance); by smallest "
-        "measured change (leave_one_out); or from the last branch on (last). Default: last with --prune_at start, "
-        "response with ramp",
-        choices=["response", "importance", "leave_one_out", "last"],
+        "measured change (leave_one_out); from the end of each stage (stage_ends) or of the network (last). Default: "
+        "stage_ends with --prune_at start, response with ramp",
+        choices=["response", "importance", "leave_one_out", "stage_ends", "last"],
     )
     epsilon_warmup_epochs: int = option(
         "ramp: first epochs, with all gates open; default 4, fewer in short trainings", at_least(0)
