@@ -212,11 +212,14 @@ def test_prune_then_train_with_the_printed_command(saved, tmp_path, capsys, monk
     assert out["multiply_adds"]["now"] <= 0.5 * size_of(timm.create_model("eps_resnet20"), (3, 8, 8)).macs
 
 
-def test_the_criterion_last_reads_no_images(saved, tmp_path, capsys, monkeypatch, times_measured_once):
+@pytest.mark.parametrize(("criterion", "gone"), [("last", SLOTS[-2:]), ("stage_ends", [SLOTS[2], SLOTS[-1]])])
+def test_orders_of_the_structure_read_no_images(
+    saved, tmp_path, capsys, monkeypatch, times_measured_once, criterion, gone
+):
     monkeypatch.setattr("timm_eps.training.inputs.ImageData.load", pytest.fail)
     out = str(tmp_path / "out")
-    found = answered(capsys, "prune", saved, "--keep", "5", "--criterion", "last", "--output_dir", out)
-    assert found["removed"] == SLOTS[-2:]
+    found = answered(capsys, "prune", saved, "--keep", "5", "--criterion", criterion, "--output_dir", out)
+    assert found["removed"] == gone
 
 
 # Export and push.

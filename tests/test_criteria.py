@@ -18,9 +18,9 @@ from torch import nn
 import timm_eps
 from timm_eps import EpsilonPruner
 from timm_eps.budget import Keep, TargetLatency
-from timm_eps.criteria import Importance, LeaveOneOut, Response, Seen, ranked_by
+from timm_eps.criteria import Importance, LeaveOneOut, Response, Seen, StageEnds, ranked_by, stage_ends_first
 from timm_eps.report import count_macs, count_parameters
-from timm_eps.surgery.branches import gates
+from timm_eps.surgery.branches import gates, stage_of
 from timm_eps.surgery.removal import removed_slots
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -150,6 +150,30 @@ def test_importances_of_a_target_close_stage_by_stage():
     assert math.isinf(ranks[SLOTS[8]])
 
 
+@pytest.mark.parametrize(
+    "name", ["resnet56", "tf_efficientnet_lite2", "convnext_atto", "resnet50", "regnetx_002", "test_vit"]
+)
+def test_stages_shrink_in_parallel_from_their_ends(name):
+    with torch.device("meta"):
+        slots = list(gates(timm.create_model(f"eps_{name}")))
+    ranks = stage_ends_first(slots)
+    order = sorted(slots, key=ranks.__getitem__)
+    stages = {stage: [slot for slot in slots if stage_of(slot) == stage] for stage in map(stage_of, slots)}
+    for count in range(len(slots) + 1):
+        gone = {stage: [slot for slot in own if slot in order[:count]] for stage, own in stages.items()}
+        for stage, own in stages.items():
+            assert gone[stage] == own[len(own) - len(gone[stage]) :], "the first branches of a stage stay longest"
+            for other, others in stages.items():
+                assert len(gone[stage]) / len(own) <= (len(gone[other]) + 1) / len(others), (stage, other, count)
+        left = stage_ends_first(order[count:], order[:count])
+        assert sorted(left, key=left.__getitem__) == order[count:], "a removal does not change the order"
+
+
+def test_on_a_ramp_the_ends_of_the_stages_go():
+    model, _ = pruned(keep=4, ramp_epochs=3, criterion=StageEnds())
+    assert set(removed_slots(model)) == {SLOTS[place] for place in (2, 5, 8, 7, 4)}
+
+
 def test_what_did_not_run_or_diverged_is_not_ranked():
     responses = dict(zip(SLOTS, [math.inf, math.nan, *[1.0] * 7], strict=True))
     seen = Seen(nn.Identity(), responses, {}, [], {SLOTS[2]}, 1)
@@ -166,7 +190,7 @@ def test_what_did_not_run_or_diverged_is_not_ranked():
         ({"target_params": 10}, "target_params=10 cannot be reached"),
         ({"epsilon": 1.0, "criterion": Importance()}, "needs a budget such as keep"),
         ({"keep": 3, "criterion": Importance}, r"make one: Importance\(\)"),
-        ({"keep": 3, "criterion": 7}, "criterion must be one of response, importance, last, got '7'"),
+        ({"keep": 3, "criterion": 7}, "criterion must be one of response, importance, stage_ends, last, got '7'"),
     ],
 )
 def test_budgets_and_criteria_that_cannot_be(budget, told):

@@ -68,7 +68,7 @@ def test_defaults_of_a_network_that_begins_with_weights(dense):
     scratch, tuned, stock = parse(), parse("--model_name_or_path", str(dense)), parse("--pretrained")
     names = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "prune_at", "criterion", "keep")
     assert [getattr(scratch, name) for name in names] == [60, 128, 0.1, "ramp", "response", 0.25]
-    assert [getattr(tuned, name) for name in names] == [20, 32, pytest.approx(0.01), "start", "last", 0.25]
+    assert [getattr(tuned, name) for name in names] == [20, 32, pytest.approx(0.01), "start", "stage_ends", 0.25]
     assert vars(stock) | {"output_dir": None} == vars(tuned) | {
         "output_dir": None, "pretrained": True, "model_name_or_path": None, "architecture": "eps_resnet110",
     }  # fmt: skip
@@ -157,6 +157,7 @@ def test_branches_in_order_leave_one_and_refuse_the_impossible():
         [
             ("response", ["--keep", "4"], lambda found: found["blocks_kept"] == 4),
             ("last", ["--target_params", "0.5"], lambda found: found["params"] <= 0.5 * found["dense_params"]),
+            ("stage_ends", ["--keep", "6"], lambda found: found["removed"] == SLOTS[2::3]),
             ("leave_one_out", ["--target_macs", "0.5"], lambda found: found["macs"] <= 0.5 * found["dense_macs"]),
         ],
         1,
