@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import SLOTS, close, tiny_net
+from conftest import close, tiny_net
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_eps
@@ -382,27 +382,6 @@ def test_picture_and_table(analyzed, tmp_path):
     assert lines[0] == "eps_resnet20: 8 images of 3x8x8"
     assert [line.split()[0] for line in lines if line.startswith("stages.")][:4] == FEW
     assert len({len(line) for line in lines[3:]} - {0}) == 1
-
-
-def test_prune_says_what_it_does_not_know():
-    model = tiny_net()
-    with pytest.raises(ValueError, match=r"did you mean 'stages.0.blocks.1.drop_path'"):
-        prune(model, [SLOTS[0], "stages.0.blocks.1.drop_pat"])
-    with pytest.raises(ValueError, match="slots must be a list of slot paths"):
-        prune(model, SLOTS[0])
-    assert not any(gate.closed for gate in gates(model).values())
-
-
-def test_prune_leaves_closed_what_it_cannot_remove(monkeypatch, caplog, images):
-    """A branch whose removal cannot be proven stays closed, and the returned report says so."""
-    model = tiny_net()
-    close(expected := copy.deepcopy(model), SLOTS[1])
-    before = expected(images)
-    monkeypatch.setattr("timm_eps.surgery.removal.same_outputs", lambda *_: False)
-    assert prune(model, [SLOTS[1]]) == []
-    assert gates(model)[SLOTS[1]].closed
-    assert "stays closed" in caplog.text
-    assert torch.equal(model(images), before)
 
 
 # One twin of each kind, with small images or fewer blocks, so that the whole test takes minutes.

@@ -16,13 +16,10 @@ from test_train_hf import _one_thread, without_times  # noqa: F401  the fixture 
 
 import timm_eps
 import train_hf
-from timm_eps.analysis.measure import size_of
-from timm_eps.budget import Keep, TargetLatency, TargetMacs, TargetParams
 from timm_eps.surgery.branches import gates
 from timm_eps.training import choices
 from timm_eps.training.evaluation import Evaluation
 from timm_eps.training.losses import label_mixer, smooth_labels
-from timm_eps.training.ordered import first_within
 
 FEW = [
     *("--max_train_samples", "120", "--max_eval_samples", "40", "--per_device_train_batch_size", "32"),
@@ -119,36 +116,6 @@ def test_help_shows_defaults_and_ends_with_the_papers_settings(capsys):
     assert "default: 0.9998" in " ".join(said.split())
     assert said.index("--target_latency") < said.index("--push_to_hub") < said.rindex("--epsilon ")
     assert "None" not in said
-
-
-@pytest.mark.parametrize("budget", [Keep(4), TargetParams(0.4), TargetMacs(0.5), TargetLatency(0.6, 2)])
-def test_branches_go_in_order_until_the_budget_holds(budget):
-    model = timm.create_model("eps_resnet20", num_classes=4).eval()
-    ranks = {slot: -index for index, slot in enumerate(SLOTS)}
-    slots = first_within(model, ranks, budget)
-    assert slots == SLOTS[::-1][: len(slots)]
-    assert all(not gate.closed for gate in gates(model).values()), "the model stays as it is"
-    if isinstance(budget, Keep):
-        assert len(slots) == 5
-    if isinstance(budget, TargetParams | TargetMacs):
-        which = int(isinstance(budget, TargetMacs))
-        whole = size_of(model, (3, 32, 32))[which]
-        left = []
-        for chosen in (slots, slots[:-1]):
-            smaller = timm.create_model("eps_resnet20", num_classes=4)
-            timm_eps.prune(smaller, chosen)
-            left.append(size_of(smaller, (3, 32, 32))[which])
-        assert left[0] <= budget.goal(whole) < left[1], "one branch less would not do"
-
-
-def test_branches_in_order_leave_one_and_refuse_the_impossible():
-    model = timm.create_model("eps_resnet20", num_classes=4).eval()
-    ranks = dict.fromkeys(SLOTS, 0.0)
-    assert len(first_within(model, ranks, TargetMacs(0.02))) == 8, "one branch stays"
-    with pytest.raises(ValueError, match=r"target_macs=0\.001 cannot be reached"):
-        first_within(model, ranks, TargetMacs(0.001))
-    with pytest.raises(ValueError, match="'head', which is not an open branch"):
-        first_within(model, {"head": 0.0}, Keep(1))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "timm_eps"
 # Rooms and files at the root, from the lowest to the highest.
 ORDER = [
     "names", "learning_rate", "gate", "files", "surgery", "report", "budget", "schedule", "analysis", "importance",
-    "cost_schedule", "criteria", "thresholds", "pruner", "models", "hf", "hub", "page", "__init__", "training",
-    "cli",
+    "cost_schedule", "criteria", "cutting", "thresholds", "pruner", "models", "hf", "hub", "page", "__init__",
+    "training", "cli",
 ]  # fmt: skip
 # The rooms that may import each library. All other rooms need only torch and timm.
 LIBRARIES = {

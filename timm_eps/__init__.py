@@ -4,11 +4,11 @@ Importing the package registers ``eps_resnet*`` with timm and the ``EpsResNet`` 
 """
 
 from .analysis.analyze import analyze
-from .analysis.cutting import prune
 from .analysis.report import Analysis
 from .budget import Budget
 from .cost_schedule import CostEpsilon
 from .criteria import Importance, LeaveOneOut, Response
+from .cutting.prune import prune
 from .gate import EpsilonGate
 from .hf.configuration_eps_resnet import EpsResNetConfig
 from .hf.distillation import Distillation

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 
-from ..analysis.cutting import prune
+from ..cutting.prune import prune
 from ..files.config_checks import check_slots
 from ..hf.distillation import Distillation
 from ..surgery.branches import gates

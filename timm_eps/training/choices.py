@@ -11,15 +11,15 @@ from torch.optim.swa_utils import update_bn
 from transformers import AutoModelForImageClassification
 
 from ..analysis.analyze import analyze
-from ..analysis.measure import gated_copy, open_slots
 from ..analysis.report import Analysis
 from ..budget import BUDGETS, Budget, TargetLatency, check_reachable
-from ..criteria import ORDERS, Criterion, LeaveOneOut
+from ..criteria import Criterion, LeaveOneOut
+from ..cutting.in_order import first_within
+from ..cutting.prune import order_of
 from ..hf.agreement import are_placeholders, differing_statistics
 from ..surgery.branches import gates, timm_body
 from ..surgery.removal import removed_slots
 from .arguments import Arguments, PruningArguments
-from .ordered import first_within
 
 __all__ = [
     "ANALYSED", "Batches", "budget_of", "choose_by_loss", "choose_slots", "describe", "estimate_statistics",
@@ -78,8 +78,7 @@ def choose_slots(
     if args.criterion == "response":
         report = analyze(model, batches, batch_sizes=(), rerank=1, progress=progress)
         return first_within(model, {branch.slot: branch.response for branch in report.branches}, budget)
-    ranks = ORDERS[str(args.criterion)](open_slots(gated_copy(model)), removed_slots(model))
-    return first_within(model, ranks, budget)
+    return first_within(model, order_of(model, args.criterion), budget)
 
 
 def _analyze(args: PruningArguments, model: nn.Module, batches: Batches, progress: bool) -> Analysis:

@@ -1,0 +1,1 @@
+"""Removal of branches at once: in a given order for a budget, or by name."""
