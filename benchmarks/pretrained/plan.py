@@ -32,7 +32,7 @@ MAIN = (("dense", False), ("dense", True), *MATTER, ("random", True))
 # The fewest rows that answer the question: is it better than simple cuts, and than removing channels, at one speed?
 ESSENTIAL = (
     ("dense", False), ("dense", True), ("last", True), ("leave_one_out", True), ("channels_to_latency", True),
-    ("even", True),
+    ("even", True), ("stage_ends", True),
 )  # fmt: skip
 GROUPS = {
     "dense": (("dense", False),),
