@@ -187,13 +187,13 @@ def correlation(records: Records, case: str, images: int, keep: int) -> str:
 
 
 def against_channels(records: Records, case: str, images: int, keep: int) -> str:
-    """The difference in accuracy between removing blocks and removing channels."""
-    ours, theirs = (
-        accuracies(records, case, images, keep, method, True) for method in ("leave_one_out", "channels_to_latency")
-    )
-    found = interval(paired(ours, theirs))
-    what = "Leave-one-out minus Torch-Pruning of the same speed, both distilled, in points"
-    return f"{what}: {found}." if found else ""
+    """The differences in accuracy between removing blocks and removing channels."""
+    theirs = accuracies(records, case, images, keep, "channels_to_latency", True)
+    found = []
+    for method in (*SIMPLE, "leave_one_out"):
+        ours = accuracies(records, case, images, keep, method, True)
+        found += [f"{METHODS[method].name} {line}"] if (line := interval(paired(ours, theirs))) else []
+    return f"Minus Torch-Pruning of the same speed, all distilled, in points: {'; '.join(found)}." if found else ""
 
 
 LEGEND = """\
