@@ -536,7 +536,10 @@ def test_exactly_one_of_epsilon_and_keep(model, given):
         ({"epsilon": 1.0, "warmup_epochs": -1}, "warmup_epochs must be"),
         ({"epsilon": 1.0, "ramp_epochs": 3}, "ramp_epochs=3 needs a budget such as keep"),
         ({"epsilon": 1.0, "criterion": "importance"}, "criterion='importance' needs a budget such as keep"),
-        ({"keep": 0.5, "criterion": "size"}, "criterion must be one of response, importance, last, got 'size'"),
+        (
+            {"keep": 0.5, "criterion": "size"},
+            "criterion must be one of response, importance, stage_ends, last, got 'size'",
+        ),
     ],
 )
 def test_bad_arguments(model, given, message):

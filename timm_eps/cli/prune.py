@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--criterion",
         choices=["leave_one_out", "response", "stage_ends", "last"],
         metavar="NAME",
-        help="leave_one_out (default), response, stage_ends (default for an architecture), last",
+        help="default leave_one_out (architecture: stage_ends); response; last",
     )
     parser.add_argument("--output_dir", required=True, metavar="OUT", help="directory for the smaller network")
     add_images(parser)

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 shown = {"metavar": metavar, "help": f"images: {text}"}
             parser.add_argument(f"--{each.name}", **{**each.metadata, **shown})
     add_json(parser)
-    parser.epilog = "The other data flags of `timm-eps train` work, too."
+    parser.description = f"{HELP} The other data flags of `timm-eps train` work, too."
 
 
 def run(args: argparse.Namespace) -> int:
