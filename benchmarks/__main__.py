@@ -84,7 +84,7 @@ def run_pretrained_again(args: argparse.Namespace, directory: Path) -> None:
         print("\nWithout the pretrained network: python -m benchmarks.pretrained.prepare says what it needs.")
         return
     records = directory / "pretrained.jsonl"
-    command = [sys.executable, "-m", "benchmarks.pretrained", "--quick", "--output", str(records)]
+    command = [sys.executable, "-m", "benchmarks.pretrained", "--quick", "--seeds", "0", "1", "--output", str(records)]
     command += ["--work", str(directory / "pretrained"), "--at_once", str(args.at_once), "--threads", str(args.threads)]
     subprocess.run(command, cwd=ROOT, check=True)
     fresh, stored = read_records(records), json.loads((HERE / "pretrained.json").read_text())
