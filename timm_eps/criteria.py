@@ -123,9 +123,8 @@ def stage_ends_first(slots: Iterable[str], removed: Iterable[str] = ()) -> dict[
 class StageEnds:
     """The last branches of each stage close first. All stages shrink in parallel, and keep their first branches.
 
-    This needs no images. The first branches of a stage adapt the features to its resolution and width; the later ones
-    refine them, each a little (Greff, Srivastava, Schmidhuber, "Highway and Residual Networks Learn Unrolled Iterative
-    Estimation", ICLR 2017).
+    This needs no images. The first branches of a stage adapt the features to its resolution and width. The later ones
+    refine them (Greff et al., "Highway and Residual Networks Learn Unrolled Iterative Estimation", ICLR 2017).
     """
 
     def __call__(self, seen: Seen) -> Mapping[str, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .cost_schedule import CostEpsilon
-from .criteria import Criterion, Importance, Last, Response, Seen, StageEnds, criterion_from, ranked_by
+from .criteria import CRITERIA, Criterion, Response, Seen, criterion_from, ranked_by
 from .importance import measured_importances
 from .schedule import BudgetEpsilon, Schedule
 from .surgery.branches import gates, timm_body
@@ -115,7 +115,7 @@ class Thresholds:
         kept = None if isinstance(self.schedule, CostEpsilon) else self.schedule.kept(self.total)
         body = timm_body(self.model)
         importances = self._importances(record, streaks)
-        model = body if isinstance(self.ranking, Importance | StageEnds | Last) else whole_without_held(body)
+        model = body if isinstance(self.ranking, tuple(CRITERIA.values())) else whole_without_held(body)
         ranks = ranked_by(
             self.ranking, Seen(model, remaining, importances, settled_slots(self.model), set(staying), kept)
         )

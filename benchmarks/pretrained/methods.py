@@ -27,9 +27,10 @@ import timm_eps
 from benchmarks import channels
 from benchmarks.pretrained import images, structures, training
 from benchmarks.pretrained.cases import CASES, Case
-from benchmarks.structures import evenly, stage_by_stage
+from benchmarks.structures import evenly
 from timm_eps import report
 from timm_eps.criteria import stage_ends_first
+from timm_eps.importance import importance_ranks
 from timm_eps.surgery.branches import gates, stage_of
 
 BATCH = 512  # images at once for comparing losses
@@ -324,7 +325,8 @@ def leave_one_out_by_stage(bench: Bench) -> Start:
     """Remove the branches that close first on the curve of the analysis. Each stage keeps its share."""
     closed = [slot for slots, *_ in bench.analysis()["curve"] for slot in slots]
     ranks = {slot: closed.index(slot) if slot in closed else len(closed) for slot in bench.slots()}
-    return bench.without(stage_by_stage(ranks, bench.job.keep))
+    by_stage = importance_ranks(ranks, [], bench.job.keep)
+    return bench.without(sorted(by_stage, key=by_stage.__getitem__)[: bench.to_remove()])
 
 
 def leave_one_out_tuned(bench: Bench) -> Start:
