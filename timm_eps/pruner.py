@@ -63,10 +63,10 @@ class EpsilonPruner:
         live_removal: Whether to remove branches during training. Otherwise, and if FSDP2 shards the model, closed
             branches stay until :func:`remove_closed` or a save.
         criterion: With a budget, ranking of the branches: ``'response'``, the largest of an epoch; ``'importance'``,
-            the change of the loss without the branch, measured over the steps of the optimizer; ``'stage_ends'``,
-            the last branches of each stage first; ``'last'``, those of the network; or an object of
-            :mod:`timm_eps.criteria`, or your own. With any criterion except the response, each branch due to close gets
-            its own ε, twice its response. Importance needs the optimizer. With it and ``keep``, stages keep their shares.
+            the change of the loss without the branch, measured over the steps of the optimizer; ``'stage_ends'``, the
+            last branches of each stage first; ``'last'``, those of the network; or an object of :mod:`timm_eps.criteria`,
+            or your own. With any criterion except the response, each branch due to close gets its own ε, twice its
+            response. Importance needs the optimizer. With importance and ``keep``, each stage keeps its share.
         schedule: Instead of ``epsilon`` or a budget, an object that returns ε for each epoch: one of
             :mod:`timm_eps.schedule`, or your own.
         prune_frozen: Whether to remove branches without trainable parameters. By default they are kept.
