@@ -64,9 +64,10 @@ class EpsilonPruner:
             branches stay until :func:`remove_closed` or a save.
         criterion: With a budget, ranking of the branches: ``'response'``, the largest of an epoch; ``'importance'``,
             the change of the loss without the branch, measured over the steps of the optimizer; ``'stage_ends'``, the
-            last branches of each stage first; ``'last'``, those of the network; or an object of :mod:`timm_eps.criteria`,
-            or your own. With any criterion except the response, each branch due to close gets its own ε, twice its
-            response. Importance needs the optimizer. With importance and ``keep``, each stage keeps its share.
+            last branches of each stage first; ``'last'``, those of the network; an object of
+            :mod:`timm_eps.criteria`, or your own. With any criterion except the response, each branch due to close gets
+            its own ε, twice its response. Importance needs the optimizer.
+            With ``keep`` and importance, each stage keeps its share.
         schedule: Instead of ``epsilon`` or a budget, an object that returns ε for each epoch: one of
             :mod:`timm_eps.schedule`, or your own.
         prune_frozen: Whether to remove branches without trainable parameters. By default they are kept.
